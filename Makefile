@@ -1,0 +1,59 @@
+# make help lists the targets. Everything is installed into $(VENV) from the two requirements files.
+PYTHON ?= python3
+VENV ?= .venv
+# To take torch from another index than pip's own, for example the CPU wheels:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+BIN = $(VENV)/bin
+PY = $(BIN)/python
+SOURCES = *.py config data kernels tests .ci
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all format check-format bench-step clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/run.stamp: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(PY) -m pip install -q $$(grep '^torch==' requirements.txt) --index-url $(TORCH_INDEX))
+	$(PY) -m pip install -q -r requirements.txt
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.txt
+	$(PY) -m pip install -q -r requirements-dev.txt -c requirements.txt
+	@touch $@
+
+install: $(VENV)/run.stamp  ## make the virtual environment
+
+data/stdlib/meta.json: | $(VENV)/run.stamp
+	$(PY) data/stdlib/prepare.py
+
+demo: $(VENV)/run.stamp data/stdlib/meta.json  ## train, evaluate, sample and plot: under 4 minutes of training on 2 cores
+	$(PY) train.py config/demo.py
+	$(PY) train.py config/demo.py --init_from=resume --eval_only
+	$(PY) sample.py --out_dir=out/demo --start="def " --max_new_tokens=300
+	$(PY) bench.py --what=curves --out_dir=out/demo --png=out/demo/loss.png
+
+test: $(VENV)/dev.stamp  ## the test suite
+	$(PY) -m pytest
+
+test-all: $(VENV)/dev.stamp  ## the test suite with the slow tests
+	$(PY) -m pytest -m "not gpu"
+
+format: $(VENV)/dev.stamp  ## format and sort imports
+	$(BIN)/ruff check --fix $(wildcard $(SOURCES))
+	$(BIN)/ruff format $(wildcard $(SOURCES))
+
+check-format: $(VENV)/dev.stamp  ## fail if format would change a file
+	$(BIN)/ruff check $(wildcard $(SOURCES))
+	$(BIN)/ruff format --check $(wildcard $(SOURCES))
+
+bench-step: $(VENV)/run.stamp  ## training speed against the matmul peak and a plain PyTorch stack
+	$(PY) bench.py --what=step
+
+clean:  ## remove the environment, caches and runs; prepared data stays
+	rm -rf $(VENV) out .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

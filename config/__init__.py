@@ -1,0 +1,290 @@
+"""Configuration: typed records, override files, and --key=value, in that order of precedence.
+
+    model_config, train_config, given = load(sys.argv[1:], GPTConfig, TrainConfig)
+
+A record is a dataclass whose fields are made with `key`. An override file (config/*.py) holds plain assignments and may
+compute values; each public name it leaves behind must be a key of one of the records. Every mistake ends in one line.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import types
+import typing
+
+
+class ConfigError(ValueError):
+    """A mistake in a config file or on the command line; the message is one line and says what to write instead."""
+
+
+def key(default, help, *owners, choices=None, low=None, high=None):
+    """A field of a config record: its default, its one-line meaning, the attention types that own it (none: it is
+    everybody's), the values it may take, or the bounds of a number."""
+    metadata = dict(help=help, owners=owners, choices=choices, low=low, high=high)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def load(argv, *records):
+    """Build one instance of each record from `argv`.
+
+    Precedence: defaults, then each override file named, then --key=value, left to right. Returns the instances in
+    order, then a dict that names where each given key came from. Raises ConfigError; --help prints all keys and exits.
+    """
+    fields = {f.name: f for r in records for f in dataclasses.fields(r)}
+    hints = {name: hint for r in records for name, hint in typing.get_type_hints(r).items()}
+    if any(a in ("-h", "--help", "--help=True") for a in argv):
+        print_help(records, hints)
+        raise SystemExit(0)
+    values, given = {}, {}
+    for path in [a for a in argv if not a.startswith("-")]:
+        for name, value in read_file(path).items():
+            _check_known(name, fields, path)
+            values[name] = _check(fields[name], hints[name], value, f"{path}: {name}")
+            given[name] = path
+    for argument in [a for a in argv if a.startswith("-")]:
+        name, value = _parse_argument(argument, fields, hints)
+        values[name], given[name] = value, "the command line"
+    _check_owners(values, given, fields)
+    return (*(build(r, {k: v for k, v in values.items() if k in _names(r)}) for r in records), given)
+
+
+def build(record, values):
+    """An instance of `record`; its own complaints (ValueError) become ConfigErrors."""
+    try:
+        return record(**values)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def override(record, **values):
+    """`record` with some values replaced and checked again."""
+    return build(type(record), dataclasses.asdict(record) | values)
+
+
+def read_file(path):
+    """The public names that an override file leaves behind, run in a namespace of its own."""
+    if not path.endswith(".py"):
+        raise ConfigError(f"{path}: not a config file; write config/<name>.py, or --key=value for one key")
+    try:
+        with open(path, encoding="utf-8") as f:
+            source = f.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        folder = os.path.dirname(path) or "."
+        here = sorted(n for n in os.listdir(folder) if n.endswith(".py")) if os.path.isdir(folder) else []
+        close = difflib.get_close_matches(os.path.basename(path), here, 1)
+        hint = f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
+        raise ConfigError(f"{path}: {reason}{hint}") from None
+    namespace = {"__file__": path, "__name__": "config_file"}
+    try:
+        exec(compile(source, path, "exec"), namespace)
+    except SyntaxError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:
+        line = _line_in(error, path)
+        raise ConfigError(f"{path}, line {line}: {type(error).__name__}: {error}".replace("\n", " ")) from None
+    except SystemExit:
+        raise ConfigError(f"{path}: it exits; an override file holds plain assignments") from None
+    return {name: value for name, value in namespace.items() if not name.startswith("_")}
+
+
+def _line_in(error, path):
+    tb, line = error.__traceback__, "?"
+    while tb is not None:
+        if tb.tb_frame.f_code.co_filename == path:
+            line = tb.tb_lineno
+        tb = tb.tb_next
+    return line
+
+
+def _names(record):
+    return {f.name for f in dataclasses.fields(record)}
+
+
+def _check_known(name, fields, where):
+    if name in fields:
+        return
+    close = difflib.get_close_matches(name, fields, 1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else "--help lists the keys"
+    if where.endswith(".py"):
+        hint += " (a helper's name starts with _)"
+    raise ConfigError(f"{where}: unknown key {name}; {hint}")
+
+
+def _parse_argument(argument, fields, hints):
+    """`--key=value` -> (key, checked value); a bare `--key` switches a bool on."""
+    name, equals, text = argument.lstrip("-").partition("=")
+    if not argument.startswith("--") or not name:
+        raise ConfigError(f"{argument}: write --key=value")
+    _check_known(name, fields, f"--{name}")
+    kinds = _kinds(hints[name])
+    if not equals:
+        if bool not in kinds:
+            raise ConfigError(f"--{name}: write --{name}=value ({_describe(hints[name])})")
+        text = "True"
+    return name, _check(fields[name], hints[name], _parse(text, kinds), f"--{name}")
+
+
+def _parse(text, kinds):
+    """The value that `text` spells for one of `kinds`; the text itself where it spells none, for _check to refuse."""
+    if type(None) in kinds and text in ("None", "none", "null"):
+        return None
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        if kind in kinds:
+            with contextlib.suppress(ValueError):
+                return kind(text)
+    return text
+
+
+def _kinds(hint):
+    """The plain types that a field accepts: Optional[int] -> (int, NoneType)."""
+    is_union = typing.get_origin(hint) in (typing.Union, getattr(types, "UnionType", typing.Union))
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _describe(hint):
+    names = {int: "an integer", float: "a number", bool: "True or False", str: "text", type(None): "None"}
+    return " or ".join(names[k] for k in _kinds(hint))
+
+
+def _check(field, hint, value, where):
+    kinds, meta = _kinds(hint), field.metadata
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"{where} must be a number, not one of {value.bit_length()} bits") from None
+    if type(value) not in kinds:
+        raise ConfigError(f"{where} must be {_describe(hint)}, not {_short(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} must be finite, not {value}")
+    if meta["choices"] is not None and value not in meta["choices"]:
+        close = difflib.get_close_matches(str(value), [str(c) for c in meta["choices"]], 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"{where} must be one of {', '.join(map(str, meta['choices']))}, not {_short(value)}{hint}")
+    if value is not None and meta["low"] is not None and value < meta["low"]:
+        raise ConfigError(f"{where} must be at least {meta['low']}, not {value}")
+    if value is not None and meta["high"] is not None and value > meta["high"]:
+        raise ConfigError(f"{where} must be at most {meta['high']}, not {value}")
+    return value
+
+
+def _short(value):
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_owners(values, given, fields):
+    """A key of an attention type that no layer uses: an error on the command line, a warning from a file, so that one
+    file can be run with another type."""
+    if "attention_type" not in fields:
+        return
+    pattern = values.get("attention_type", fields["attention_type"].default)
+    used = {name.strip() for name in pattern.split(",")}
+    for name, where in given.items():
+        owners = fields[name].metadata["owners"]
+        if owners and not used & set(owners):
+            message = f"{name} belongs to attention_type={'|'.join(owners)}, and no layer of {pattern!r} is one"
+            if where == "the command line":
+                raise ConfigError(f"--{name}: {message}")
+            print(f"warning: {where}: {message}; ignored", file=sys.stderr)
+
+
+def print_help(records, hints):
+    """Every key with its type, default and meaning: a group for each record, then one for each attention type."""
+    print("usage: python SCRIPT.py [config/FILE.py ...] [--key=value ...]\n")
+    for record in records:
+        print(record.__doc__.strip().splitlines()[0])
+        for f in sorted(dataclasses.fields(record), key=lambda f: f.metadata["owners"]):
+            meta = f.metadata
+            kind = "|".join(map(str, meta["choices"])) if meta["choices"] else _describe(hints[f.name])
+            owner = f"[{', '.join(meta['owners'])}] " if meta["owners"] else ""
+            print(f"  --{f.name}={f.default}\n        {owner}{meta['help']} ({kind})")
+        print()
+
+
+def run(main, *errors):
+    """Run a script's `main(argv)`. A user's mistake ends in one line on stderr: exit status 2 for a wrong config, 1 for
+    `errors` and for files that cannot be read or written, 130 after Ctrl-C. Anything else is a bug: a traceback."""
+    name = os.path.basename(sys.argv[0])
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConfigError as caught:
+        error, status = caught, 2
+    except BrokenPipeError:  # the reader of our output went away, as in `python train.py --help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (*errors, OSError) as caught:
+        error, status = caught, 1
+    except KeyboardInterrupt:
+        error, status = "interrupted", 130
+    print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Where and in what precision a script computes, resolved from `device`, `dtype` and `compile`."""
+
+    device: str
+    dtype: str
+    compile: bool
+    why: str
+
+    @property
+    def device_type(self):
+        return self.device.partition(":")[0]
+
+    def autocast(self):
+        """The autocast context of the precision: none in float32."""
+        import torch
+
+        if self.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=getattr(torch, self.dtype))
+
+    def __str__(self):
+        return f"device {self.device}, {self.dtype}, {'compiled' if self.compile else 'eager'} ({self.why})"
+
+
+def resolve_device(device, dtype, compile=False):
+    """(device, dtype, compile) as asked -> Runtime. `auto` takes CUDA, then MPS, then the CPU; bfloat16 where CUDA has
+    it, else float16 with a scaler, and float32 elsewhere; compile=None compiles on CUDA. CUDA is not touched unless
+    asked for or `auto`. Raises ConfigError where the device does not exist or lacks the precision."""
+    import torch
+
+    why = "as asked"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        why = {"cuda": "CUDA found", "mps": "MPS found, no CUDA", "cpu": "no GPU found"}[device]
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device must be auto, cpu, cuda, cuda:N or mps, not {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device}: this PyTorch sees no CUDA device; write --device=cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device=mps: this PyTorch sees no MPS device; write --device=cpu")
+    if kind != "cpu":
+        with _one_line(f"device={device}"):
+            torch.empty(1, device=device)
+    if dtype == "auto":
+        half = "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float16"
+        dtype = half if kind == "cuda" else "float32"
+    if dtype == "float16" and kind != "cuda":
+        raise ConfigError(f"dtype=float16 needs CUDA (its gradient scaler); write --dtype=float32 for {kind}")
+    return Runtime(device, dtype, kind == "cuda" if compile is None else compile, why)
+
+
+@contextlib.contextmanager
+def _one_line(what):
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"{what}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,21 @@
+# WikiText-2 at a size that a 2-core CPU trains in minutes. Most operations are the output head's 50,257 rows.
+out_dir = "out/wikitext2_small"
+dataset = "wikitext2"
+
+n_layer = 2
+n_head = 4
+n_embd = 128
+block_size = 128
+dropout = 0.2
+
+batch_size = 8
+learning_rate = 2e-3
+min_lr = 2e-4
+warmup_iters = 100
+max_iters = 1500
+beta2 = 0.99
+weight_decay = 0.1
+
+eval_interval = 250
+eval_iters = 20
+eval_batch_size = 8

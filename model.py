@@ -1,0 +1,605 @@
+"""A GPT whose attention is looked up by name: the one file to edit to try an attention of your own.
+
+Shapes: B batch, T tokens, C = n_embd, H heads, D head size, V vocabulary. The parameter tree is nanoGPT's, and for
+`attention_type=softmax` so are the parameter names, so that its checkpoints and GPT-2's weights load.
+
+The attention protocol, the same for each type:
+
+    y, penalty = attn(x)                     # training; x, y (B, T, C), penalty a float32 scalar, 0 in eval()
+    state = attn.init_state(batch, max_len)  # decoding state
+    y, state = attn.step(x, state)           # x (B, t, C), t >= 1; over any split of a sequence it equals attn(x)
+    attn.flops(T)                            # (nominal, executed) operations of one sequence, without projections
+    attn.stats(x=None)                       # tensors for logs and plots
+"""
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from config import key
+
+
+class ModelError(ValueError):
+    """A model that cannot be built or loaded; the message is one line."""
+
+
+@dataclass
+class GPTConfig:
+    """Model"""
+
+    block_size: int = key(1024, "tokens of context", low=1)
+    vocab_size: int = key(0, "number of token ids; 0: the data set's", low=0)
+    n_layer: int = key(12, "blocks", low=1)
+    n_head: int = key(12, "heads of softmax attention", low=1)
+    n_embd: int = key(768, "width of the residual stream", low=1)
+    head_dim: int = key(0, "size of a head; 0: n_embd / n_head", low=0)
+    dropout: float = key(0.0, "dropout on embeddings, attention and residuals", low=0.0, high=0.999)
+    bias: bool = key(False, "biases in linear layers and LayerNorms")
+    attention_type: str = key("softmax", "one attention type, or a comma pattern cycled over the layers")
+    pos_emb: str = key("learned", "positions", choices=("learned", "rope", "none"))
+    rope_base: float = key(10000.0, "base of the rotary frequencies", low=1.0)
+    mlp: str = key("gelu", "the MLP of a block", choices=("gelu", "swiglu", "none"))
+    mlp_hidden: int = key(0, "hidden width of the MLP; 0: 4 n_embd for gelu, 8/3 n_embd for swiglu", low=0)
+    gelu: str = key("erf", "GELU by the error function, or GPT-2's tanh approximation", choices=("erf", "tanh"))
+    norm: str = key("layernorm", "normalisation", choices=("layernorm", "rmsnorm", "none"))
+    embedding: str = key("tied", "token embedding and output head", choices=("tied", "untied", "onehot"))
+
+    def __post_init__(self):
+        for name in self.types():
+            if name not in ATTENTION:
+                raise ValueError(f"attention_type: no type {name!r}; write one of {', '.join(ATTENTION)}")
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; or set head_dim")
+        if self.pos_emb == "rope" and self.d_head % 2:
+            raise ValueError(f"pos_emb=rope rotates pairs: the head size must be even, not {self.d_head} (head_dim)")
+        if self.embedding == "onehot" and self.vocab_size and self.vocab_size != self.n_embd:
+            raise ValueError(f"embedding=onehot needs n_embd={self.vocab_size}, the vocabulary, not {self.n_embd}")
+
+    def types(self):
+        """The attention type of each layer, the pattern cycled over the layers."""
+        pattern = [name.strip() for name in self.attention_type.split(",")]
+        return [pattern[i % len(pattern)] for i in range(max(self.n_layer, len(pattern)))]
+
+    @property
+    def d_head(self):
+        return self.head_dim or self.n_embd // self.n_head
+
+
+# -----------------------------------------------------------------------------
+# attention
+
+
+def rotate(x, offset, base):
+    """Rotary positions (Su et al. 2021, eq. 34): pair (d, d + D/2) of the vector at position p = offset + t turns by
+    the angle p base^(-2d/D). x (..., T, D)."""
+    T, D = x.shape[-2:]
+    frequency = base ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float64) / D)
+    angle = torch.outer(torch.arange(offset, offset + T, device=x.device, dtype=torch.float64), frequency)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (T, D/2)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the last tokens, (B, H, 2 max_len, D): slots [0, n) are filled, in order of time. A ring of
+    twice the window, so that the window is always one slice: when it is full the last max_len move to the front."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    max_len: int
+    n: int = 0
+
+
+class SoftmaxAttention(nn.Module):
+    """Causal softmax attention (Vaswani et al. 2017, eq. 1), by head:
+
+        o_t = sum_{s <= t} p_ts v_s,   p_t = softmax_s(q_t . k_s / sqrt(D))
+
+    Decoding keeps a ring of the last max_len keys and values."""
+
+    mask_parameters = ()
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.d_head = config.n_head, config.d_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * self.n_head * self.d_head, bias=config.bias)
+        self.c_proj = nn.Linear(self.n_head * self.d_head, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
+        self.rope_base = config.rope_base if config.pos_emb == "rope" else None
+
+    def forward(self, x):
+        q, k, v = self._qkv(x, 0)
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        return self._project(y), torch.zeros((), device=x.device)
+
+    def init_state(self, batch, max_len):
+        shape, like = (batch, self.n_head, 2 * max_len, self.d_head), self.c_attn.weight
+        return KVCache(like.new_empty(shape), like.new_empty(shape), max_len)
+
+    def step(self, x, state):
+        """A prompt longer than the window goes in pieces; a query sees itself and the max_len - 1 tokens before it."""
+        L, t = state.max_len, x.size(1)
+        if t > L:
+            return torch.cat([self.step(piece, state)[0] for piece in x.split(L, 1)], 1), state
+        if state.n + t > 2 * L:
+            self._move_to_front(state)
+        n, m = state.n, state.n + t
+        q, k, v = self._qkv(x, n)
+        state.k[:, :, n:m], state.v[:, :, n:m], state.n = k, v, m
+        first = max(0, n + 1 - L)  # the oldest key that the first query sees
+        k, v = state.k[:, :, first:m].to(q.dtype), state.v[:, :, first:m].to(q.dtype)
+        if t == 1 or n == 0:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
+        else:
+            distance = torch.arange(n, m, device=x.device)[:, None] - torch.arange(first, m, device=x.device)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < L))
+        return self._project(y), state
+
+    def flops(self, T):
+        pairs = T * (T + 1) // 2
+        return (4 * self.n_head * self.d_head * pairs,) * 2
+
+    @torch.no_grad()
+    def stats(self, x=None):
+        """With x (B, T, C): the attention map (H, T, T) of the first sequence, and the largest logit of each head."""
+        if x is None:
+            return {}
+        q, k, _ = self._qkv(x[:1], 0)
+        logits = (q @ k.mT)[0].float() / math.sqrt(self.d_head)
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
+        return {"attention_map": logits.softmax(-1), "max_logit": logits.amax((1, 2))}
+
+    def _qkv(self, x, offset):
+        B, T, _ = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, self.d_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if self.rope_base is not None:
+            q, k = rotate(q, offset, self.rope_base), rotate(k, offset, self.rope_base)
+        return q, k, v
+
+    def _project(self, y):
+        B, _, T, _ = y.shape  # (B, H, T, D)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)))
+
+    def _move_to_front(self, state):
+        """Only differences of positions matter to rotary keys: turning them back keeps the angles small for ever."""
+        keep = min(state.n, state.max_len)
+        k = state.k[:, :, state.n - keep : state.n].clone()
+        if self.rope_base is not None:
+            moved = keep - state.n
+            k = rotate(k.transpose(1, 2).flatten(0, 1).unsqueeze(-2), moved, self.rope_base)
+            k = k.view(state.k.size(0), keep, self.n_head, self.d_head).transpose(1, 2)
+        state.k[:, :, :keep] = k
+        state.v[:, :, :keep] = state.v[:, :, state.n - keep : state.n].clone()
+        state.n = keep
+
+
+class NoAttention(nn.Module):
+    """Zero output and no parameters: the control that each type must beat. With `mlp_hidden` widened it has as many
+    parameters as the model it stands beside."""
+
+    mask_parameters = ()
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, x):
+        return torch.zeros_like(x), torch.zeros((), device=x.device)
+
+    def init_state(self, batch, max_len):
+        return None
+
+    def step(self, x, state):
+        return torch.zeros_like(x), state
+
+    def flops(self, T):
+        return 0, 0
+
+    def stats(self, x=None):
+        return {}
+
+
+ATTENTION = {
+    "softmax": SoftmaxAttention,
+    "none": NoAttention,
+}
+
+
+# -----------------------------------------------------------------------------
+# the model around it
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm whose bias is optional."""
+
+    def __init__(self, n_embd, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+def make_norm(config):
+    if config.norm == "layernorm":
+        return LayerNorm(config.n_embd, config.bias)
+    return nn.RMSNorm(config.n_embd, eps=1e-5) if config.norm == "rmsnorm" else nn.Identity()
+
+
+class GeluMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        hidden = config.mlp_hidden or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.gelu = nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class SwigluMLP(nn.Module):
+    """W_o (silu(W_g x) * W_i x) (Shazeer 2020, eq. 6); 8/3 n_embd wide it has the parameters of the GELU one."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = config.mlp_hidden or -(-8 * config.n_embd // 3 // 8) * 8
+        self.c_fc = nn.Linear(config.n_embd, 2 * hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        gate, value = self.c_fc(x).chunk(2, -1)
+        return self.dropout(self.c_proj(F.silu(gate) * value))
+
+
+class Block(nn.Module):
+    def __init__(self, config, attention_type):
+        super().__init__()
+        attn = ATTENTION[attention_type](config)
+        self.ln_1 = make_norm(config) if any(True for _ in attn.parameters()) else nn.Identity()
+        self.attn = attn
+        if config.mlp != "none":
+            self.ln_2 = make_norm(config)
+            self.mlp = (GeluMLP if config.mlp == "gelu" else SwigluMLP)(config)
+        else:
+            self.mlp = None
+
+    def forward(self, x):
+        y, penalty = self.attn(self.ln_1(x))
+        return self._add_mlp(x + y), penalty
+
+    def step(self, x, state):
+        y, state = self.attn.step(self.ln_1(x), state)
+        return self._add_mlp(x + y), state
+
+    def _add_mlp(self, x):
+        return x if self.mlp is None else x + self.mlp(self.ln_2(x))
+
+
+class OneHot(nn.Module):
+    """The identity as an embedding: id -> unit vector."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    def forward(self, idx):
+        return F.one_hot(idx, self.vocab_size).to(torch.get_default_dtype())
+
+
+@dataclass
+class DecodeState:
+    """What decoding remembers: the position, once for the whole model, and each layer's own state."""
+
+    pos: int
+    layers: list
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if not config.vocab_size:
+            raise ModelError("vocab_size=0: a model without a data set needs a vocabulary size")
+        self.config = config
+        self.activation_checkpointing = False
+        onehot = config.embedding == "onehot"
+        wte = OneHot(config.vocab_size) if onehot else nn.Embedding(config.vocab_size, config.n_embd)
+        parts = {"wte": wte}
+        if config.pos_emb == "learned":
+            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        parts["drop"] = nn.Dropout(config.dropout)
+        parts["h"] = nn.ModuleList(Block(config, name) for name in config.types()[: config.n_layer])
+        parts["ln_f"] = make_norm(config)
+        self.transformer = nn.ModuleDict(parts)
+        self.lm_head = nn.Identity() if onehot else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.embedding == "tied":
+            self.transformer.wte.weight = self.lm_head.weight
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():  # GPT-2: residual projections shrink with depth
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx, targets=None):
+        """idx, targets (B, T) ids, -1 in targets is not scored. With targets: logits (B, T, V) and the loss, which is
+        cross-entropy in nats plus the penalties. Without: logits (B, 1, V) of the last position, and None."""
+        x, penalty = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        logits = self.lm_head(x)
+        return logits, cross_entropy(logits, targets) + penalty
+
+    def hidden(self, idx):
+        """(B, T) ids -> the final normed hidden states (B, T, C), and the sum of the layers' penalties."""
+        x, penalty = self.embed(idx, 0), 0.0
+        for block in self.transformer.h:
+            if self.activation_checkpointing and self.training:
+                x, p = checkpoint(block, x, use_reentrant=False)
+            else:
+                x, p = block(x)
+            penalty = penalty + p
+        return self.transformer.ln_f(x), penalty
+
+    def embed(self, idx, pos):
+        """(B, t) ids at positions pos .. pos + t - 1 -> (B, t, C)."""
+        x, T = self.transformer.wte(idx), idx.size(1)
+        if self.config.pos_emb == "learned":
+            if pos + T > self.config.block_size:
+                raise ModelError(f"{pos + T} tokens do not fit block_size={self.config.block_size}")
+            x = x + self.transformer.wpe.weight[pos : pos + T]
+        return self.transformer.drop(x)
+
+    @torch.no_grad()
+    def trace(self, idx):
+        """(B, T) ids -> for each layer its attention's normed input and its output, both (B, T, C)."""
+        x, seen = self.embed(idx, 0), []
+        for block in self.transformer.h:
+            entry = block.ln_1(x)
+            seen.append((entry, block.attn(entry)[0]))
+            x, _ = block(x)
+        return seen
+
+    # decoding
+
+    def init_state(self, batch):
+        """An empty decoding state for `batch` sequences."""
+        layers = [block.attn.init_state(batch, self.config.block_size) for block in self.transformer.h]
+        return DecodeState(0, layers)
+
+    @torch.no_grad()
+    def step(self, idx, state):
+        """idx (B, t): the next t tokens -> logits (B, t, V) and the state after them. With learned positions at most
+        block_size tokens fit a state."""
+        x = self.embed(idx, state.pos)
+        for i, block in enumerate(self.transformer.h):
+            x, state.layers[i] = block.step(x, state.layers[i])
+        state.pos += idx.size(1)
+        return self.lm_head(self.transformer.ln_f(x)), state
+
+    def context_start(self, n):
+        """Where the context of token n begins. Learned positions end with the block: a full block is left for its last
+        half. Rotary and absent positions never end; each attention keeps what its state holds."""
+        size = self.config.block_size
+        if self.config.pos_emb != "learned" or n <= size:
+            return 0
+        hop = size - size // 2
+        return -(-(n - size) // hop) * hop
+
+    def _next_logits(self, idx, state):
+        """Logits (B, V) after idx (B, n), and the state that gave them; state=None recomputes the whole context."""
+        start = self.context_start(idx.size(1))
+        if state is None:
+            if idx.size(1) - start <= self.config.block_size:
+                return self(idx[:, start:])[0][:, -1], None
+            return self.step(idx, self.init_state(idx.size(0)))[0][:, -1], None
+        if idx.size(1) - start <= state.pos:  # a new block has begun: its state starts from the block's own tokens
+            state = self.init_state(idx.size(0))
+        logits, state = self.step(idx[:, start + state.pos :], state)
+        return logits[:, -1], state
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True):
+        """Yield the next tokens (B, 1) of idx (B, n >= 1), one at a time. temperature=0 is greedy; top_k and top_p
+        narrow the choice; ids from `vocab_size` on (padding of the embedding) are never drawn. The model must be in
+        eval mode. use_cache=False recomputes the context for each token: slow, and the same text."""
+        state = self.init_state(idx.size(0)) if use_cache else None
+        for _ in range(max_new_tokens):
+            logits, state = self._next_logits(idx, state)
+            token = sample_token(logits[:, :vocab_size].float(), temperature, top_k, top_p)
+            idx = torch.cat((idx, token), 1)
+            yield token
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **options):
+        """idx (B, n) with its continuation, (B, n + max_new_tokens); options as in `stream`."""
+        tokens = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, **options))
+        return torch.cat((idx, *tokens), 1)
+
+    # sizes
+
+    def num_params(self, non_embedding=True):
+        """Number of parameters, by default without the position table (nanoGPT's count)."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding and "wpe" in self.transformer else n
+
+    def flops(self, T):
+        """(nominal, executed) operations of a forward pass over one sequence of T tokens: matrices and attention."""
+        matrices = [m for m in self.modules() if isinstance(m, nn.Linear)]
+        dense = 2 * T * sum(m.weight.numel() for m in matrices)
+        attention = [block.attn.flops(T) for block in self.transformer.h]
+        return dense + sum(a[0] for a in attention), dense + sum(a[1] for a in attention)
+
+    # loading
+
+    @classmethod
+    def from_checkpoint(cls, out_dir, name=None, **overrides):
+        """The model of a training folder (best.pt, else ckpt.pt, else an export), also of a nanoGPT checkpoint. Config
+        values in `overrides` replace the stored ones; what then does not fit is in `model.loaded`."""
+        stored = read_checkpoint(out_dir, name)
+        model = cls(stored_config(stored, **overrides))
+        model.loaded = load_weights(model, stored["model"])
+        return model
+
+    @classmethod
+    def from_pretrained(cls, source, **overrides):
+        """GPT-2 weights, from the hub (`gpt2`, `gpt2-medium`, ...) or from a local Hugging Face folder."""
+        try:
+            from transformers import GPT2LMHeadModel
+        except ImportError:
+            raise ModelError("GPT-2 weights are read by transformers: pip install transformers") from None
+        try:
+            hf = GPT2LMHeadModel.from_pretrained(source)
+        except Exception as error:  # the hub's client raises a dozen kinds
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"no GPT-2 weights in {source!r}: {reason}") from None
+        gelu = {"gelu_new": "tanh", "gelu": "erf"}.get(hf.config.activation_function)
+        if gelu is None:
+            raise ModelError(f"{source}: activation {hf.config.activation_function!r} is not a GELU")
+        c = hf.config
+        shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions)
+        shape |= dict(vocab_size=c.vocab_size, bias=True, gelu=gelu, mlp_hidden=c.n_inner or 0)
+        model = cls(GPTConfig(**(shape | overrides)))
+        model.loaded = load_weights(model, gpt2_names(hf.state_dict()))
+        return model
+
+
+def cross_entropy(logits, targets):
+    """Mean nats over the scored targets; logits (B, T, V), targets (B, T) with -1 where a position is not scored."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def sample_token(logits, temperature, top_k, top_p):
+    """Draw ids (B, 1) from logits (B, V); see GPT.stream."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None:  # the smallest set of most likely ids whose probabilities reach top_p
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1)
+
+
+# -----------------------------------------------------------------------------
+# parameters and files
+
+
+def param_groups(model):
+    """{"matrix" | "vector" | "mask": [(name, parameter)]}, each parameter in exactly one. `mask` holds what the
+    attention types list in `mask_parameters` (spans, periods, alphas, gates). Weight decay is for `matrix` alone."""
+    groups = {"matrix": [], "vector": [], "mask": []}
+    masks = {
+        id(p)
+        for block in model.transformer.h
+        for name, p in block.attn.named_parameters()
+        if name.split(".")[-1] in block.attn.mask_parameters
+    }
+    for name, p in model.named_parameters():
+        groups["mask" if id(p) in masks else "matrix" if p.dim() >= 2 else "vector"].append((name, p))
+    return groups
+
+
+@dataclass
+class LoadReport:
+    """What a load did: names copied, names the model has and the file lacks, names the file has and the model lacks."""
+
+    copied: list
+    new: list
+    left: list
+
+    def __str__(self):
+        parts = [f"copied {len(self.copied)} tensors"]
+        parts += [f"new (not in the file): {', '.join(self.new)}"] if self.new else []
+        parts += [f"left (not in the model): {', '.join(self.left)}"] if self.left else []
+        return "; ".join(parts)
+
+
+@torch.no_grad()
+def load_weights(model, weights):
+    """Copy into `model` each tensor of `weights` that fits by name and shape; report the rest. A longer position table
+    gives its first block_size rows."""
+    own = model.state_dict()  # shares storage with the parameters
+    copied, left = [], []
+    for name, value in weights.items():
+        if name in own and name.endswith("wpe.weight") and value.size(0) > own[name].size(0):
+            value = value[: own[name].size(0)]
+        if name in own and own[name].shape == value.shape:
+            own[name].copy_(value)
+            copied.append(name)
+        else:
+            left.append(name)
+    done = set(copied)
+    if model.config.embedding == "tied" and done & {"lm_head.weight", "transformer.wte.weight"}:
+        done |= {"lm_head.weight", "transformer.wte.weight"}
+    return LoadReport(copied, [name for name in own if name not in done], left)
+
+
+def gpt2_names(weights):
+    """Hugging Face GPT-2 tensors under our names. Its Conv1D stores (in, out), a Linear (out, in): four are turned."""
+    turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    buffers = (".attn.bias", ".attn.masked_bias")  # causal masks in older files
+    kept = {name: w for name, w in weights.items() if not name.endswith(buffers)}
+    return {name: w.t() if name.endswith(turned) else w for name, w in kept.items()}
+
+
+def stored_config(stored, **overrides):
+    """The GPTConfig of a checkpoint, with `overrides` in place of what it says."""
+    known = {f.name for f in dataclasses.fields(GPTConfig)}
+    unknown = sorted(set(stored["model_args"]) - known)
+    if unknown:
+        raise ModelError(f"the checkpoint's model has keys that this version does not know: {', '.join(unknown)}")
+    try:
+        return GPTConfig(**(stored["model_args"] | overrides))
+    except (TypeError, ValueError) as error:
+        raise ModelError(str(error)) from None
+
+
+def read_checkpoint(out_dir, name=None):
+    """The dict in out_dir/name (default: best.pt, else ckpt.pt, else model.safetensors with config.json): `model`
+    (tensors by name), `model_args` (config), and what training added. Loads tensors and plain values only."""
+    names = [name] if name else ["best.pt", "ckpt.pt", "model.safetensors"]
+    path = next((p for p in (os.path.join(out_dir, n) for n in names) if os.path.exists(p)), None)
+    if path is None:
+        raise ModelError(f"no checkpoint in {out_dir}: looked for {', '.join(names)}; train one with train.py")
+    try:
+        if path.endswith(".safetensors"):
+            stored = _read_export(path)
+        else:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # a damaged archive, a pickle with code in it, another library's format
+        raise ModelError(f"{path}: not a readable checkpoint (truncated, or not tensors and plain values)") from None
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(k), dict) for k in ("model", "model_args")):
+        raise ModelError(f"{path}: not a checkpoint of this repository or of nanoGPT (no model and model_args)")
+    prefix = "_orig_mod."  # nanoGPT saves the compiled module, whose names carry it
+    stored["model"] = {k.removeprefix(prefix): v for k, v in stored["model"].items()}
+    stored["path"] = path
+    return stored
+
+
+def _read_export(path):
+    from safetensors.torch import load_file
+
+    with open(os.path.join(os.path.dirname(path), "config.json"), encoding="utf-8") as f:
+        return {"model": load_file(path), "model_args": json.load(f)["model"]}

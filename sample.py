@@ -1,0 +1,116 @@
+"""Continue a prompt with a trained checkpoint, or with GPT-2.
+
+    python sample.py --out_dir=out --start="The history of" --max_new_tokens=300
+    python sample.py --out_dir=out --start=FILE:prompt.txt --num_samples=4 --temperature=0.7 --top_p=0.9
+    python sample.py --init_from=gpt2 --start="Once upon a time"
+
+One sample is printed as it is drawn; several are drawn in one batch and printed one after the other.
+"""
+
+import codecs
+import json
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+import config
+from config import ConfigError, key
+from data import DataError, Dataset, get_codec
+from model import GPT, ModelError
+
+
+@dataclass
+class SampleConfig:
+    """Sampling"""
+
+    out_dir: str = key("out", "folder of the run")
+    init_from: str = key("checkpoint", "checkpoint (of out_dir), or gpt2, gpt2-medium, ..., or a Hugging Face folder")
+    checkpoint: str = key("", "file in out_dir; empty: best.pt, else ckpt.pt, else model.safetensors")
+    dataset: str = key("", "data set whose codec to use; empty: the one of the run")
+    start: str = key("\n", "the prompt, or FILE:path")
+    num_samples: int = key(1, "continuations, drawn in one batch", low=1)
+    max_new_tokens: int = key(500, "tokens of each", low=1)
+    temperature: float = key(0.8, "0: greedy", low=0.0)
+    top_k: int | None = key(200, "draw among the k most likely; None: all", low=1)
+    top_p: float | None = key(
+        None, "draw among the most likely that reach this probability; None: all", low=1e-6, high=1.0
+    )
+    seed: int = key(1337, "seed of the draws", low=0, high=2**31)
+    use_cache: bool = key(True, "False recomputes the context for each token: slow, the same text")
+    device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = key("auto", "autocast precision", choices=("auto", "float32", "bfloat16", "float16"))
+
+
+def load(cfg):
+    """(model, codec): the codec is the data set's, as the run's config.json describes it."""
+    if cfg.init_from != "checkpoint":
+        return GPT.from_pretrained(cfg.init_from), get_codec({"codec": "gpt2"})
+    model = GPT.from_checkpoint(cfg.out_dir, cfg.checkpoint or None)
+    if model.loaded.new:
+        raise ModelError(f"{cfg.out_dir}: the checkpoint lacks {', '.join(model.loaded.new)}")
+    if cfg.dataset:
+        return model, Dataset(cfg.dataset).codec
+    path = os.path.join(cfg.out_dir, "config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)["data"]
+    except FileNotFoundError:  # nanoGPT's folders have none
+        if model.config.vocab_size < 50257:
+            raise ConfigError(f"no {path} to name the codec: write --dataset=NAME") from None
+        meta = {"codec": "gpt2"}
+    except (ValueError, KeyError):
+        raise ConfigError(f"{path} is damaged: write --dataset=NAME to name the codec") from None
+    return model, get_codec(meta)
+
+
+def read_prompt(start):
+    if not start.startswith("FILE:"):
+        return start
+    path = start.removeprefix("FILE:")
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except UnicodeDecodeError:
+        raise ConfigError(f"--start: {path} is not UTF-8 text") from None
+
+
+def print_stream(prompt, tokens, codec):
+    """Print the prompt, then each token when it comes; bytes of an unfinished character wait for the next token."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    sys.stdout.write(prompt)
+    for token in tokens:
+        sys.stdout.write(decoder.decode(codec.decode_bytes([token.item()])))
+        sys.stdout.flush()
+    sys.stdout.write(decoder.decode(b"", final=True) + "\n")
+
+
+def main(argv):
+    cfg, _ = config.load(argv, SampleConfig)
+    runtime = config.resolve_device(cfg.device, cfg.dtype)
+    model, codec = load(cfg)
+    model.to(runtime.device).eval()
+    prompt = read_prompt(cfg.start)
+    ids = codec.encode(prompt)
+    if not ids:
+        raise ConfigError("--start is empty: write at least one token")
+    if max(ids) >= model.config.vocab_size:
+        raise ConfigError(f"--start: token {max(ids)} is beyond the model's vocabulary of {model.config.vocab_size}")
+    torch.manual_seed(cfg.seed)
+    idx = torch.tensor([ids] * cfg.num_samples, device=runtime.device)
+    options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, vocab_size=codec.vocab_size)
+    with torch.no_grad(), runtime.autocast():
+        tokens = model.stream(idx, cfg.max_new_tokens, use_cache=cfg.use_cache, **options)
+        if cfg.num_samples == 1:
+            print_stream(prompt, tokens, codec)
+            return 0
+        out = torch.cat(list(tokens), 1)
+    for row in out.tolist():
+        print(prompt + codec.decode(row))
+        print("-" * 80)
+    return 0
+
+
+if __name__ == "__main__":
+    config.run(main, DataError, ModelError)

@@ -1,0 +1,800 @@
+"""Train a GPT: one run, in the order it happens.
+
+    python train.py config/train_stdlib.py --max_iters=500             # one process
+    torchrun --nproc_per_node=2 train.py config/train_enwik8.py        # one process a GPU
+    python train.py config/train_stdlib.py --init_from=resume          # go on from out_dir/ckpt.pt
+    python train.py config/train_stdlib.py --init_from=resume --eval_only
+
+In out_dir: config.json, log.jsonl (a line for each logged iteration and each evaluation), ckpt.pt (the last state, to
+resume), best.pt (the weights with the lowest validation loss). Ctrl-C or SIGTERM finishes the step and saves.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+import config
+from config import ConfigError, key
+from data import Batches, DataError, Dataset, windows
+from model import GPT, GPTConfig, ModelError, cross_entropy, load_weights, param_groups, read_checkpoint, stored_config
+
+MAX_BAD_STEPS = 5  # non-finite steps in a row that end a run
+
+
+class TrainError(RuntimeError):
+    """A run that cannot go on; the message is one line."""
+
+
+@dataclass
+class TrainConfig:
+    """Training"""
+
+    out_dir: str = key("out", "folder of the run")
+    init_from: str = key("scratch", "scratch | resume | gpt2, gpt2-medium, ... | a folder with weights to start from")
+    dataset: str = key("stdlib", "a data set of data/, or the folder of a prepared one")
+    batch_size: int = key(12, "sequences of a micro-batch, for each process", low=1)
+    gradient_accumulation_steps: int = key(1, "micro-batches of a step, over all processes", low=1)
+    max_iters: int = key(5000, "optimizer steps", low=0)
+    max_seconds: float = key(0.0, "training time over all resumes, evaluations excluded; 0: no limit", low=0.0)
+    optimizer: str = key("adamw", "muon moves the matrices of the blocks, AdamW the rest", choices=("adamw", "muon"))
+    learning_rate: float = key(6e-4, "peak learning rate of AdamW", low=0.0)
+    muon_learning_rate: float = key(0.02, "peak learning rate of Muon", low=0.0)
+    mask_learning_rate: float = key(0.01, "peak learning rate of mask parameters (spans, periods, alphas)", low=0.0)
+    min_lr: float = key(6e-5, "learning rate at the end of the decay", low=0.0)
+    decay_lr: bool = key(True, "cosine decay; False: constant after the warm-up")
+    warmup_iters: int = key(100, "steps of linear warm-up", low=0)
+    lr_decay_iters: int = key(0, "steps until min_lr; 0: max_iters", low=0)
+    weight_decay: float = key(0.1, "decay of matrices; vectors and masks have none", low=0.0)
+    beta1: float = key(0.9, "AdamW", low=0.0, high=0.9999)
+    beta2: float = key(0.95, "AdamW", low=0.0, high=0.999999)
+    grad_clip: float = key(1.0, "gradient norm to clip to; 0: off", low=0.0)
+    mask_grad_clip: float = key(0.0, "gradient norm of mask parameters to clip to; 0: off", low=0.0)
+    eval_interval: int = key(500, "steps between evaluations, each followed by a checkpoint", low=1)
+    eval_iters: int = key(50, "fixed batches of the loss estimate during training", low=1)
+    eval_only: bool = key(False, "score val and test by the full pass, then stop")
+    eval_context: int = key(0, "tokens of context in the full pass; 0: block_size", low=0)
+    eval_stride: int = key(0, "step between its windows; 0: its context, so that windows do not overlap", low=0)
+    eval_batch_size: int = key(16, "windows at once in the full pass; the figure does not depend on it", low=1)
+    checkpoint_interval: int = key(0, "steps between checkpoints; 0: at evaluations only", low=0)
+    export: bool = key(False, "write model.safetensors when the run ends")
+    log_interval: int = key(10, "steps between log lines", low=1)
+    wandb_log: bool = key(False, "log to Weights & Biases as well")
+    wandb_project: str = key("nanoattention", "project there")
+    wandb_run_name: str = key("", "name there; empty: out_dir")
+    wandb_mode: str = key("online", "mode there", choices=("online", "offline", "disabled"))
+    seed: int = key(1337, "seed of weights, batches and dropout", low=0, high=2**31)
+    device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = key("auto", "autocast precision", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: bool | None = key(None, "torch.compile; None: on CUDA only")
+    activation_checkpointing: bool = key(False, "recompute blocks in the backward pass: less memory, a third slower")
+    dry_run: bool = key(False, "print parameters, memory and operations of a step, then stop")
+
+    def __post_init__(self):
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}")
+        if self.eval_stride > self.eval_context > 0:
+            raise ValueError(f"eval_stride={self.eval_stride} would skip tokens: eval_context is {self.eval_context}")
+
+
+class Objective(nn.Module):
+    """What a step minimises: cross-entropy in nats plus the attention's penalties. DDP and compile wrap this module, so
+    that nothing bypasses them. forward(batch) -> (loss, {"ce", "penalty"})."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        idx, targets = batch  # (B, T) each
+        x, penalty = self.model.hidden(idx)
+        ce = cross_entropy(self.model.lm_head(x), targets)
+        return ce + penalty, {
+            "ce": ce,
+            "penalty": penalty,
+        }  # detached by the reader: compiled, a detach here takes both
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is in the checkpoint."""
+
+    iter_num: int = 0
+    best_val_loss: float = math.inf
+    tokens: int = 0
+    seconds: float = 0.0
+    wandb_id: str = ""
+
+
+# -----------------------------------------------------------------------------
+# processes
+
+
+@dataclass
+class World:
+    """This process among those of torchrun."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @property
+    def master(self):
+        return self.rank == 0
+
+    def max(self, values):
+        """Element-wise maximum over processes of a short list of numbers, so that all take the same branch."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def sum(self, values):
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def _reduce(self, values, op):
+        if self.size == 1:
+            return values
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
+    def gather(self, value):
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def start_world(device):
+    """The processes that torchrun started, joined (NCCL on CUDA, gloo elsewhere), and this one's device."""
+    if "RANK" not in os.environ:
+        return World(0, 1, 0), device
+    world = World(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if cuda:
+        device = f"cuda:{world.local_rank}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return world, device
+
+
+# -----------------------------------------------------------------------------
+# model and optimizer
+
+
+def make_model(cfg, model_config, given, dataset):
+    """The model that `init_from` names, its checkpoint dict when it resumes (else None), and a line that describes it.
+
+    A checkpoint or GPT-2 decides the shape; keys given explicitly replace its values, except on resume, where a
+    different model is an error."""
+    explicit = {k: getattr(model_config, k) for k in given if hasattr(model_config, k)}
+    if cfg.init_from == "scratch":
+        size = model_config.vocab_size or dataset.vocab_size
+        model = GPT(config.override(model_config, vocab_size=size))
+        return model, None, f"a new model of {model.num_params():,} parameters"
+    if cfg.init_from == "resume":
+        return resume_model(cfg, explicit, given)
+    if not os.path.isdir(cfg.init_from) and not cfg.init_from.startswith("gpt2"):
+        raise ConfigError(f"init_from={cfg.init_from}: neither scratch, resume, gpt2... nor a folder")
+    ours = is_training_folder(cfg.init_from)
+    model = (GPT.from_checkpoint if ours else GPT.from_pretrained)(cfg.init_from, **explicit)
+    return model, None, f"{cfg.init_from}: {model.loaded}"
+
+
+def is_training_folder(folder):
+    """Whether a folder holds our checkpoints (ckpt.pt, or an export), not a Hugging Face model."""
+    if any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "best.pt")):
+        return True
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+        return "train" in json.load(f)
+    return False
+
+
+def resume_model(cfg, explicit, given):
+    stored = read_checkpoint(cfg.out_dir, "ckpt.pt")
+    model_config = stored_config(stored)
+    for name, value in explicit.items():
+        if name == "vocab_size" and value == 0:
+            continue
+        if name == "dropout":
+            model_config = config.override(model_config, dropout=value)
+        elif value != getattr(model_config, name):
+            was = getattr(model_config, name)
+            raise ConfigError(f"{name}={value} ({given[name]}), but the checkpoint in {cfg.out_dir} has {name}={was}")
+    model = GPT(model_config)
+    report = load_weights(model, stored["model"])
+    if report.new:
+        raise ModelError(f"{stored['path']}: the checkpoint lacks {', '.join(report.new)}")
+    return model, stored, f"resumed from {stored['path']} at iteration {stored.get('iter_num', 0)}: {report}"
+
+
+def make_optimizers(model, cfg, device_type):
+    """AdamW over the parameter groups, or with optimizer=muon Muon for the blocks' matrices and AdamW for the rest.
+    Each group remembers its peak rate in `peak_lr`."""
+    groups = {name: [p for _, p in members] for name, members in param_groups(model).items()}
+    optimizers = []
+    if cfg.optimizer == "muon":
+        inner = {id(p) for p in model.transformer.h.parameters()}
+        hidden = [p for p in groups["matrix"] if id(p) in inner and p.dim() == 2]
+        chosen = {id(p) for p in hidden}
+        groups["matrix"] = [p for p in groups["matrix"] if id(p) not in chosen]
+        muon = [{"params": hidden, "peak_lr": cfg.muon_learning_rate}]
+        optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_learning_rate, weight_decay=cfg.weight_decay))
+    rates = {"matrix": cfg.learning_rate, "vector": cfg.learning_rate, "mask": cfg.mask_learning_rate}
+    members = [
+        {"params": params, "peak_lr": rates[name], "weight_decay": cfg.weight_decay if name == "matrix" else 0.0}
+        for name, params in groups.items()
+        if params
+    ]
+    fused = device_type in ("cpu", "cuda")
+    optimizers.insert(0, torch.optim.AdamW(members, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused))
+    return optimizers
+
+
+def lr_factor(cfg, it):
+    """Share of the peak rate at step `it` (from 0): linear warm-up, never 0, then a cosine to min_lr, or constant."""
+    if it < cfg.warmup_iters:
+        return (it + 1) / (cfg.warmup_iters + 1)
+    if not cfg.decay_lr or cfg.learning_rate == 0:
+        return 1.0
+    end = cfg.lr_decay_iters or cfg.max_iters
+    done = min(1.0, (it - cfg.warmup_iters) / max(1, end - cfg.warmup_iters))
+    floor = cfg.min_lr / cfg.learning_rate
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def compile_objective(objective, batch, runtime):
+    """The compiled objective and the seconds its first step took, or the eager one and why. Gradients and random
+    numbers are as before."""
+    start, rng = time.perf_counter(), torch.get_rng_state()
+    try:
+        compiled = torch.compile(objective)
+        with runtime.autocast():
+            loss, _ = compiled(batch)
+        loss.backward()
+    except Exception as error:  # the compiler, its C++ compiler or Triton: the run goes on without
+        torch._dynamo.reset()
+        return objective, f"eager: torch.compile failed ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+    finally:
+        objective.zero_grad(set_to_none=True)
+        torch.set_rng_state(rng)
+    return compiled, f"compiled in {time.perf_counter() - start:.1f} s"
+
+
+# -----------------------------------------------------------------------------
+# evaluation
+
+
+@torch.no_grad()
+def estimate_loss(model, batches, cfg, runtime, world):
+    """{"train", "val"}: nats a token over eval_iters fixed batches: cheap, for curves; no final figure."""
+    model.eval()
+    losses = {}
+    for split in ("train", "val"):
+        if split in batches.dataset.meta["splits"]:
+            total = 0.0
+            for x, y in batches.fixed(split, cfg.eval_iters):
+                total += token_nats(model, x.to(runtime.device), y.to(runtime.device), y >= 0, runtime) / y.numel()
+            losses[split] = world.sum([total])[0] / (cfg.eval_iters * world.size)
+    model.train()
+    return losses
+
+
+@torch.no_grad()
+def evaluate(model, split, context, stride, batch_size, runtime, world=None, progress=None):
+    """Score tokens 1 .. N-1 of a split once each, in eval mode: sum of nats over count.
+
+    Window k begins at k * stride and gives each token it scores up to `context` tokens to look at. Independent of the
+    batch size and of the number of processes. Returns loss (nats a token), bits_per_byte (over the bytes of the scored
+    tokens), token_perplexity, word_perplexity (None where words are not counted), and what was counted."""
+    world = world or World(0, 1, 0)
+    was_training = model.training
+    model.eval()
+    nats, count = 0.0, 0
+    for i, (x, y, scored) in enumerate(windows(split, context, stride, batch_size)):
+        if i % world.size == world.rank:
+            nats += token_nats(model, x.to(runtime.device), y.to(runtime.device), scored, runtime)
+            count += int(scored.sum())
+        if progress is not None:
+            progress.update(int(scored.sum()))
+    model.train(was_training)
+    nats, count = world.sum([nats, count])
+    words = split.n_words
+    return {
+        "split": split.name,
+        "loss": nats / count,
+        "bits_per_byte": nats / math.log(2) / split.scored_bytes,
+        "token_perplexity": math.exp(nats / count),
+        "word_perplexity": math.exp(nats / words) if words else None,
+        "tokens": int(count),
+        "bytes": split.scored_bytes,
+        "words": words,
+        "context": context,
+        "stride": stride,
+    }
+
+
+def token_nats(model, x, y, scored, runtime, chunk=2**25):
+    """Sum of -log p(y) over the scored positions, in float64. x, y (B, T), scored (B, T) bool. Logits exist for at most
+    `chunk` entries at once; the softmax's sum is taken in float64, so that a uniform model gives exactly log V."""
+    with runtime.autocast():
+        hidden, _ = model.hidden(x)
+        hidden, y = hidden[scored.to(x.device)], y[scored.to(x.device)]  # (n, C), (n,)
+        total = 0.0
+        rows = chunk // model.config.vocab_size + 1
+        for h, t in zip(hidden.split(rows), y.split(rows)):
+            logits = model.lm_head(h).float()
+            top = logits.amax(-1, keepdim=True)
+            lse = top[:, 0].double() + (logits - top).exp().sum(-1, dtype=torch.float64).log()
+            total += (lse - logits.gather(1, t[:, None])[:, 0].double()).sum().item()
+    return total
+
+
+def print_scores(scores, label, seconds):
+    words = f", word perplexity {scores['word_perplexity']:.4g}" if scores["word_perplexity"] else ""
+    print(
+        f"{label} {scores['split']}: {scores['loss']:.6f} nats a token, {scores['bits_per_byte']:.6f} bits per byte, "
+        f"token perplexity {scores['token_perplexity']:.4f}{words} ({scores['tokens']:,} tokens, "
+        f"context {scores['context']}, stride {scores['stride']}, {seconds:.0f} s)"
+    )
+
+
+def full_evaluation(model, dataset, cfg, runtime, world):
+    """The full pass over val and test, printed; returns the rows."""
+    context = cfg.eval_context or model.config.block_size
+    if model.config.pos_emb == "learned" and context > model.config.block_size:
+        raise ConfigError(f"eval_context={context}: learned positions end at block_size={model.config.block_size}")
+    rows = []
+    for name in ("val", "test"):
+        if name in dataset.meta["splits"]:
+            start, split = time.perf_counter(), dataset.split(name)
+            with progress_bar(split.n_tokens - 1, f"{name}", "token", world) as bar:
+                rows.append(
+                    evaluate(
+                        model, split, context, cfg.eval_stride or context, cfg.eval_batch_size, runtime, world, bar
+                    )
+                )
+            if world.master:
+                print_scores(rows[-1], dataset.meta["label"], time.perf_counter() - start)
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# logs and checkpoints
+
+
+def progress_bar(total, label, unit, world, initial=0):
+    """A bar on a terminal; nothing elsewhere."""
+    from tqdm import tqdm
+
+    shown = world.master and sys.stderr.isatty()
+    return tqdm(total=total, desc=label, unit=unit, initial=initial, disable=not shown, dynamic_ncols=True, leave=False)
+
+
+class Log:
+    """log.jsonl, and W&B when asked. On resume the file is cut where the checkpoint was written."""
+
+    def __init__(self, cfg, progress, size, resolved):
+        path = os.path.join(cfg.out_dir, "log.jsonl")
+        self.file = open(path, "r+b" if size is not None and os.path.exists(path) else "wb")
+        if size is not None:
+            self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
+            self.file.seek(0, os.SEEK_END)
+        self.wandb = None
+        if cfg.wandb_log:
+            self.wandb = start_wandb(cfg, progress, resolved)
+
+    def write(self, **entry):
+        self.file.write((json.dumps(entry) + "\n").encode())
+        self.file.flush()
+        if self.wandb is not None:
+            prefix = f"{entry['split']}/" if "split" in entry else "train/"
+            numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, (int, float)) and k != "iter"}
+            self.wandb.log(numbers, step=entry["iter"])
+
+    def size(self):
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def close(self, status):
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=status)
+
+
+def start_wandb(cfg, progress, resolved):
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("wandb_log: the package is missing; pip install wandb, or --wandb_log=False") from None
+    name = cfg.wandb_run_name or os.path.basename(os.path.abspath(cfg.out_dir))
+    progress.wandb_id = progress.wandb_id or wandb.util.generate_id()
+    options = dict(project=cfg.wandb_project, name=name, id=progress.wandb_id, resume="allow", mode=cfg.wandb_mode)
+    try:
+        return wandb.init(config=resolved, dir=cfg.out_dir, **options)
+    except Exception as error:  # no key, no network
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"wandb_log: {reason}; --wandb_mode=offline works without a network") from None
+
+
+def memory(device_type):
+    """Peak resident memory of the process and peak CUDA memory, in MB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    entry = {"rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)}
+    if device_type == "cuda":
+        entry["cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    return entry
+
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary file beside `path`, sync it, and rename it over `path`: a reader sees the old
+    file or the new one, whole. A failure (a full disk) leaves the old one and raises TrainError."""
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps a failed write in a RuntimeError
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        kept = "; the one before it is intact" if os.path.exists(path) else ""
+        raise TrainError(f"cannot write {path}: {reason}{kept}") from None
+
+
+def save_checkpoint(path, model, **extra):
+    """Tensors and plain values only, under nanoGPT's names, so that torch.load(weights_only=True) reads it."""
+    stored = {"format": 1, "model": model.state_dict(), "model_args": dataclasses.asdict(model.config), **extra}
+    write_atomically(path, lambda f: torch.save(stored, f))
+
+
+def export(model, out_dir):
+    """model.safetensors; a tied head is stored once, as the embedding."""
+    from safetensors.torch import save
+
+    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    if model.config.embedding == "tied":
+        del weights["lm_head.weight"]
+    write_atomically(os.path.join(out_dir, "model.safetensors"), lambda f: f.write(save(weights)))
+
+
+def discard_earlier_run(out_dir):
+    """A new run in the folder of an old one replaces its checkpoints: none of them may be taken for the new run's."""
+    for name in ("ckpt.pt", "best.pt", "model.safetensors"):
+        path = os.path.join(out_dir, name)
+        if os.path.exists(path):
+            print(f"{path}, of an earlier run, is replaced (--init_from=resume would have gone on from it)")
+            os.unlink(path)
+
+
+def git_commit():
+    here = os.path.dirname(os.path.abspath(__file__))
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+# -----------------------------------------------------------------------------
+# the run
+
+
+class Run:
+    """The state of a training run and the steps it takes."""
+
+    def __init__(self, cfg, runtime, world, dataset, model, stored):
+        self.cfg, self.runtime, self.world, self.dataset, self.model = cfg, runtime, world, dataset, model
+        self.batches = Batches(dataset, model.config.block_size, cfg.batch_size, cfg.seed, world.rank, world.size)
+        self.optimizers = make_optimizers(model, cfg, runtime.device_type)
+        groups = param_groups(model)
+        self.masks = [p for _, p in groups["mask"]]
+        self.weights = [p for _, p in groups["matrix"] + groups["vector"]]
+        self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == "float16")
+        self.progress = Progress()
+        self.log_size = None
+        if stored is not None:
+            self.restore(stored)
+        self.signal = 0
+        self.bad_steps = 0
+        model.activation_checkpointing = cfg.activation_checkpointing
+        self.objective = Objective(model)
+        self.micro_steps = cfg.gradient_accumulation_steps // world.size
+
+    def restore(self, stored):
+        """All that a step depends on, so that a resumed run is the same run. nanoGPT's files have no generators."""
+        names = [f.name for f in dataclasses.fields(Progress)]
+        self.progress = Progress(**{k: stored[k] for k in names if k in stored})
+        for optimizer, state in zip(self.optimizers, (stored.get("optimizer"), stored.get("muon"))):
+            try:
+                peaks = [group["peak_lr"] for group in optimizer.param_groups]
+                optimizer.load_state_dict(state)
+            except (KeyError, TypeError, ValueError):
+                raise ModelError(
+                    f"{stored['path']}: its optimizer state is not of this optimizer={self.cfg.optimizer}"
+                ) from None
+            for group, peak in zip(optimizer.param_groups, peaks):  # rates and decay are the command's, not the file's
+                group["peak_lr"] = peak
+        if "batches" not in stored:
+            print("the checkpoint has no generator state: batches and dropout start afresh")
+            return
+        self.scaler.load_state_dict(stored["scaler"])
+        self.batches.load_state_dict(stored["batches"])
+        self.log_size = stored["log_size"]
+        if len(stored["rng"]) == self.world.size:
+            rng = stored["rng"][self.world.rank]
+            torch.set_rng_state(rng["cpu"])
+            if self.runtime.device_type == "cuda" and "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"])
+
+    def prepare(self, resolved):
+        """Compile, wrap, open the log."""
+        if self.runtime.compile:
+            x, y = next(iter(self.batches.fixed("train", 1)))
+            batch = (x.to(self.runtime.device), y.to(self.runtime.device))
+            self.objective, note = compile_objective(self.objective, batch, self.runtime)
+            self.say(note)
+        if self.world.size > 1:
+            ids = [self.runtime.device] if self.runtime.device_type == "cuda" else None
+            self.objective = DistributedDataParallel(self.objective, device_ids=ids)
+        self.log = None
+        if self.world.master:
+            self.log = Log(self.cfg, self.progress, self.log_size, resolved)
+
+    def say(self, text):
+        if self.world.master:
+            print(text, flush=True)
+
+    def step(self):
+        """One optimizer step. Returns (loss, ce, penalty, grad_norm), means over all its micro-batches."""
+        for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
+            group["lr"] = group["peak_lr"] * lr_factor(self.cfg, self.progress.iter_num)
+        totals = torch.zeros(3, dtype=torch.float64)
+        for micro in range(self.micro_steps):
+            batch = tuple(t.to(self.runtime.device, non_blocking=True) for t in self.batches.batch("train"))
+            if self.world.size > 1:  # gradients are exchanged once, with the last micro-batch
+                self.objective.require_backward_grad_sync = micro == self.micro_steps - 1
+            with self.runtime.autocast():
+                loss, parts = self.objective(batch)
+            self.scaler.scale(loss / self.micro_steps).backward()
+            terms = torch.stack((loss, parts["ce"], parts["penalty"])).detach()
+            totals += terms.double().cpu() / self.micro_steps
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = self.clip().item()
+        loss, ce, penalty = (t / self.world.size for t in self.world.sum(totals.tolist()))
+        self.update(loss, norm)
+        return loss, ce, penalty, norm
+
+    def clip(self):
+        """Clip weights and masks apart; returns the norm of all gradients before."""
+        norms = []
+        for params, limit in ((self.weights, self.cfg.grad_clip), (self.masks, self.cfg.mask_grad_clip)):
+            norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+            if limit:
+                nn.utils.clip_grads_with_norm_(params, limit, norm)
+            norms.append(norm)
+        return torch.stack([n.to(norms[0].device) for n in norms]).norm() if self.masks else norms[0]
+
+    def update(self, loss, norm):
+        """Move the parameters unless something is not finite; a few such steps in a row end the run."""
+        overflow = self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() > 1
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite or overflow:  # the scaler skips an overflowing step itself, and lowers its scale
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+            self.bad_steps = 0
+        else:
+            self.bad_steps += 1
+        self.scaler.update() if self.scaler.is_enabled() else None
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if not finite and not overflow:
+            number = self.progress.iter_num + 1
+            self.say(f"iteration {number}: loss {loss}, gradient norm {norm}: step skipped ({self.bad_steps} in a row)")
+            if self.bad_steps >= MAX_BAD_STEPS:
+                path = os.path.join(self.cfg.out_dir, "ckpt.pt")
+                last = (
+                    f"the last good checkpoint is {path}" if os.path.exists(path) else "no checkpoint was written yet"
+                )
+                raise TrainError(
+                    f"{MAX_BAD_STEPS} non-finite steps in a row up to iteration {number}; {last}; lower learning_rate"
+                )
+
+    def evaluate(self):
+        """The cheap estimate, logged; best.pt when validation improves."""
+        losses = estimate_loss(self.model, self.batches, self.cfg, self.runtime, self.world)
+        self.say(f"iteration {self.progress.iter_num}: " + ", ".join(f"{k} loss {v:.4f}" for k, v in losses.items()))
+        if "val" in losses and losses["val"] < self.progress.best_val_loss:
+            self.progress.best_val_loss = losses["val"]
+            if self.world.master:
+                extra = dict(iter_num=self.progress.iter_num, best_val_loss=losses["val"])
+                save_checkpoint(os.path.join(self.cfg.out_dir, "best.pt"), self.model, **extra)
+        for split, value in losses.items() if self.log else ():
+            self.log.write(iter=self.progress.iter_num, split=split, **{f"{split}_loss": value})
+
+    def save(self):
+        """ckpt.pt: all that `restore` reads."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.runtime.device_type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
+        rng = self.world.gather(rng)
+        if self.world.master:
+            extra = dataclasses.asdict(self.progress) | {"rng": rng, "batches": self.batches.state_dict()}
+            extra |= {"optimizer": self.optimizers[0].state_dict(), "scaler": self.scaler.state_dict()}
+            if len(self.optimizers) > 1:
+                extra["muon"] = self.optimizers[1].state_dict()
+            extra |= {"config": dataclasses.asdict(self.cfg), "log_size": self.log.size()}
+            save_checkpoint(os.path.join(self.cfg.out_dir, "ckpt.pt"), self.model, **extra)
+
+    def stop_reason(self):
+        """0, or the signal that all processes have seen, or -1 when the time is used up."""
+        out_of_time = 0 < self.cfg.max_seconds <= self.progress.seconds
+        number, late = self.world.max([self.signal, int(out_of_time)])
+        return int(number) or (-1 if late else 0)
+
+    def train(self):
+        """Steps until max_iters, max_seconds or a signal; returns the exit status."""
+        cfg, progress, stop = self.cfg, self.progress, 0
+        tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * self.model.config.block_size
+        self.model.train()
+        if progress.iter_num == 0:
+            self.evaluate()
+            self.save()
+        with progress_bar(cfg.max_iters, "train", "it", self.world, progress.iter_num) as bar:
+            since, steps = time.perf_counter(), 0
+            while progress.iter_num < cfg.max_iters and not stop:
+                start = time.perf_counter()
+                loss, ce, penalty, norm = self.step()
+                progress.seconds += time.perf_counter() - start
+                progress.iter_num, progress.tokens, steps = (
+                    progress.iter_num + 1,
+                    progress.tokens + tokens_per_step,
+                    steps + 1,
+                )
+                bar.update()
+                stop = self.stop_reason()
+                if progress.iter_num % cfg.log_interval == 0 or progress.iter_num == cfg.max_iters:
+                    ms = 1000 * (time.perf_counter() - since) / steps
+                    self.log_step(loss, ce, penalty, norm, ms, tokens_per_step, bar)
+                    since, steps = time.perf_counter(), 0
+                at_end = progress.iter_num == cfg.max_iters or stop == -1
+                if progress.iter_num % cfg.eval_interval == 0 or at_end:
+                    self.evaluate()
+                    self.save()
+                elif stop or (cfg.checkpoint_interval and progress.iter_num % cfg.checkpoint_interval == 0):
+                    self.save()
+                if progress.iter_num % cfg.eval_interval == 0:
+                    since, steps = time.perf_counter(), 0
+        if stop > 0:
+            self.say(
+                f"{signal.Signals(stop).name}: stopped after iteration {progress.iter_num}, saved to {cfg.out_dir}"
+            )
+            return 128 + stop
+        return 0
+
+    def log_step(self, loss, ce, penalty, norm, ms, tokens_per_step, bar):
+        if self.log is None:
+            return
+        rate, lr = tokens_per_step / ms * 1000, self.optimizers[0].param_groups[0]["lr"]
+        self.log.write(
+            iter=self.progress.iter_num,
+            loss=loss,
+            ce=ce,
+            penalty=penalty,
+            grad_norm=norm,
+            lr=lr,
+            ms=ms,
+            tokens_per_s=rate,
+            tokens=self.progress.tokens,
+            cpu_s=time.process_time(),
+            wall_s=self.progress.seconds,
+            **memory(self.runtime.device_type),
+        )
+        extra = f" (ce {ce:.4f}, penalty {penalty:.4f})" if penalty else ""
+        line = f"iter {self.progress.iter_num}: loss {loss:.4f}{extra}, grad norm {norm:.2f}, lr {lr:.2e}, "
+        line += f"{ms:.0f} ms, {rate:,.0f} tokens/s"
+        bar.write(line) if not bar.disable else print(line, flush=True)
+
+
+def dry_run(model_config, cfg, dataset):
+    """Parameters, memory and operations of a step, from shapes alone: nothing is allocated."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    saved = {}
+
+    def remember(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FakeTensorMode():
+        model = GPT(config.override(model_config, vocab_size=model_config.vocab_size or dataset.vocab_size))
+        model.activation_checkpointing = cfg.activation_checkpointing
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        idx = torch.zeros(cfg.batch_size, model.config.block_size, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
+            Objective(model)((idx, idx))
+    activations = sum(size for storage, size in saved.items() if storage not in own)
+    count = {name: sum(p.numel() for _, p in members) for name, members in param_groups(model).items()}
+    state = 4 * (4 * sum(count.values()) - (count["matrix"] if cfg.optimizer == "muon" else 0))
+    sequences = cfg.batch_size * cfg.gradient_accumulation_steps
+    nominal, executed = (3 * sequences * f for f in model.flops(model.config.block_size))
+    print(f"parameters: {sum(count.values()):,} (" + ", ".join(f"{k} {v:,}" for k, v in count.items()) + ")")
+    print(f"memory: {state / 1e6:,.0f} MB of weights, gradients and optimizer state, ", end="")
+    print(f"{activations / 1e6:,.0f} MB of activations in float32")
+    print(f"step: {sequences * model.config.block_size:,} tokens, {nominal / 1e9:,.1f} GFLOP nominal, ", end="")
+    print(f"{executed / 1e9:,.1f} executed")
+
+
+def main(argv):
+    model_config, cfg, given = config.load(argv, GPTConfig, TrainConfig)
+    world, device = start_world(cfg.device)
+    try:
+        return train(model_config, cfg, given, world, device)
+    finally:
+        if world.size > 1:
+            dist.destroy_process_group()
+
+
+def train(model_config, cfg, given, world, device):
+    if cfg.gradient_accumulation_steps % world.size:
+        steps = cfg.gradient_accumulation_steps
+        raise ConfigError(f"gradient_accumulation_steps={steps} must be a multiple of the {world.size} processes")
+    runtime = config.resolve_device(device, cfg.dtype, cfg.compile)
+    dataset = Dataset(cfg.dataset)
+    if cfg.dry_run:
+        dry_run(model_config, cfg, dataset)
+        return 0
+    torch.manual_seed(cfg.seed)
+    model, stored, what = make_model(cfg, model_config, given, dataset)
+    if model.config.vocab_size < dataset.vocab_size:
+        raise ConfigError(
+            f"vocab_size={model.config.vocab_size} is less than the {dataset.vocab_size} of {cfg.dataset}"
+        )
+    model.to(runtime.device)
+    torch.manual_seed(cfg.seed + 1 + world.rank)  # dropout differs between processes, initial weights do not
+    if world.master:
+        print(f"{what}\n{runtime}\ndata: {dataset.meta['label']}", flush=True)
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    if stored is None and world.master and not cfg.eval_only:
+        discard_earlier_run(cfg.out_dir)
+    if cfg.eval_only:
+        full_evaluation(model, dataset, cfg, runtime, world)
+        export(model, cfg.out_dir) if cfg.export and world.master else None
+        return 0
+    resolved = {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(cfg)}
+    resolved |= {"data": dataset.meta, "commit": git_commit(), "torch": torch.__version__}
+    if world.master:
+        write_atomically(
+            os.path.join(cfg.out_dir, "config.json"), lambda f: f.write(json.dumps(resolved, indent=1).encode())
+        )
+    run = Run(cfg, runtime, world, dataset, model, stored)
+    run.prepare(resolved)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, frame: setattr(run, "signal", received))
+    status = 1
+    try:
+        status = run.train()
+    finally:
+        if run.log is not None:
+            run.log.close(status)
+    if cfg.export and world.master and status == 0:
+        export(model, cfg.out_dir)
+    return status
+
+
+if __name__ == "__main__":
+    config.run(main, DataError, ModelError, TrainError)
