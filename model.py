@@ -293,10 +293,10 @@ class OneHot(nn.Module):
 
     def __init__(self, vocab_size):
         super().__init__()
-        self.vocab_size = vocab_size
+        self.register_buffer("identity", torch.eye(vocab_size), persistent=False)
 
     def forward(self, idx):
-        return F.one_hot(idx, self.vocab_size).to(torch.get_default_dtype())
+        return F.embedding(idx, self.identity)
 
 
 @dataclass

@@ -287,7 +287,7 @@ def estimate_loss(model, batches, cfg, runtime, world):
             total = 0.0
             for x, y in batches.fixed(split, cfg.eval_iters):
                 total += token_nats(model, x.to(runtime.device), y.to(runtime.device), y >= 0, runtime) / y.numel()
-            losses[split] = world.sum([total])[0] / (cfg.eval_iters * world.size)
+            losses[split] = world.sum([total])[0] / cfg.eval_iters
     model.train()
     return losses
 
@@ -420,13 +420,14 @@ def start_wandb(cfg, progress, resolved):
     except ImportError:
         raise ConfigError("wandb_log: the package is missing; pip install wandb, or --wandb_log=False") from None
     name = cfg.wandb_run_name or os.path.basename(os.path.abspath(cfg.out_dir))
-    progress.wandb_id = progress.wandb_id or wandb.util.generate_id()
-    options = dict(project=cfg.wandb_project, name=name, id=progress.wandb_id, resume="allow", mode=cfg.wandb_mode)
+    options = dict(project=cfg.wandb_project, name=name, id=progress.wandb_id or None, mode=cfg.wandb_mode)
     try:
-        return wandb.init(config=resolved, dir=cfg.out_dir, **options)
+        run = wandb.init(config=resolved, dir=cfg.out_dir, resume="allow", **options)
     except Exception as error:  # no key, no network
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"wandb_log: {reason}; --wandb_mode=offline works without a network") from None
+    progress.wandb_id = run.id
+    return run
 
 
 def memory(device_type):

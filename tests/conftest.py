@@ -1,0 +1,54 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import data
+
+torch.set_num_threads(1)  # sums in a fixed order: runs in this process and in others are compared digit for digit
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def oracle(name):
+    """Import a test oracle. A missing one skips the test, except where NANO_REQUIRE_ORACLES says that all are there."""
+    if os.environ.get("NANO_REQUIRE_ORACLES") == "1":
+        return __import__(name)
+    return pytest.importorskip(name)
+
+
+@pytest.fixture(scope="session")
+def text_dataset(tmp_path_factory):
+    """A prepared data set of bytes with something to learn: counted words in a random order. Its folder."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    codec, splits = data.BytesCodec(), {}
+    for name, n in (("train", 6000), ("val", 700), ("test", 500)):
+        text = " ".join(f"word{i}" for i in rng.integers(0, 30, n // 6)).encode()
+        splits[name] = data.write_split(folder, name, [text], codec)
+    data.write_meta(folder, codec, splits, source="test", sha256="", label="words")
+    return str(folder)
+
+
+@pytest.fixture
+def fresh_rng():
+    """A generator with a new seed at each run, printed so that a failure can be repeated."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def tiny(text_dataset, tmp_path):
+    """Arguments of a tiny training run into a new folder; `tiny(key=value)` adds some."""
+
+    def arguments(**keys):
+        defaults = dict(
+            out_dir=str(tmp_path / "run"), dataset=text_dataset, device="cpu", n_layer=2, n_head=2, n_embd=32,
+            block_size=16, batch_size=4, max_iters=20, lr_decay_iters=20, warmup_iters=3, learning_rate=1e-3,
+            min_lr=1e-4, eval_interval=10, eval_iters=2, log_interval=1, dropout=0.1,
+        )  # fmt: skip
+        return [f"--{k}={v}" for k, v in (defaults | keys).items()]
+
+    return arguments

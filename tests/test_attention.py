@@ -1,0 +1,174 @@
+"""The protocol that every attention type of the registry obeys: a new type is tested by being registered."""
+
+import pytest
+import torch
+
+from model import ATTENTION, GPT, GPTConfig, rotate
+
+TYPES = list(ATTENTION)
+POSITIONS = ("learned", "rope", "none")
+
+
+def make(name, dtype=torch.float64, **keys):
+    """An attention of the given type in eval mode, its weights large enough that it does something."""
+    config = GPTConfig(
+        **(dict(block_size=64, vocab_size=50, n_layer=1, n_head=2, n_embd=32, attention_type=name) | keys)
+    )
+    attn = GPT(config).transformer.h[0].attn.to(dtype).eval()
+    for p in attn.parameters():
+        if p.dim() >= 2:
+            torch.nn.init.normal_(p, std=0.3)
+    return attn
+
+
+def pieces(total, rng):
+    """A random split of `total` tokens into parts of at least one."""
+    cuts = sorted({0, total, *rng.integers(1, total, 4).tolist()})
+    return [b - a for a, b in zip(cuts, cuts[1:])]
+
+
+@pytest.mark.parametrize("pos_emb", POSITIONS)
+@pytest.mark.parametrize("name", TYPES)
+def test_step_equals_forward_over_any_split(name, pos_emb, fresh_rng):
+    attn = make(name, pos_emb=pos_emb)
+    for T in (1, 7, 64):
+        x = torch.randn(3, T, 32, dtype=torch.float64)
+        expected, _ = attn(x)
+        for split in ([T], [1] * T, pieces(T, fresh_rng) if T > 1 else [1]):
+            state = attn.init_state(3, 64)
+            found = []
+            for part in x.split(split, 1):
+                y, state = attn.step(part, state)
+                found.append(y)
+            torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("pos_emb", POSITIONS)
+@pytest.mark.parametrize("name", TYPES)
+def test_strictly_causal_and_rows_apart(name, pos_emb, fresh_rng):
+    attn = make(name, pos_emb=pos_emb)
+    x = torch.randn(2, 48, 32, dtype=torch.float64)
+    y, _ = attn(x)
+    for t in (0, 1, 17, 47):
+        edited = x.clone()
+        edited[0, t:] += torch.randn(48 - t, 32, dtype=torch.float64)
+        z, _ = attn(edited)
+        torch.testing.assert_close(z[0, :t], y[0, :t], rtol=0, atol=1e-12)
+        torch.testing.assert_close(z[1], y[1], rtol=0, atol=1e-12)
+        if name != "none":
+            assert (z[0, t] - y[0, t]).abs().max() > 1e-6, "the edited token has no effect at all"
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_gradients_reach_every_parameter(name, fresh_rng):
+    attn = make(name).train()
+    x = torch.randn(2, 64, 32, dtype=torch.float64, requires_grad=True)
+    y, penalty = attn(x)
+    assert penalty.shape == () and penalty.dtype == torch.float32
+    loss = (y * torch.randn_like(y)).sum() + penalty
+    if not loss.requires_grad:
+        assert name == "none" and not list(attn.parameters())
+        return
+    loss.backward()
+    for pname, p in attn.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, pname
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_eval_is_deterministic_and_free_of_penalty(name, fresh_rng):
+    attn = make(name, dropout=0.5)
+    x = torch.randn(2, 32, 32, dtype=torch.float64)
+    (a, penalty), (b, _) = attn(x), attn(x)
+    assert torch.equal(a, b) and penalty.item() == 0
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_compiles_without_a_break(name, fresh_rng):
+    attn = make(name, torch.float32).train()
+    x = torch.randn(2, 64, 32)
+    compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x)[0], attn(x)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_operations_are_counted(name):
+    attn = make(name)
+    for T in (1, 16, 64):
+        nominal, executed = attn.flops(T)
+        assert isinstance(nominal, int) and isinstance(executed, int) and executed >= 0
+        assert (nominal > 0) == (name != "none")
+    assert name == "none" or attn.flops(64)[0] >= 3.9 * attn.flops(16)[0]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_stats_are_tensors_and_change_nothing(name, fresh_rng):
+    attn = make(name)
+    x = torch.randn(2, 32, 32, dtype=torch.float64)
+    before = attn(x)[0]
+    for stats in (attn.stats(), attn.stats(x)):
+        assert all(torch.is_tensor(v) and not v.requires_grad and v.isfinite().all() for v in stats.values())
+    assert torch.equal(attn(x)[0], before)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_bf16_autocast_is_close(name, fresh_rng):
+    attn = make(name, torch.float32)
+    x = torch.randn(2, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = attn(x)
+    exact = attn(x)[0]
+    assert (y.float() - exact).norm() <= 0.05 * exact.norm()
+
+
+def previous_token_loss(name, steps=150):
+    """Train a one-layer model to name the token before the present one; returns its last loss in nats."""
+    torch.manual_seed(0)
+    V = 16
+    config = GPTConfig(block_size=32, vocab_size=V, n_layer=1, n_head=2, n_embd=32, attention_type=name)
+    model = GPT(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        idx = torch.randint(V, (16, 32))
+        targets = torch.cat((torch.full((16, 1), -1), idx[:, :-1]), 1)
+        loss = model(idx, targets)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("name", [name for name in TYPES if name != "none"])
+def test_learns_what_no_attention_cannot(name):
+    none = previous_token_loss("none")
+    assert none > 2.7  # log 16 = 2.77: it cannot look back
+    assert previous_token_loss(name) < none - 1.0
+
+
+# what the types do, one by one
+
+
+def test_softmax_window_slides_over_a_long_stream(fresh_rng):
+    """The ring of max_len keys, against dense attention with an explicit window; rotary keys are turned on the way."""
+    for pos_emb in ("rope", "none"):
+        attn, L, T = make("softmax", pos_emb=pos_emb), 8, 61
+        x = torch.randn(2, T, 32, dtype=torch.float64)
+        q, k, v = attn._qkv(x, 0)
+        distance = torch.arange(T)[:, None] - torch.arange(T)
+        logits = (q @ k.mT / 4).masked_fill((distance < 0) | (distance >= L), -torch.inf)
+        expected = attn._project(logits.softmax(-1) @ v)
+        for split in ([1] * T, [3, 20, 1, 1, 30, 6], [T]):
+            state = attn.init_state(2, L)
+            found = [attn.step(part, state)[0] for part in x.split(split, 1)]
+            torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-9)
+
+
+def test_rotary_logits_depend_on_the_distance_alone(fresh_rng):
+    q, k = torch.randn(2, 1, 16, dtype=torch.float64), torch.randn(2, 1, 16, dtype=torch.float64)
+    logit = lambda i, j: (rotate(q, i, 10000.0) * rotate(k, j, 10000.0)).sum(-1)  # noqa: E731
+    torch.testing.assert_close(logit(5, 2), logit(1003, 1000), rtol=0, atol=1e-10)
+    torch.testing.assert_close(logit(4, 4), (q * k).sum(-1), rtol=0, atol=1e-12)
+    pair = torch.view_as_complex(torch.stack((q[0, 0, :8], q[0, 0, 8:]), -1))
+    turned = torch.view_as_complex(torch.stack(rotate(q, 3, 10000.0)[0, 0].chunk(2), -1))
+    angle = 3 * 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
+    torch.testing.assert_close(turned, pair * torch.polar(torch.ones_like(angle), angle), rtol=0, atol=1e-12)

@@ -1,0 +1,905 @@
+"""data/: codecs, reader, batches, windows, and every prepare.py on small sources. No network."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import importlib.util
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+
+ROOT = Path(data.__file__).resolve().parents[1]
+quick = settings(max_examples=60, deadline=None)
+
+
+def write(folder, tokens, codec=None):
+    """A data set of one array for all three splits (or a dict of arrays), through the writer of prepare.py."""
+    codec = codec or data.BytesCodec()
+    splits = tokens if isinstance(tokens, dict) else dict.fromkeys(data.SPLITS, tokens)
+    infos = {name: data.write_split(folder, name, [bytes(t)], codec) for name, t in splits.items()}
+    data.write_meta(folder, codec, infos, "made by a test", "0" * 64, "test data")
+    return folder
+
+
+def edit(folder, **changes):
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    (folder / "meta.json").write_text(json.dumps({**meta, **changes}), encoding="utf-8")
+
+
+def fake_split(tokens):
+    tokens = np.asarray(tokens, dtype=np.uint16)
+    return types.SimpleNamespace(tokens=tokens, n_tokens=len(tokens), where="fake: val")
+
+
+def one_line(error, *parts):
+    message = str(error.value if hasattr(error, "value") else error)
+    assert "\n" not in message and len(message) < 600
+    for part in parts:
+        assert part in message, message
+
+
+@functools.cache
+def script(name):
+    """data/<name>/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+def prepare(name, *args, cwd):
+    """Run data/<name>/prepare.py as users do, from a folder that is not the repository."""
+    command = [sys.executable, str(ROOT / "data" / name / "prepare.py"), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@functools.cache
+def bpe_missing():
+    try:
+        return not data.GPT2Codec().encode("a")
+    except data.DataError:
+        return True
+
+
+def need_bpe():
+    if bpe_missing():
+        pytest.skip("the GPT-2 BPE files cannot be had here")
+
+
+# codecs
+
+
+@quick
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.binary())
+def test_bytes_codec_round_trip(text, raw):
+    codec = data.get_codec({"codec": "bytes"})
+    assert codec.decode(codec.encode(text)) == text
+    assert codec.decode_bytes(codec.encode_bytes(raw)) == raw
+    assert codec.encode(text) == codec.encode_bytes(text.encode()).tolist()
+
+
+def test_bytes_codec_edges():
+    codec = data.BytesCodec()
+    assert codec.decode([0xE2, 0x82]) == "\ufffd"  # half a character is shown, not raised
+    assert codec.encode(b"\xff".decode("utf-8", "surrogateescape")) == [0xFF]
+    with pytest.raises(data.DataError) as error:
+        codec.encode("a\ud800")
+    one_line(error, "ud800")
+    for wrong in (256, -1):
+        with pytest.raises(data.DataError) as error:
+            codec.decode([65, wrong])
+        one_line(error, str(wrong), "256")
+
+
+@quick
+@given(st.lists(st.sampled_from(["a", "b", "\u00e9", "long"])))
+def test_symbols_codec_round_trip(words):
+    codec = data.get_codec({"codec": "symbols", "symbols": ["a", "b", "\u00e9", "long"]})
+    ids = codec.encode(" \n".join(words))
+    assert codec.decode(ids) == " ".join(words)
+    assert b"".join(codec.decode_bytes([i]) for i in ids) == codec.decode_bytes(ids)
+
+
+def test_symbols_codec_errors():
+    codec = data.get_codec({"codec": "symbols", "symbols": ["a", "b"]})
+    assert codec.vocab_size == 2
+    with pytest.raises(data.DataError) as error:
+        codec.encode("a zebra")
+    one_line(error, "'zebra'", "a b")
+    with pytest.raises(data.DataError) as error:
+        codec.decode([2])
+    one_line(error, "id 2")
+    for symbols in ([], ["a", "a"], ["a b"], None, [3]):
+        with pytest.raises(data.DataError):
+            data.get_codec({"codec": "symbols", "symbols": symbols})
+    with pytest.raises(data.DataError) as error:
+        data.get_codec({"codec": "morse"})
+    one_line(error, "morse", "gpt2")
+
+
+def test_gpt2_codec():
+    need_bpe()
+    codec = data.get_codec({"codec": "gpt2"})
+    assert codec.encode("Hello world") == [15496, 995]
+    assert len(codec.encode("<|endoftext|>")) > 1  # text is never taken for a special token
+    text = "na\u00efve \u65e5\u672c\n\n  x"
+    assert codec.decode(codec.encode(text)) == text
+    assert codec.decode_bytes([50256]) == b"<|endoftext|>"
+    with pytest.raises(data.DataError) as error:
+        codec.decode([50257])
+    one_line(error, "50257")
+    with pytest.raises(data.DataError) as error:
+        codec.encode_bytes(b"ab\xff")
+    one_line(error, "UTF-8")
+
+
+def test_gpt2_codec_without_its_files(monkeypatch):
+    def get_encoding(name):
+        raise OSError("no route to host\nsecond line")
+
+    monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=get_encoding))
+    monkeypatch.setattr(data.GPT2Codec, "_bpe", None)
+    codec = data.get_codec({"codec": "gpt2"})
+    assert codec.vocab_size == 50257  # a model can be built without them
+    with pytest.raises(data.DataError) as error:
+        codec.encode("a")
+    one_line(error, "no route to host", "TIKTOKEN_CACHE_DIR")
+
+
+# reader
+
+
+def test_reader(tmp_path):
+    text = b"one two\nthree"
+    dataset = data.Dataset(write(tmp_path / "set", {"train": text, "val": b" a b "}))
+    assert (dataset.name, dataset.vocab_size, dataset.path) == ("set", 256, (tmp_path / "set").resolve())
+    assert dataset.meta["label"] == "test data" and isinstance(dataset.codec, data.BytesCodec)
+    train = dataset.split("train")
+    assert isinstance(train.tokens, np.memmap) and train.tokens.tobytes() == text
+    assert (train.n_tokens, train.n_bytes, train.n_words, train.scored_bytes) == (13, 13, 3, 12)
+    assert dataset.split("train") is train and dataset.split("val").n_words == 2
+    with pytest.raises(ValueError):
+        train.tokens[0] = 1
+    with pytest.raises(data.DataError) as error:
+        dataset.split("test")
+    one_line(error, "'test'", "train, val")
+
+
+def test_files_are_little_endian(tmp_path):
+    codec = data.SymbolsCodec([f"s{i}" for i in range(1000)])
+    write(tmp_path, b"s1 s515 s999", codec)
+    assert (tmp_path / "val.bin").read_bytes() == b"\x01\x00\x03\x02\xe7\x03"
+    dataset = data.Dataset(tmp_path)
+    assert dataset.meta["dtype"] == "uint16" and dataset.codec.symbols == codec.symbols
+    assert dataset.split("val").tokens.tolist() == [1, 515, 999]
+
+
+def test_scored_bytes_excludes_the_first_token(tmp_path):
+    write(tmp_path, b"long a a ", data.SymbolsCodec(["a", "long"]))
+    assert data.Dataset(tmp_path).split("val").scored_bytes == 4
+    splits = json.loads((tmp_path / "meta.json").read_text(encoding="utf-8"))["splits"]
+    del splits["val"]["first_bytes"]  # optional: the codec can tell
+    edit(tmp_path, splits=splits)
+    assert data.Dataset(tmp_path).split("val").scored_bytes == 4
+
+
+def test_unprepared_and_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ROOT", tmp_path / "data")
+    for name in ("enwik8", "stdlib"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "prepare.py").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("enwik8", "data/enwik8", tmp_path / "data" / "enwik8"):
+        with pytest.raises(data.DataError) as error:
+            data.Dataset(name)
+        assert str(error.value) == "no prepared data in data/enwik8: run python data/enwik8/prepare.py"
+    with pytest.raises(data.DataError) as error:
+        data.Dataset("enwiki8")
+    one_line(error, "'enwiki8'", "did you mean enwik8?", "stdlib", "meta.json")
+    with pytest.raises(data.DataError) as error:
+        data.Dataset(tmp_path / "nowhere")
+    one_line(error, "nowhere", "--out_dir")
+    # A folder of the working directory does not shadow the data set of the same name, a prepared path is found.
+    write(tmp_path / "enwik8", b"abc")
+    with pytest.raises(data.DataError):
+        data.Dataset("enwik8")
+    assert data.Dataset("./enwik8").split("val").n_tokens == 3
+    write(tmp_path / "own", b"abc")
+    assert data.Dataset("own").name == "own"
+    (tmp_path / "data" / "enwik8" / "meta.json").write_bytes((tmp_path / "enwik8" / "meta.json").read_bytes())
+    with pytest.raises(data.DataError) as error:
+        data.Dataset("enwik8").split("val")
+    one_line(error, "val.bin is missing", "python data/enwik8/prepare.py")
+
+
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        ({"format": 2}, "format 2"),
+        ({"dtype": "int64"}, "dtype 'int64'"),
+        ({"dtype": ["uint8"]}, "dtype"),
+        ({"vocab_size": "256"}, "vocab_size '256'"),
+        ({"vocab_size": 100}, "vocab_size 100"),
+        ({"codec": "morse"}, "codec 'morse'"),
+        ({"splits": {}}, "splits"),
+        ({"splits": {"dev": {}}}, "splits"),
+        ({"splits": {"val": {"tokens": 3}}}, "split val"),
+        ({"splits": {"val": {"tokens": 3, "bytes": 3, "words": 1.5}}}, "1.5 words"),
+        ({"splits": {"val": 3}}, "split val"),
+    ],
+)
+def test_foreign_meta(tmp_path, changes, part):
+    edit(write(tmp_path, b"abc"), **changes)
+    with pytest.raises(data.DataError) as error:
+        data.Dataset(tmp_path)
+    one_line(error, str(tmp_path), part)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "\x00"])
+def test_unreadable_meta(tmp_path, text):
+    write(tmp_path, b"abc")
+    (tmp_path / "meta.json").write_text(text, encoding="utf-8")
+    with pytest.raises(data.DataError) as error:
+        data.Dataset(tmp_path)
+    one_line(error, "meta.json", "--out_dir")
+
+
+@pytest.mark.parametrize(
+    "size, part", [(8, "truncated: 8 bytes, meta.json says 9"), (10, "too long"), (0, "truncated")]
+)
+def test_wrong_size(tmp_path, size, part):
+    write(tmp_path, b"abcdefghi")
+    (tmp_path / "val.bin").write_bytes(bytes(size))
+    dataset = data.Dataset(tmp_path)
+    assert dataset.split("train").n_tokens == 9
+    with pytest.raises(data.DataError) as error:
+        dataset.split("val")
+    one_line(error, part, "again")
+
+
+def test_id_beyond_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 4)  # so that the bad id is in a later chunk of the check
+    write(tmp_path, b"a b a b a b a b b", data.SymbolsCodec(["a", "b"]))
+    assert data.Dataset(tmp_path).split("val").n_tokens == 9
+    (tmp_path / "val.bin").write_bytes(bytes([0] * 8 + [2]))
+    with pytest.raises(data.DataError) as error:
+        data.Dataset(tmp_path).split("val")
+    one_line(error, "val.bin", "id 2", "vocabulary of 2", "again")
+
+
+# batches
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    """Token i of the train split is i, so that a row tells its start."""
+    folder = tmp_path_factory.mktemp("numbers")
+    codec = data.SymbolsCodec([f"n{i}" for i in range(2000)])
+    text = {"train": " ".join(codec.symbols).encode(), "val": " ".join(codec.symbols[1000:1100]).encode()}
+    return data.Dataset(write(folder, text, codec))
+
+
+def rows(batches, split="train", draws=1):
+    return torch.cat([batches.batch(split)[0] for _ in range(draws)])
+
+
+def test_batch_shapes_and_shift(numbers):
+    x, y = data.Batches(numbers, 7, 300, seed=1).batch("train")
+    assert x.shape == y.shape == (300, 7) and x.dtype == y.dtype == torch.int64
+    assert x.is_contiguous() and y.is_contiguous()
+    assert torch.equal(y, x + 1) and torch.equal(x[:, 1:], y[:, :-1])
+    assert x[:, 0].unique().numel() > 200
+    x, _ = data.Batches(numbers, 1998, 50, seed=1).batch("train")
+    assert set(x[:, 0].tolist()) == {0, 1}  # the last possible start is drawn, and no later one
+
+
+def test_batches_depend_on_seed_alone(numbers):
+    first = rows(data.Batches(numbers, 5, 4, seed=3), draws=3)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    assert torch.equal(first, rows(data.Batches(numbers, 5, 4, seed=3), draws=3))
+    assert not torch.equal(first, rows(data.Batches(numbers, 5, 4, seed=4), draws=3))
+    assert not torch.equal(first[:4], first[4:8])
+
+
+@quick
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**40))
+def test_ranks_slice_one_stream(numbers, world_size, batch_size, draws, seed):
+    single = rows(data.Batches(numbers, 6, batch_size, seed), draws=draws * world_size)
+    ranks = [data.Batches(numbers, 6, batch_size, seed, rank, world_size) for rank in range(world_size)]
+    assert torch.equal(single, torch.cat([rows(r) for _ in range(draws) for r in ranks]))
+    fixed = [x for x, _ in data.Batches(numbers, 6, batch_size, seed).fixed("val", draws * world_size)]
+    split = zip(*(r.fixed("val", draws * world_size) for r in ranks), strict=True)
+    assert torch.equal(torch.cat(fixed), torch.cat([x for step in split for x, _ in step]))
+
+
+def test_batches_state_round_trip(numbers, tmp_path):
+    batches = data.Batches(numbers, 5, 4, seed=3)
+    rows(batches, draws=2)
+    torch.save(batches.state_dict(), tmp_path / "state.pt")
+    expected = rows(batches, draws=2)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["generator"].dtype == torch.uint8
+    assert all(type(v) is int for k, v in state.items() if k != "generator")
+    other = data.Batches(numbers, 5, 4, seed=8)
+    other.load_state_dict(state)
+    assert torch.equal(rows(other, draws=2), expected)
+    assert torch.equal(next(other.fixed("val", 1))[0], next(batches.fixed("val", 1))[0])
+    for wrong in ({}, {"generator": torch.zeros(3, dtype=torch.uint8), "seed": 1}, {"generator": None, "seed": 1}, 3):
+        with pytest.raises(data.DataError) as error:
+            other.load_state_dict(wrong)
+        one_line(error, "checkpoint")
+
+
+def test_state_is_a_snapshot(numbers):
+    batches = data.Batches(numbers, 5, 4, seed=3)
+    state = batches.state_dict()
+    expected = rows(batches)
+    batches.load_state_dict(state)
+    assert torch.equal(rows(batches), expected)
+
+
+def test_fixed_is_fixed_and_apart(numbers):
+    batches, other = data.Batches(numbers, 5, 4, seed=3), data.Batches(numbers, 5, 4, seed=3)
+    first = [x for x, _ in batches.fixed("train", 3)]
+    start = rows(batches)
+    assert torch.equal(start, rows(other))  # fixed() did not move the training generator
+    again = list(batches.fixed("train", 3))
+    assert all(torch.equal(a, b) for a, (b, _) in zip(first, again, strict=True))
+    assert torch.equal(rows(batches), rows(other))
+    assert torch.equal(again[2][1], again[2][0] + 1)
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], start)
+    assert 1000 <= next(batches.fixed("val", 1))[0].min()
+
+
+def test_block_size_needs_a_longer_split(numbers):
+    batches = data.Batches(numbers, 99, 2, seed=0)
+    assert batches.batch("val")[0][0].tolist() == list(range(1000, 1099))
+    with pytest.raises(data.DataError) as error:
+        data.Batches(numbers, 100, 2, seed=0).batch("val")
+    one_line(error, "val has 100 tokens", "block_size 100", "--block_size=99")
+    with pytest.raises(data.DataError) as error:
+        next(data.Batches(numbers, 100, 2, seed=0).fixed("val", 1))
+    with pytest.raises(data.DataError) as error:
+        data.Batches(numbers, 2000, 2, seed=0)
+    one_line(error, "train has 2000 tokens")
+
+
+@pytest.mark.parametrize("args", [(0, 1, 0), (4, 0, 0), (4, 1, 0, 2, 2), (4, 1, 0, -1, 2)])
+def test_batches_arguments(numbers, args):
+    with pytest.raises(data.DataError) as error:
+        data.Batches(numbers, *args)
+    one_line(error, "batch_size")
+
+
+def test_tokens_are_not_held(numbers):
+    """The map of an earlier access is not kept alive: its pages would add up to the size of the file."""
+    split = numbers.split("train")
+    assert split.tokens is not split.tokens
+    assert not any(isinstance(value, np.ndarray) for value in vars(split).values())
+
+
+# windows
+
+
+@quick
+@given(st.data())
+def test_windows_score_each_token_once(draw):
+    n, context = draw.draw(st.integers(2, 80)), draw.draw(st.integers(1, 90))
+    stride, batch_size = draw.draw(st.integers(1, context)), draw.draw(st.integers(1, 9))
+    tokens = np.random.default_rng(n).permutation(n)
+    position = np.argsort(tokens)  # token -> its place
+    seen, passes = [], []
+    for size in (batch_size, 1):
+        found = []
+        for x, y, scored in data.windows(fake_split(tokens), context, stride, size):
+            assert x.shape == y.shape == scored.shape and 1 <= len(x) <= size
+            assert x.dtype == y.dtype == torch.int64 and scored.dtype == torch.bool
+            found += zip(x.tolist(), y.tolist(), scored.tolist(), strict=True)
+        passes.append(found)
+    assert passes[0] == passes[1]
+    for k, (x, y, scored) in enumerate(passes[0]):
+        start = k * stride
+        assert x == tokens[start : start + context][: len(x)].tolist()
+        assert y == tokens[start + 1 : start + 1 + len(x)].tolist()
+        assert len(x) == min(context, n - 1 - start) and any(scored)
+        seen += [int(position[t]) for t, s in zip(y, scored, strict=True) if s]
+    assert seen == list(range(1, n))  # once each, in order, so by the first window that holds it
+
+
+def test_windows_example():
+    found = list(data.windows(fake_split(range(10)), context=4, stride=2, batch_size=2))
+    assert [x.tolist() for x, _, _ in found] == [[[0, 1, 2, 3], [2, 3, 4, 5]], [[4, 5, 6, 7]], [[6, 7, 8]]]
+    assert [s.int().tolist() for _, _, s in found] == [[[1, 1, 1, 1], [0, 0, 1, 1]], [[0, 0, 1, 1]], [[0, 0, 1]]]
+
+
+def test_windows_of_a_dataset(numbers):
+    total = sum(int(scored.sum()) for _, _, scored in data.windows(numbers.split("train"), 64, 48, 5))
+    assert total == 1999
+
+
+@pytest.mark.parametrize("n, args, part", [(9, (4, 5), "stride"), (9, (4, 0), "stride"), (9, (4, 4, 0), "batch_size")])
+def test_windows_arguments(n, args, part):
+    with pytest.raises(data.DataError) as error:
+        next(data.windows(fake_split(range(n)), *args))
+    one_line(error, part)
+    with pytest.raises(data.DataError) as error:
+        next(data.windows(fake_split([1]), 4, 4))
+    one_line(error, "nothing to score")
+
+
+# writing
+
+
+@quick
+@given(st.binary(min_size=2), st.lists(st.integers(1, 5), min_size=1))
+def test_words_are_counted_across_pieces(tmp_path_factory, raw, sizes):
+    pieces, rest = [], raw
+    for size in itertools.cycle(sizes):
+        pieces, rest = [*pieces, rest[:size]], rest[size:]
+        if not rest:
+            break
+    digest = hashlib.sha256()
+    info = data.write_split(tmp_path_factory.getbasetemp(), "val", [b"", *pieces], data.BytesCodec(), digest)
+    assert info["words"] == len(raw.split()) and info["bytes"] == info["tokens"] == len(raw)
+    assert info["sha256"] == digest.hexdigest() == hashlib.sha256(raw).hexdigest()
+
+
+def test_interrupted_write_leaves_nothing(tmp_path):
+    def interrupted():
+        yield b"some text"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.write_split(tmp_path, "train", interrupted(), data.BytesCodec())
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path, b"whole")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert sorted(before) == ["meta.json", "test.bin", "train.bin", "val.bin"]
+    data.write_split(tmp_path, "train", [b"other"], data.BytesCodec())
+    with pytest.raises(KeyboardInterrupt):
+        data.write_split(tmp_path, "val", interrupted(), data.BytesCodec())
+    assert {n: (tmp_path / n).read_bytes() for n in before} == before  # the earlier set is as it was
+    write(tmp_path, {"val": b"newer"})
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith(".part")) == ["meta.json", "val.bin"]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_interrupted_commit_is_never_whole(tmp_path, monkeypatch, step):
+    write(tmp_path, b"older data")
+    replace, steps = data._replace, itertools.count(1)
+
+    def stopping(source, target):
+        if next(steps) == step:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(data, "_replace", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, b"newer data")
+    with pytest.raises(data.DataError) as error:
+        data.Dataset(tmp_path)
+    one_line(error, "no prepared data")
+    monkeypatch.undo()
+    write(tmp_path, b"newer data")
+    assert data.Dataset(tmp_path).split("train").tokens.tobytes() == b"newer data"
+
+
+def test_replace_outlasts_a_scanner(tmp_path, monkeypatch):
+    replace, calls = os.replace, []
+
+    def busy(source, target):
+        calls.append(source)
+        if len(calls) < 3:
+            raise PermissionError("in use")
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    (tmp_path / "a").write_text("x", encoding="utf-8")
+    data._replace(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text(encoding="utf-8") == "x"
+    calls[:] = []
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(PermissionError("in use")))
+    with pytest.raises(PermissionError):
+        data._replace(tmp_path / "b", tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "raised, status, part",
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (data.DataError("no such thing"), 1, "error: no such thing\n"),
+        (OSError("disk full"), 1, "error: OSError: disk full\n"),
+        (None, 0, ""),
+    ],
+)
+def test_run_prepare(capsys, raised, status, part):
+    def main():
+        if raised is not None:
+            raise raised
+
+    assert data.run_prepare(main) == status
+    assert part in capsys.readouterr().err
+
+
+# download
+
+
+CONTENT = bytes(range(256)) * 5000
+CHECKSUM = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server():
+    """http://127.0.0.1:port with /good, /short (ends early), /other (wrong content); the rest is missing."""
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            body = {"/good": CONTENT, "/short": CONTENT, "/other": b"<html>"}.get(self.path)
+            self.send_response(200 if body else 404)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            self.wfile.write((body or b"")[: 1000 if self.path == "/short" else None])
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield types.SimpleNamespace(url=f"http://127.0.0.1:{running.server_port}", requests=requests)
+        running.shutdown()
+
+
+def test_download_takes_the_first_source_that_delivers(server, tmp_path):
+    urls = [f"{server.url}/{name}" for name in ("missing", "short", "other", "good", "never")]
+    path = data.download(urls, tmp_path / "new" / "file", CHECKSUM)
+    assert path.read_bytes() == CONTENT and [p.name for p in path.parent.iterdir()] == ["file"]
+    assert server.requests == ["/missing", "/short", "/other", "/good"]
+    data.download(urls, path, CHECKSUM)
+    assert len(server.requests) == 4  # it is there already
+    path.write_bytes(b"damaged")
+    data.download(urls[3:], path, CHECKSUM)
+    assert path.read_bytes() == CONTENT
+
+
+def test_download_from_a_file(tmp_path):
+    (tmp_path / "source").write_bytes(CONTENT)
+    urls = [(tmp_path / "nowhere").as_uri(), (tmp_path / "source").as_uri()]
+    assert data.download(urls, tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_download_names_each_source(server, tmp_path):
+    urls = [f"{server.url}/missing", f"{server.url}/short", f"{server.url}/other", "nonsense"]
+    with pytest.raises(data.DataError) as error:
+        data.download(urls, tmp_path / "file", CHECKSUM)
+    message = str(error.value)
+    assert "\n" not in message and "--source" in message
+    for part in [*urls, "404", "1000", "wrong checksum", "unknown url type"]:
+        assert part in message, message
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(data.DataError) as error:  # without a checksum, a short file is still noticed
+        data.download(urls[1:2], tmp_path / "file")
+    one_line(error, "ended after 1000 of 1280000 bytes")
+
+
+# enwik8
+
+
+TEXT = b"<mediawiki>" + b"word another\tline\n" * 500 + b"\xff\x00 end of it" * 10
+
+
+def packed(kind):
+    if kind == "gz":
+        return gzip.compress(TEXT)
+    if kind == "zip":
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("enwik8", TEXT)
+        return out.getvalue()
+    return TEXT
+
+
+@pytest.mark.parametrize("kind", ["", "gz", "zip"])
+def test_enwik8_sources(tmp_path, kind, capsys):
+    (tmp_path / "in").mkdir()
+    source = tmp_path / "in" / ("enwik8" + ("." + kind if kind else ""))
+    source.write_bytes(packed(kind))
+    enwik8(source, tmp_path / "out")
+    enwik8(source.parent, tmp_path / "again")
+    check_enwik8(tmp_path / "out", capsys.readouterr().out)
+    assert (tmp_path / "out" / "meta.json").read_bytes() == (tmp_path / "again" / "meta.json").read_bytes()
+
+
+def test_enwik8_script(tmp_path):
+    (tmp_path / "enwik8.first.gz").write_bytes(packed("gz"))
+    run = prepare("enwik8", "--source", tmp_path, f"--out_dir={tmp_path / 'out'}", cwd=tmp_path)
+    assert run.returncode == 0 and run.stderr == "", run.stderr
+    check_enwik8(tmp_path / "out", run.stdout)
+
+
+def check_enwik8(out, summary):
+    dataset = data.Dataset(out)
+    held_out = len(TEXT) * 5 // 100
+    borders = [0, len(TEXT) - 2 * held_out, len(TEXT) - held_out, len(TEXT)]
+    for name, (start, stop) in zip(data.SPLITS, itertools.pairwise(borders), strict=True):
+        split, part = dataset.split(name), TEXT[start:stop]
+        assert split.tokens.tobytes() == part and split.n_words == len(part.split())
+        assert dataset.meta["splits"][name]["sha256"] == hashlib.sha256(part).hexdigest()
+        assert f"{len(part):,} tokens" in summary and hashlib.sha256(part).hexdigest() in summary
+    assert dataset.meta["sha256"] == hashlib.sha256(TEXT).hexdigest()
+    assert dataset.meta["label"] == f"enwik8, first {len(TEXT) / 1000:.3g} kB"
+    assert sorted(p.name for p in out.iterdir()) == ["meta.json", "test.bin", "train.bin", "val.bin"]
+
+
+def enwik8(source, out):
+    script("enwik8").main(["--source", str(source), "--out_dir", str(out)])
+
+
+def test_enwik8_rerun_and_chunks(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a").write_bytes(TEXT)
+    (tmp_path / "b").write_bytes(TEXT[:5000])
+    enwik8(tmp_path / "b", tmp_path / "out")
+    monkeypatch.setattr(data, "CHUNK", 7)  # borders of splits and words fall within and between chunks
+    enwik8(tmp_path / "a", tmp_path / "out")
+    dataset = data.Dataset(tmp_path / "out")
+    parts = [dataset.split(name).tokens.tobytes() for name in data.SPLITS]
+    assert b"".join(parts) == TEXT
+    assert [dataset.split(name).n_words for name in data.SPLITS] == [len(part.split()) for part in parts]
+
+
+def test_enwik8_full_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script("enwik8"), "SIZE", len(TEXT))
+    (tmp_path / "enwik8").write_bytes(TEXT)
+    with pytest.raises(data.DataError) as error:
+        enwik8(tmp_path, tmp_path / "out")
+    one_line(error, "wrong checksum", "sha256")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(script("enwik8"), "SHA256", hashlib.sha256(TEXT).hexdigest())
+    enwik8(tmp_path, tmp_path / "out")
+    assert data.Dataset(tmp_path / "out").meta["label"] == "enwik8"
+    (tmp_path / "enwik8").write_bytes(TEXT + b"x")
+    with pytest.raises(data.DataError) as error:
+        enwik8(tmp_path, tmp_path / "out")
+    one_line(error, "more than")
+
+
+def test_enwik8_download(tmp_path, monkeypatch, capsys):
+    (tmp_path / "served").write_bytes(packed("zip"))
+    module = script("enwik8")
+    monkeypatch.setattr(module, "URLS", [(tmp_path / "nowhere").as_uri(), (tmp_path / "served").as_uri()])
+    with pytest.raises(data.DataError) as error:
+        module.main(["--out_dir", str(tmp_path / "out")])
+    one_line(error, "wrong checksum", "--source")
+    monkeypatch.setattr(module, "ZIP_SHA256", hashlib.sha256(packed("zip")).hexdigest())
+    module.main(["--out_dir", str(tmp_path / "out")])
+    assert data.Dataset(tmp_path / "out").split("train").n_tokens > 8000
+
+
+def test_enwik8_refuses(tmp_path):
+    cases = {
+        "damaged.gz": (packed("gz")[:-9], "damaged"),
+        "damaged.zip": (packed("zip").replace(TEXT[:4], b"????")[:-30], "damaged"),
+        "other": (b"another text", "not enwik8"),
+        "tiny": (TEXT[:15], "tokens for the val split"),
+    }
+    for name, (content, part) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(data.DataError) as error:
+            enwik8(tmp_path / name, tmp_path / "out")
+        one_line(error, part)
+        assert not (tmp_path / "out" / "meta.json").exists()
+    with pytest.raises(data.DataError) as error:
+        enwik8(tmp_path, tmp_path / "out")
+    one_line(error, "holds none")
+    run = prepare("enwik8", "--source", "nowhere", "--out_dir", tmp_path / "out", cwd=tmp_path)
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", "error: --source nowhere does not exist\n")
+
+
+# stdlib
+
+
+def test_stdlib_script(tmp_path):
+    library = tmp_path / "Lib"
+    skipped = ("site-packages/a.py", "test/b.py", "idlelib/idle_test/c.py", "_sysconfigdata_x.py", "notes.txt")
+    kept = {f"pkg/m{i}.py": f"# {i}\n".encode() for i in range(80)}
+    kept |= {"bare.py": b"x = 1", "latin.py": b"# \xe9\xff\r\n", "empty.py": b""}
+    for name, text in {**kept, **dict.fromkeys(skipped, b"SKIPPED\n")}.items():
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_bytes(text)
+    run = prepare("stdlib", "--source", library, "--out_dir", tmp_path / "out", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    dataset = data.Dataset(tmp_path / "out")
+    split_of = script("stdlib").split_of
+    for name in data.SPLITS:
+        texts = [kept[p].replace(b"\r\n", b"\n") for p in sorted(kept) if split_of(p) == name]
+        expected = b"".join(t if t.endswith(b"\n") or not t else t + b"\n" for t in texts)
+        assert dataset.split(name).tokens.tobytes() == expected
+    (tmp_path / "none").mkdir()
+    with pytest.raises(data.DataError) as error:
+        script("stdlib").main(["--source", str(tmp_path / "none"), "--out_dir", str(tmp_path / "out")])
+    one_line(error, "no Python source text")
+
+
+def test_stdlib_splits_are_stable():
+    split_of = script("stdlib").split_of
+    assert [split_of(n) for n in ("os.py", "json/decoder.py", "shutil.py", "socket.py")] == [
+        "train",
+        "train",
+        "val",
+        "test",
+    ]
+    counts = [[split_of(f"m{i}.py") for i in range(4000)].count(name) / 4000 for name in data.SPLITS]
+    assert np.allclose(counts, [0.9, 0.05, 0.05], atol=0.015)
+
+
+def test_stdlib_of_this_python():
+    """Not prepared here, which takes seconds: what would be read is looked at instead."""
+    module = script("stdlib")
+    files = dict(module.find(module.sysconfig.get_path("stdlib")))
+    assert "os.py" in files and "json/decoder.py" in files
+    assert not any("test" in name.split("/") for name in files)
+    assert 5e6 < sum(path.stat().st_size for path in files.values()) < 20e6
+
+
+# wikitext2
+
+
+WIKI = (
+    " = Title = \n \n Some text of caf\u00e9s , with \u65e5\u672c .  \n \n \n = = Part = = \n It 's\u00a0here\u3000. \n"
+    "bare line\nanother\n\n  two spaces \n\tTab\n 's start\n"
+)
+
+
+def wiki_folder(folder, names=("train", "valid", "test"), variant="raw"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        (folder / f"wiki.{name}.{variant}").write_bytes((WIKI * (i + 1)).encode())
+    return folder
+
+
+def wikitext2(*args):
+    script("wikitext2").main([str(a) for a in args])
+
+
+def test_wikitext2_script(tmp_path):
+    source = wiki_folder(tmp_path / "wiki")
+    run = prepare("wikitext2", "--source", source, "--codec=bytes", "--out_dir", tmp_path / "out", cwd=tmp_path)
+    assert run.returncode == 0 and run.stderr == "", run.stderr
+    dataset = data.Dataset(tmp_path / "out")
+    for i, name in enumerate(data.SPLITS):
+        raw = (WIKI * (i + 1)).encode()
+        split = dataset.split(name)
+        assert split.tokens.tobytes() == raw and split.n_words == len(raw.split()) and split.n_bytes == len(raw)
+    assert dataset.meta["label"] == f"WikiText-2 raw, {len(WIKI.encode()) / 1000:.3g} kB of train"
+    assert "not the complete WikiText-2" in run.stdout
+
+
+def test_wikitext2_label_of_the_whole(tmp_path, monkeypatch, capsys):
+    words = {name: len(WIKI.encode().split()) * (i + 1) for i, name in enumerate(data.SPLITS)}
+    monkeypatch.setattr(script("wikitext2"), "WORDS", words)
+    wikitext2("--source", wiki_folder(tmp_path / "wiki"), "--codec=bytes", "--out_dir", tmp_path / "out")
+    assert data.Dataset(tmp_path / "out").meta["label"] == "WikiText-2 raw"
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_wikitext2_sources(tmp_path, capsys):
+    """Windows newlines, a zip archive with a folder, and the tokenised variant without train."""
+    expected = (WIKI * 2).encode()
+    folder = wiki_folder(tmp_path / "a" / "wikitext-2", ("valid", "test"), "tokens")
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    with zipfile.ZipFile(tmp_path / "wiki.zip", "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, f"wikitext-2/{path.name}")
+    for i, source in enumerate((folder, tmp_path / "a", tmp_path / "wiki.zip")):
+        out = tmp_path / f"out{i}"
+        wikitext2("--source", source, "--variant=tokens", "--codec=bytes", "--out_dir", out)
+        dataset = data.Dataset(out)
+        assert dataset.split("test").tokens.tobytes() == expected
+        assert dataset.meta["label"] == "WikiText-2 tokens, no train" and set(dataset.meta["splits"]) == {"val", "test"}
+    assert data.Batches(dataset, 5, 2, seed=0).batch("val")[0].shape == (2, 5)
+
+
+def test_wikitext2_refuses(tmp_path, capsys):
+    wiki_folder(tmp_path / "tokens", ("valid",), "tokens")
+    for folder in ("x", "y"):
+        wiki_folder(tmp_path / "two" / folder)
+    (tmp_path / "file").write_bytes(b"text")
+    with zipfile.ZipFile(tmp_path / "damaged.zip", "w") as archive:
+        archive.writestr("wiki.valid.raw", WIKI)
+    damaged = (tmp_path / "damaged.zip").read_bytes().replace(b"Title", b"Tatle")
+    (tmp_path / "damaged.zip").write_bytes(damaged)
+    cases = {"tokens": "--variant tokens", "two": "pass the folder", "file": "neither", "no": "does not exist"}
+    for name, part in {**cases, "damaged.zip": "damaged"}.items():
+        with pytest.raises(data.DataError) as error:
+            wikitext2("--source", tmp_path / name, "--codec=bytes", "--out_dir", tmp_path / "out")
+        one_line(error, part, name)
+        assert not (tmp_path / "out" / "meta.json").exists()
+
+
+def hub(monkeypatch, load_dataset):
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+
+
+def test_wikitext2_from_the_hub(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def load_dataset(name, config, split, revision):
+        asked.append((name, config, split))
+        lines = " = T = \n \n Text . \n".splitlines(keepends=True)
+        return [{"text": line if line.strip() else ""} for line in lines]
+
+    hub(monkeypatch, load_dataset)
+    args = ("--codec=bytes", "--out_dir", tmp_path / "out")
+    with pytest.raises(data.DataError) as error:
+        wikitext2(*args)
+    one_line(error, "has 5 words, not 2051910", "--source")
+    assert not (tmp_path / "out" / "meta.json").exists()
+    monkeypatch.setattr(script("wikitext2"), "WORDS", dict.fromkeys(data.SPLITS, 5))
+    wikitext2(*args)
+    dataset = data.Dataset(tmp_path / "out")
+    assert dataset.split("train").tokens.tobytes() == b" = T = \n \n Text . \n"  # as in the original files
+    assert dataset.meta["label"] == "WikiText-2 raw"
+    assert asked[-3:] == [("Salesforce/wikitext", "wikitext-2-raw-v1", s) for s in ("train", "validation", "test")]
+
+
+def test_wikitext2_hub_failure(tmp_path, monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("no route to host\nmore")
+
+    hub(monkeypatch, load_dataset)
+    with pytest.raises(data.DataError) as error:
+        wikitext2("--codec=bytes", "--out_dir", tmp_path / "out")
+    one_line(error, "no route to host", "--source", "wikitext-2-raw-v1.zip")
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+def test_wikitext2_bpe(tmp_path):
+    need_bpe()
+    wiki_folder(tmp_path)
+    wikitext2("--source", tmp_path, "--out_dir", tmp_path / "out")
+    dataset = data.Dataset(tmp_path / "out")
+    split = dataset.split("test")
+    assert dataset.meta["dtype"] == "uint16" and split.tokens.tolist() == dataset.codec.encode(WIKI * 3)
+    first = len(dataset.codec.decode_bytes(split.tokens[:1]))
+    assert split.n_bytes == len((WIKI * 3).encode()) and split.scored_bytes == split.n_bytes - first
+
+
+@quick
+@given(st.lists(st.sampled_from([" ", "\n", " \n", "a", "1", ".", "'s", "\u00e9", "\u3000", "\t", " =", "\n ="])))
+def test_pieces_encode_as_the_whole(parts):
+    need_bpe()
+    text = "".join(parts)
+    lines = text.encode().splitlines(keepends=True) if text.isascii() else io.BytesIO(text.encode()).readlines()
+    cut = list(script("wikitext2").pieces(lines, size=1))
+    assert b"".join(cut) == text.encode()
+    codec = data.GPT2Codec()
+    assert [i for piece in cut for i in codec.encode_bytes(piece).tolist()] == codec.encode(text)
+
+
+def test_pieces_are_cut():
+    """Without this, one piece for everything would pass the test above."""
+    cut = list(script("wikitext2").pieces(WIKI.encode().splitlines(keepends=True), size=1))
+    assert [piece.split()[0] for piece in cut] == [b"=", b"Some", b"=", b"It", b"another", b"'s"]

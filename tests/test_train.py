@@ -1,0 +1,423 @@
+"""Training: exact resume, faults, evaluation, processes. Runs are tiny, and in this process where they can be."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.nn import functional as F
+
+import config
+import train
+from data import Dataset, windows
+from model import GPT, GPTConfig, ModelError, read_checkpoint
+from train import Objective, TrainConfig, TrainError, World, evaluate, lr_factor, make_optimizers
+
+CPU = config.resolve_device("cpu", "auto")
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def read_log(folder, *names):
+    """The values of log.jsonl that must not depend on how often a run was interrupted."""
+    with open(os.path.join(folder, "log.jsonl")) as f:
+        entries = [json.loads(line) for line in f]
+    names = names or ("iter", "split", "loss", "ce", "penalty", "grad_norm", "lr", "tokens", "val_loss", "train_loss")
+    return [{k: e[k] for k in names if k in e} for e in entries]
+
+
+def weights_equal(a, b, name="ckpt.pt"):
+    a, b = (read_checkpoint(str(folder), name)["model"] for folder in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def command(arguments):
+    return [sys.executable, os.path.join(ROOT, "train.py"), *arguments]
+
+
+def run(arguments, **options):
+    return subprocess.run(command(arguments), capture_output=True, text=True, env=ENV, **options)
+
+
+# resume
+
+
+@pytest.mark.parametrize("keys", [{}, dict(optimizer="muon", gradient_accumulation_steps=2, dropout=0.0)])
+def test_resume_is_exact(tiny, tmp_path, keys):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    assert train.main(tiny(out_dir=whole, **keys)) == 0
+    assert train.main(tiny(out_dir=parts, max_iters=10, **keys)) == 0
+    torch.manual_seed(99)  # nothing outside the checkpoint may matter
+    assert train.main(tiny(out_dir=parts, init_from="resume", **keys)) == 0
+    assert read_log(whole) == read_log(parts)
+    assert weights_equal(whole, parts) and weights_equal(whole, parts, "best.pt")
+    losses = [e["loss"] for e in read_log(whole) if "loss" in e]
+    assert len(losses) == 20 and len(set(losses)) == 20 and losses[-1] < losses[0]
+
+
+def test_resume_forgets_what_came_after_the_checkpoint(tiny, tmp_path):
+    folder = str(tmp_path / "run")
+    train.main(tiny(max_iters=10))
+    with open(os.path.join(folder, "log.jsonl"), "a") as f:
+        f.write('{"iter": 11, "loss": 0.5, "torn')
+    train.main(tiny(init_from="resume"))
+    assert [e["iter"] for e in read_log(folder) if "loss" in e] == list(range(1, 21))
+
+
+def kill_and_resume(tiny, folder, delay):
+    """Start a run, kill -9 it `delay` seconds after its first checkpoint, resume it to the end."""
+    arguments = tiny(out_dir=folder, checkpoint_interval=1, max_iters=120, lr_decay_iters=120, eval_interval=40)
+    process = subprocess.Popen(command(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENV)
+    deadline = time.time() + 60
+    while not os.path.exists(os.path.join(folder, "ckpt.pt")) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    assert train.main([*arguments, "--init_from=resume"]) == 0
+    return process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_resume_after_kill(tiny, tmp_path, fresh_rng, times):
+    whole = str(tmp_path / "whole")
+    train.main(tiny(out_dir=whole, max_iters=120, lr_decay_iters=120, eval_interval=40))
+    killed = 0
+    for i in range(times):
+        folder = str(tmp_path / f"killed{i}")
+        killed += kill_and_resume(tiny, folder, fresh_rng.uniform(0, 1.0))
+        assert read_log(folder) == read_log(whole) and weights_equal(folder, whole)
+    assert killed, "no run was killed before its end"
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_finish_the_step_and_save(tiny, tmp_path, number, status):
+    folder = str(tmp_path / "stopped")
+    arguments = tiny(out_dir=folder, max_iters=100000, lr_decay_iters=20, eval_interval=100000)
+    process = subprocess.Popen(command(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    for line in process.stdout:
+        if line.startswith("iter 5"):
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status and err == "" and f"{number.name}: stopped after iteration" in out
+    done = read_checkpoint(folder, "ckpt.pt")["iter_num"]
+    assert [e["iter"] for e in read_log(folder) if "loss" in e] == list(range(1, done + 1))
+    train.main(tiny(out_dir=folder, init_from="resume", max_iters=done + 2, eval_interval=100000))
+    whole = str(tmp_path / "whole")
+    train.main(tiny(out_dir=whole, max_iters=done + 2, eval_interval=100000))
+    assert read_log(folder, "iter", "loss") == read_log(whole, "iter", "loss")
+
+
+def test_resume_of_nanogpts_checkpoint(tiny, tmp_path, capsys):
+    gpt = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=32, dropout=0.1))
+    matrices = [p for p in gpt.parameters() if p.dim() >= 2]
+    vectors = [p for p in gpt.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}])
+    gpt(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
+    optimizer.step()
+    args = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=256, dropout=0.1)
+    stored = dict(model={f"_orig_mod.{k}": v for k, v in gpt.state_dict().items()}, optimizer=optimizer.state_dict())
+    os.makedirs(tmp_path / "run")
+    stored |= dict(model_args=args, iter_num=18, best_val_loss=torch.tensor(4.5), config={"dataset": "x"})
+    torch.save(stored, tmp_path / "run" / "ckpt.pt")
+    assert train.main(tiny(init_from="resume")) == 0
+    assert "start afresh" in capsys.readouterr().out
+    assert read_checkpoint(str(tmp_path / "run"), "ckpt.pt")["iter_num"] == 20
+
+
+def test_resume_of_a_different_model_is_refused(tiny):
+    train.main(tiny(max_iters=1))
+    with pytest.raises(config.ConfigError, match="n_layer=3"):
+        train.main(tiny(init_from="resume", n_layer=3))
+    with pytest.raises(ModelError, match="optimizer=muon"):
+        train.main(tiny(init_from="resume", optimizer="muon"))
+
+
+# faults
+
+
+def poison(monkeypatch, steps):
+    """Make the loss NaN at the given steps (from 0)."""
+    calls, forward = [0], Objective.forward
+
+    def poisoned(self, batch):
+        loss, parts = forward(self, batch)
+        calls[0] += 1
+        return loss * (math.nan if calls[0] - 1 in steps else 1.0), parts
+
+    monkeypatch.setattr(Objective, "forward", poisoned)
+
+
+def test_a_bad_step_is_skipped(tiny, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {3, 4, 5, 6})
+    seen = []
+    update = train.Run.update
+    monkeypatch.setattr(train.Run, "update", lambda self, *a: (update(self, *a), seen.append(snapshot(self.model))))
+    assert train.main(tiny(max_iters=10)) == 0
+    assert "iteration 4: loss nan" in capsys.readouterr().out
+    assert torch.equal(seen[2], seen[6]) and not torch.equal(seen[6], seen[7]) and seen[-1].isfinite().all()
+
+
+def snapshot(gpt):
+    return torch.cat([p.detach().flatten() for p in gpt.parameters()])
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(12, 99)))
+    with pytest.raises(TrainError, match="5 non-finite steps in a row up to iteration 17.*ckpt.pt"):
+        train.main(tiny())
+    stored = read_checkpoint(str(tmp_path / "run"), "ckpt.pt")
+    assert stored["iter_num"] == 10 and all(w.isfinite().all() for w in stored["model"].values())
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tiny, tmp_path):
+    train.main(tiny(max_iters=4))
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+        "import config, train; sys.argv = ['train.py'] + sys.argv[1:];"
+        "config.run(train.main, train.DataError, train.ModelError, train.TrainError)"
+    )
+    arguments = tiny(init_from="resume", max_iters=8)
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *arguments], cwd=ROOT, capture_output=True, text=True, env=ENV
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr, done.stderr
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+    assert not [n for n in os.listdir(tmp_path / "run") if n.endswith(".tmp")]
+
+
+def test_compile_failure_falls_back(tiny, tmp_path, monkeypatch, capsys):
+    def broken(module):
+        raise RuntimeError("no C++ compiler\nand more")
+
+    reference = str(tmp_path / "eager")
+    train.main(tiny(out_dir=reference, max_iters=3))
+    monkeypatch.setattr(torch, "compile", broken)
+    assert train.main(tiny(compile=True, max_iters=3)) == 0
+    assert "eager: torch.compile failed (RuntimeError: no C++ compiler)" in capsys.readouterr().out
+    assert read_log(tmp_path / "run") == read_log(reference)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_close_to_eager(tiny, tmp_path, capsys):
+    reference = str(tmp_path / "eager")
+    train.main(tiny(out_dir=reference, dropout=0.0))
+    assert train.main(tiny(compile=True, dropout=0.0)) == 0
+    assert "compiled in" in capsys.readouterr().out
+    pairs = zip(read_log(tmp_path / "run", "loss"), read_log(reference, "loss"))
+    assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in pairs if a)
+
+
+# the step
+
+
+def test_schedule():
+    cfg = TrainConfig(learning_rate=1e-3, min_lr=1e-4, warmup_iters=10, max_iters=110)
+    factors = [lr_factor(cfg, i) for i in range(111)]
+    assert factors[0] == pytest.approx(1 / 11) and factors[10] == 1 and factors[110] == pytest.approx(0.1)
+    assert factors[60] == pytest.approx(0.55) and all(a > b for a, b in zip(factors[10:], factors[11:]))
+    constant = TrainConfig(learning_rate=1e-3, decay_lr=False, warmup_iters=10)
+    assert lr_factor(constant, 10**6) == 1
+
+
+def test_accumulation_equals_a_larger_batch(tiny, tmp_path):
+    whole = str(tmp_path / "whole")
+    train.main(tiny(out_dir=whole, batch_size=8, dropout=0.0))
+    train.main(tiny(batch_size=4, gradient_accumulation_steps=2, dropout=0.0))
+    for a, b in zip(read_log(whole, "loss", "grad_norm"), read_log(tmp_path / "run", "loss", "grad_norm")):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_activation_checkpointing_changes_no_digit(tiny, tmp_path):
+    whole = str(tmp_path / "whole")
+    train.main(tiny(out_dir=whole))
+    train.main(tiny(activation_checkpointing=True))
+    assert read_log(whole) == read_log(tmp_path / "run")
+
+
+def test_optimizer_groups():
+    gpt = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32, bias=True))
+    embeddings = {id(gpt.transformer.wte.weight), id(gpt.transformer.wpe.weight)}
+    adamw, muon = make_optimizers(gpt, TrainConfig(optimizer="muon", weight_decay=0.3), "cpu")
+    in_muon = {id(p) for g in muon.param_groups for p in g["params"]}
+    in_adamw = {id(p) for g in adamw.param_groups for p in g["params"]}
+    assert in_muon | in_adamw == {id(p) for p in gpt.parameters()} and not in_muon & in_adamw
+    assert embeddings <= in_adamw and len(in_muon) == 2 * 4
+    for group in adamw.param_groups:
+        assert all((p.dim() >= 2) == (group["weight_decay"] == 0.3) for p in group["params"])
+    (adamw,) = make_optimizers(gpt, TrainConfig(), "cpu")
+    assert sum(len(g["params"]) for g in adamw.param_groups) == len(list(gpt.parameters()))
+
+
+def test_time_limit_counts_over_resumes(tiny, tmp_path):
+    train.main(tiny(max_seconds=1e-6))
+    assert read_checkpoint(str(tmp_path / "run"), "ckpt.pt")["iter_num"] == 1
+    train.main(tiny(max_seconds=1e-6, init_from="resume"))
+    assert read_checkpoint(str(tmp_path / "run"), "ckpt.pt")["iter_num"] <= 2
+
+
+# evaluation
+
+
+def model_and_split(text_dataset, **keys):
+    torch.manual_seed(3)
+    gpt = GPT(GPTConfig(**(dict(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=32, dropout=0.3) | keys)))
+    torch.nn.init.normal_(gpt.transformer.wte.weight, std=0.5)
+    return gpt, Dataset(text_dataset).split("val")
+
+
+@pytest.mark.parametrize("context, stride", [(16, 16), (16, 5), (7, 1)])
+def test_evaluation_is_the_sum_over_tokens(text_dataset, context, stride):
+    """Against a loop that scores token i from the context that its window gives, for every batch size."""
+    gpt, split = model_and_split(text_dataset)
+    gpt.eval()
+    tokens = torch.from_numpy(split.tokens.astype("int64"))
+    nats = 0.0
+    for i in range(1, len(tokens)):
+        start = max(0, math.ceil((i - context) / stride)) * stride  # the first window that reaches token i
+        logits = gpt(tokens[None, start:i])[0][0, -1]
+        nats += F.cross_entropy(logits.double(), tokens[i]).item()
+    gpt.train()
+    found = [evaluate(gpt, split, context, stride, b, CPU) for b in (1, 7, 64)]
+    assert gpt.training
+    for scores in found:
+        assert scores["tokens"] == len(tokens) - 1 == scores["bytes"]
+        assert scores["loss"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-6)
+        assert scores["loss"] == pytest.approx(found[0]["loss"], rel=1e-6)
+        assert scores["bits_per_byte"] == pytest.approx(nats / math.log(2) / split.scored_bytes, rel=1e-6)
+        assert scores["token_perplexity"] == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-6)
+        words = len(bytes(split.tokens).split())
+        assert scores["word_perplexity"] == pytest.approx(math.exp(nats / words), rel=1e-5)
+
+
+def test_uniform_model_scores_log2_of_the_vocabulary(text_dataset):
+    gpt, split = model_and_split(text_dataset)
+    torch.nn.init.zeros_(gpt.lm_head.weight)
+    for batch_size in (1, 7, 64):
+        assert evaluate(gpt, split, 16, 16, batch_size, CPU)["bits_per_byte"] == pytest.approx(8.0, abs=1e-12)
+
+
+def test_penalties_stay_out_of_every_evaluation(text_dataset, monkeypatch, tiny, tmp_path):
+    train.main(tiny(max_iters=1, dropout=0.0))
+    attention = train.GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32)).transformer.h[0].attn
+    forward = type(attention).forward
+    penalised = lambda self, x: (forward(self, x)[0], torch.tensor(7.0) if self.training else torch.zeros(()))  # noqa: E731
+    monkeypatch.setattr(type(attention), "forward", penalised)
+    other = str(tmp_path / "penalised")
+    train.main(tiny(out_dir=other, max_iters=1, dropout=0.0))
+    a, b = read_log(tmp_path / "run"), read_log(other)
+    assert b[2]["penalty"] == 14 and b[2]["loss"] == pytest.approx(a[2]["ce"] + 14, abs=1e-4)
+    assert [e for e in a if "split" in e] == [e for e in b if "split" in e]
+
+
+def test_eval_only_prints_both_splits(tiny, capsys):
+    train.main(tiny(max_iters=2))
+    capsys.readouterr()
+    assert train.main(tiny(init_from="resume", eval_only=True, eval_stride=8, eval_context=16)) == 0
+    out = capsys.readouterr().out
+    assert "words val: " in out and "words test: " in out and "bits per byte" in out and "stride 8" in out
+
+
+def test_scored_positions_cover_the_split_once(text_dataset):
+    split = Dataset(text_dataset).split("val")
+    for context, stride in ((16, 16), (16, 3)):
+        assert sum(int(s.sum()) for _, _, s in windows(split, context, stride, 5)) == split.n_tokens - 1
+
+
+# processes
+
+
+def test_two_processes_make_the_same_run(tiny, tmp_path):
+    keys = dict(dropout=0.0, batch_size=2)
+    train.main(tiny(out_dir=str(tmp_path / "one"), gradient_accumulation_steps=4, **keys))
+    arguments = tiny(out_dir=str(tmp_path / "two"), gradient_accumulation_steps=4, **keys)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=0",
+        "--rdzv_backend=c10d",
+    ]
+    launch += ["--rdzv_endpoint=localhost:0", os.path.join(ROOT, "train.py")]
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=ENV, timeout=120)
+    assert done.returncode == 0, done.stderr
+    one, two = (read_log(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 26
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_processes_must_divide_the_accumulation(tiny):
+    with pytest.raises(config.ConfigError, match="gradient_accumulation_steps=3"):
+        model_config, cfg, given = config.load(tiny(gradient_accumulation_steps=3), GPTConfig, TrainConfig)
+        train.train(model_config, cfg, given, World(0, 2, 0), "cpu")
+
+
+# what a run leaves behind
+
+
+def test_folder_of_a_run(tiny, tmp_path, text_dataset):
+    train.main(tiny(export=True, attention_type="softmax,none"))
+    folder = tmp_path / "run"
+    resolved = json.loads((folder / "config.json").read_text())
+    assert resolved["model"]["attention_type"] == "softmax,none" and resolved["train"]["dataset"] == text_dataset
+    assert resolved["model"]["vocab_size"] == 256 and resolved["data"]["label"] == "words" and "commit" in resolved
+    entry = json.loads((folder / "log.jsonl").read_text().splitlines()[2])
+    expected = "iter loss ce penalty grad_norm lr ms tokens_per_s tokens cpu_s wall_s rss_mb"
+    assert list(entry) == expected.split() and entry["rss_mb"] > 50
+    stored = torch.load(folder / "ckpt.pt", weights_only=True)
+    assert {"model", "model_args", "optimizer", "iter_num", "best_val_loss", "config"} <= stored.keys()
+    last, exported = (GPT.from_checkpoint(str(folder), name).eval() for name in ("ckpt.pt", "model.safetensors"))
+    idx = torch.randint(256, (1, 16))
+    assert torch.equal(last(idx)[0], exported(idx)[0]) and exported.loaded.new == []
+
+
+def test_a_new_run_does_not_keep_the_old_ones_checkpoints(tiny, tmp_path, capsys):
+    train.main(tiny())
+    train.main(tiny(max_iters=1, n_embd=16))
+    assert "is replaced" in capsys.readouterr().out
+    assert GPT.from_checkpoint(str(tmp_path / "run")).config.n_embd == 16
+
+
+def test_init_from_a_folder_with_another_attention(tiny, tmp_path, capsys):
+    donor = str(tmp_path / "donor")
+    train.main(tiny(out_dir=donor))
+    capsys.readouterr()
+    train.main(tiny(init_from=donor, attention_type="softmax,none", max_iters=1))
+    out = capsys.readouterr().out
+    assert "left (not in the model): transformer.h.1.ln_1.weight, transformer.h.1.attn.c_attn.weight" in out
+
+
+def test_dry_run_allocates_and_writes_nothing(tiny, tmp_path, capsys):
+    huge = tiny(dry_run=True, n_layer=48, n_embd=6400, n_head=50, block_size=512, batch_size=64)
+    assert train.main(huge) == 0
+    out = capsys.readouterr().out
+    n = 48 * (12 * 6400**2 + 2 * 6400) + 6400 + 256 * 6400 + 512 * 6400
+    assert f"parameters: {n:,}" in out and "GFLOP" in out and not (tmp_path / "run").exists()
+
+
+def test_dry_run_counts_activations(tiny, capsys):
+    """Memory that the graph keeps, against a count of the tensors that a real step keeps."""
+    train.main(tiny(dry_run=True, dropout=0.0, block_size=64, n_embd=64))
+    dense = float(capsys.readouterr().out.split(" MB of activations")[0].split()[-1].replace(",", ""))
+    train.main(tiny(dry_run=True, dropout=0.0, block_size=64, n_embd=64, activation_checkpointing=True))
+    recomputed = float(capsys.readouterr().out.split(" MB of activations")[0].split()[-1].replace(",", ""))
+    assert 0 < recomputed < dense
+
+
+@pytest.mark.parametrize("mode", ["disabled", pytest.param("offline", marks=pytest.mark.slow)])
+def test_wandb(tiny, tmp_path, mode):
+    pytest.importorskip("wandb")
+    assert train.main(tiny(wandb_log=True, wandb_mode=mode, max_iters=2)) == 0
+    assert len(read_log(tmp_path / "run", "iter", "loss")) == 6
+    if mode == "offline":
+        assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
