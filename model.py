@@ -160,8 +160,8 @@ class SoftmaxAttention(nn.Module):
         return {"attention_map": logits.softmax(-1), "max_logit": logits.amax((1, 2))}
 
     def _qkv(self, x, offset):
-        B, T, _ = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, self.d_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = self.c_attn(x).chunk(3, -1)  # each (B, T, H D)
+        q, k, v = (t.unflatten(-1, (self.n_head, self.d_head)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
         if self.rope_base is not None:
             q, k = rotate(q, offset, self.rope_base), rotate(k, offset, self.rope_base)
         return q, k, v

@@ -1,0 +1,66 @@
+"""Run the README's ```bash commands as written, with sizes added that make each take seconds, in a copy of the tree.
+
+Data sets that a user downloads are prepared from small local text. Blocks marked ```shell need a network, hours or a
+choice, and are not run.
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = (
+    "n_layer=1 n_head=2 n_embd=32 block_size=32 batch_size=2 max_iters=4 lr_decay_iters=4 eval_iters=1 eval_interval=2"
+)
+SMALL = {  # what each script is given on top of the README's own arguments
+    "train.py": TINY.split() + ["log_interval=1", "device=cpu", "eval_batch_size=512"],
+    "sample.py": ["max_new_tokens=20", "device=cpu"],
+    "bench.py": ["device=cpu"],
+}
+
+
+def shown(command, folder):
+    print("+", shlex.join(command), flush=True)
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+
+def prepare_small_data(folder):
+    """What enwik8 and WikiText-2 are, in small: the text of some of Python's own modules."""
+    text = b"".join(p.read_bytes() for p in sorted(pathlib.Path(os.__file__).parent.glob("[a-d]*.py")))[:300_000]
+    source = folder / "source"
+    source.mkdir()
+    (source / "enwik8").write_bytes(text)
+    for split, part in (("train", text[:200_000]), ("valid", text[200_000:250_000]), ("test", text[250_000:])):
+        (source / f"wiki.{split}.raw").write_text(part.decode("utf-8", "ignore"), encoding="utf-8")
+    shown([sys.executable, "data/enwik8/prepare.py", "--source", "source/enwik8"], folder)
+    shown([sys.executable, "data/wikitext2/prepare.py", "--source", "source", "--codec", "bytes"], folder)
+
+
+def main():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", readme, re.S) for line in block.splitlines() if line]
+    assert len(lines) >= 8, "the README's commands were not found"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary) / "copy"
+        built = shutil.ignore_patterns(".venv", ".git", "out", "*.bin", "meta.json", "__pycache__")
+        shutil.copytree(ROOT, folder, ignore=built)
+        prepare_small_data(folder)
+        for line in lines:
+            words = shlex.split(line, comments=True)
+            script = next(word for word in words if word.endswith(".py"))
+            extra = [f"--{key}" for key in SMALL.get(script, []) if f"--{key.split('=')[0]}=" not in line]
+            if words[0] == "python":
+                words[0] = sys.executable
+            elif words[0] == "torchrun":
+                words[:1] = [sys.executable, "-m", "torch.distributed.run"]
+            shown(words + extra, folder)
+    print(f"{len(lines)} commands of the README ran")
+
+
+if __name__ == "__main__":
+    main()
