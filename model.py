@@ -89,13 +89,14 @@ def rotate(x, offset, base):
 
 @dataclass
 class KVCache:
-    """Keys and values of the last tokens, (B, H, 2 max_len, D): slots [0, n) are filled, in order of time. A ring of
-    twice the window, so that the window is always one slice: when it is full the last max_len move to the front."""
+    """Keys and values of the last tokens, (B, H, 2 max_len, D) from the first step on: slots [0, n) are filled, in order
+    of time. A ring of twice the window, so that the window is always one slice: when it is full the last max_len move
+    to the front."""
 
-    k: torch.Tensor
-    v: torch.Tensor
     max_len: int
     n: int = 0
+    k: torch.Tensor = None
+    v: torch.Tensor = None
 
 
 class SoftmaxAttention(nn.Module):
@@ -112,7 +113,7 @@ class SoftmaxAttention(nn.Module):
         self.n_head, self.d_head = config.n_head, config.d_head
         self.c_attn = nn.Linear(config.n_embd, 3 * self.n_head * self.d_head, bias=config.bias)
         self.c_proj = nn.Linear(self.n_head * self.d_head, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = make_dropout(config)
         self.dropout = config.dropout
         self.rope_base = config.rope_base if config.pos_emb == "rope" else None
 
@@ -123,8 +124,7 @@ class SoftmaxAttention(nn.Module):
         return self._project(y), torch.zeros((), device=x.device)
 
     def init_state(self, batch, max_len):
-        shape, like = (batch, self.n_head, 2 * max_len, self.d_head), self.c_attn.weight
-        return KVCache(like.new_empty(shape), like.new_empty(shape), max_len)
+        return KVCache(max_len)
 
     def step(self, x, state):
         """A prompt longer than the window goes in pieces; a query sees itself and the max_len - 1 tokens before it."""
@@ -135,9 +135,12 @@ class SoftmaxAttention(nn.Module):
             self._move_to_front(state)
         n, m = state.n, state.n + t
         q, k, v = self._qkv(x, n)
+        if state.k is None:
+            shape = (*q.shape[:2], 2 * L, self.d_head)
+            state.k, state.v = q.new_empty(shape), q.new_empty(shape)
         state.k[:, :, n:m], state.v[:, :, n:m], state.n = k, v, m
         first = max(0, n + 1 - L)  # the oldest key that the first query sees
-        k, v = state.k[:, :, first:m].to(q.dtype), state.v[:, :, first:m].to(q.dtype)
+        k, v = state.k[:, :, first:m], state.v[:, :, first:m]
         if t == 1 or n == 0:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
         else:
@@ -236,6 +239,12 @@ def make_norm(config):
     return nn.RMSNorm(config.n_embd, eps=1e-5) if config.norm == "rmsnorm" else nn.Identity()
 
 
+def make_dropout(config):
+    return (
+        nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+    )  # a call saved for each token that is decoded
+
+
 class GeluMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -243,7 +252,7 @@ class GeluMLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.gelu = nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
 
     def forward(self, x):
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
@@ -257,7 +266,7 @@ class SwigluMLP(nn.Module):
         hidden = config.mlp_hidden or -(-8 * config.n_embd // 3 // 8) * 8
         self.c_fc = nn.Linear(config.n_embd, 2 * hidden, bias=config.bias)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
 
     def forward(self, x):
         gate, value = self.c_fc(x).chunk(2, -1)
@@ -319,7 +328,7 @@ class GPT(nn.Module):
         parts = {"wte": wte}
         if config.pos_emb == "learned":
             parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
-        parts["drop"] = nn.Dropout(config.dropout)
+        parts["drop"] = make_dropout(config)
         parts["h"] = nn.ModuleList(Block(config, name) for name in config.types()[: config.n_layer])
         parts["ln_f"] = make_norm(config)
         self.transformer = nn.ModuleDict(parts)
