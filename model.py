@@ -89,9 +89,9 @@ def rotate(x, offset, base):
 
 @dataclass
 class KVCache:
-    """Keys and values of the last tokens, (B, H, 2 max_len, D) from the first step on: slots [0, n) are filled, in order
-    of time. A ring of twice the window, so that the window is always one slice: when it is full the last max_len move
-    to the front."""
+    """Keys and values of the last tokens, (B, H, 2 max_len, D) from the first step on; slots [0, n) are filled, in
+    order of time. A ring of twice the window, so that the window is always one slice: when it is full the last max_len
+    move to the front."""
 
     max_len: int
     n: int = 0

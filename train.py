@@ -520,15 +520,14 @@ class Run:
         names = [f.name for f in dataclasses.fields(Progress)]
         self.progress = Progress(**{k: stored[k] for k in names if k in stored})
         for optimizer, state in zip(self.optimizers, (stored.get("optimizer"), stored.get("muon"))):
+            options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             try:
-                peaks = [group["peak_lr"] for group in optimizer.param_groups]
                 optimizer.load_state_dict(state)
             except (KeyError, TypeError, ValueError):
-                raise ModelError(
-                    f"{stored['path']}: its optimizer state is not of this optimizer={self.cfg.optimizer}"
-                ) from None
-            for group, peak in zip(optimizer.param_groups, peaks):  # rates and decay are the command's, not the file's
-                group["peak_lr"] = peak
+                why = f"its optimizer state is not of this optimizer={self.cfg.optimizer}"
+                raise ModelError(f"{stored['path']}: {why}") from None
+            for group, ours in zip(optimizer.param_groups, options):  # rates and decay are the command's
+                group.update(ours)
         if "batches" not in stored:
             print("the checkpoint has no generator state: batches and dropout start afresh")
             return
@@ -563,7 +562,7 @@ class Run:
         """One optimizer step. Returns (loss, ce, penalty, grad_norm), means over all its micro-batches."""
         for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * lr_factor(self.cfg, self.progress.iter_num)
-        totals = torch.zeros(3, dtype=torch.float64)
+        terms = []
         for micro in range(self.micro_steps):
             batch = tuple(t.to(self.runtime.device, non_blocking=True) for t in self.batches.batch("train"))
             if self.world.size > 1:  # gradients are exchanged once, with the last micro-batch
@@ -571,12 +570,12 @@ class Run:
             with self.runtime.autocast():
                 loss, parts = self.objective(batch)
             self.scaler.scale(loss / self.micro_steps).backward()
-            terms = torch.stack((loss, parts["ce"], parts["penalty"])).detach()
-            totals += terms.double().cpu() / self.micro_steps
+            terms.append(torch.stack((loss, parts["ce"], parts["penalty"])).detach())
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = self.clip().item()
-        loss, ce, penalty = (t / self.world.size for t in self.world.sum(totals.tolist()))
+        means = torch.stack(terms).cpu().double().mean(0)  # read once a step: each reading waits for a GPU
+        loss, ce, penalty = (t / self.world.size for t in self.world.sum(means.tolist()))
         self.update(loss, norm)
         return loss, ce, penalty, norm
 
@@ -608,12 +607,9 @@ class Run:
             self.say(f"iteration {number}: loss {loss}, gradient norm {norm}: step skipped ({self.bad_steps} in a row)")
             if self.bad_steps >= MAX_BAD_STEPS:
                 path = os.path.join(self.cfg.out_dir, "ckpt.pt")
-                last = (
-                    f"the last good checkpoint is {path}" if os.path.exists(path) else "no checkpoint was written yet"
-                )
-                raise TrainError(
-                    f"{MAX_BAD_STEPS} non-finite steps in a row up to iteration {number}; {last}; lower learning_rate"
-                )
+                last = f"the last good checkpoint is {path}"
+                what = f"{MAX_BAD_STEPS} non-finite steps in a row up to iteration {number}"
+                raise TrainError(f"{what}; {last}; lower learning_rate")
 
     def evaluate(self):
         """The cheap estimate, logged; best.pt when validation improves."""

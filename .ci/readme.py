@@ -31,7 +31,8 @@ def shown(command, folder):
 
 def prepare_small_data(folder):
     """What enwik8 and WikiText-2 are, in small: the text of some of Python's own modules."""
-    text = b"<mediawiki>\n" + b"".join(p.read_bytes() for p in sorted(pathlib.Path(os.__file__).parent.glob("[a-d]*.py")))[:300_000]
+    modules = sorted(pathlib.Path(os.__file__).parent.glob("[a-d]*.py"))
+    text = b"<mediawiki>\n" + b"".join(p.read_bytes() for p in modules)[:300_000]
     source = folder / "source"
     source.mkdir()
     (source / "enwik8").write_bytes(text)

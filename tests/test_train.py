@@ -60,6 +60,13 @@ def test_resume_is_exact(tiny, tmp_path, keys):
     assert len(losses) == 20 and len(set(losses)) == 20 and losses[-1] < losses[0]
 
 
+def test_resume_takes_the_commands_hyperparameters(tiny, tmp_path):
+    train.main(tiny(max_iters=1, weight_decay=0.1))
+    train.main(tiny(max_iters=2, weight_decay=0.3, beta2=0.9, init_from="resume"))
+    groups = read_checkpoint(str(tmp_path / "run"), "ckpt.pt")["optimizer"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.3, 0.0] and all(g["betas"] == (0.9, 0.9) for g in groups)
+
+
 def test_resume_forgets_what_came_after_the_checkpoint(tiny, tmp_path):
     folder = str(tmp_path / "run")
     train.main(tiny(max_iters=10))
