@@ -10,7 +10,7 @@ PY = $(BIN)/python
 SOURCES = *.py config data kernels tests .ci
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all format check-format bench-step clean
+.PHONY: help install demo test test-all format check-format bench-step bench-ops kernel-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,12 @@ check-format: $(VENV)/dev.stamp  ## fail if format would change a file
 
 bench-step: $(VENV)/run.stamp  ## training speed against the matmul peak and a plain PyTorch stack
 	$(PY) bench.py --what=step
+
+bench-ops: $(VENV)/run.stamp  ## attention operators beside softmax attention, against time
+	$(PY) bench.py --what=ops --batch_size=2
+
+kernel-report: $(VENV)/run.stamp  ## registers, spills, shared memory and tensor-core instructions of each Triton kernel
+	$(PY) -m kernels.report
 
 clean:  ## remove the environment, caches and runs; prepared data stays
 	rm -rf $(VENV) out .pytest_cache .ruff_cache .hypothesis

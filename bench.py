@@ -1,6 +1,7 @@
 """What things cost, and what checkpoints score.
 
     python bench.py --what=step                            # training steps: against a plain PyTorch stack and the peak
+    python bench.py --what=ops                             # attention operators against time, beside SDPA
     python bench.py --what=decode                          # sampling: with the cache, and recomputing the prefix
     python bench.py --what=quality --out_dir=out/a,out/b   # the full evaluation pass over checkpoints
     python bench.py --what=curves --out_dir=out/a,out/b    # loss against steps and time, as a PNG
@@ -9,6 +10,7 @@ Timings are medians over interleaved rounds (A B A B), with minimum and maximum,
 none of them.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -23,6 +25,8 @@ from torch.nn import functional as F
 import config
 from config import ConfigError, key
 from data import DataError, Dataset, SymbolsCodec, write_meta, write_split
+from kernels.gla import gla
+from kernels.gsa import gsa
 from model import GPT, GPTConfig, ModelError
 from train import Run, TrainConfig, World, evaluate
 
@@ -37,11 +41,16 @@ NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a lon
 class BenchConfig:
     """Benchmark"""
 
-    what: str = key("step", "what to measure", choices=("step", "decode", "quality", "curves"))
+    what: str = key("step", "what to measure", choices=("step", "ops", "decode", "quality", "curves"))
     rounds: int = key(5, "interleaved rounds", low=1)
     seconds: float = key(2.0, "time for each measurement of a round", low=0.01)
-    batch_size: int = key(16, "sequences of a step; with a shape given", low=1)
+    batch_size: int = key(16, "sequences of a step, with a shape given; of ops", low=1)
     tokens: int = key(500, "tokens to sample (decode)", low=1)
+    operators: str = key("", "operators, comma-separated; empty: all (ops)")
+    lengths: str = key("1024,4096,16384", "sequence lengths (ops)")
+    heads: int = key(4, "heads (ops)", low=1)
+    key_dim: int = key(64, "key size of a head (ops)", low=1)
+    value_dim: int = key(64, "value size of a head (ops)", low=1)
     out_dir: str = key("", "folders of runs, comma-separated (quality, curves)")
     dataset: str = key("", "data set (quality); empty: the one that a checkpoint was trained on")
     split: str = key("val,test", "splits (quality)")
@@ -188,6 +197,63 @@ def bench_step(shape, bench, runtime):
 
 
 # -----------------------------------------------------------------------------
+# operators
+
+
+def sdpa(q, k, v, g, s):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T, H, K) and slot gates s (B, T, H, 64)
+    "softmax": sdpa,
+    "gla": lambda q, k, v, g, s: gla(q, k, v, g, gate_min=-1.25)[0],
+    "gla_exact": lambda q, k, v, g, s: gla(q, k, v, g)[0],
+    "gsa": lambda q, k, v, g, s: gsa(q, k, v, -torch.expm1(s), s, scale=1.0)[0],
+}
+
+
+def operator_inputs(B, T, bench, runtime):
+    H, K, V = bench.heads, bench.key_dim, bench.value_dim
+    options = dict(device=runtime.device, dtype=getattr(torch, runtime.dtype))
+    q, k, v = (torch.randn(B, T, H, d, **options) for d in (K, K, V))
+    g, s = (F.logsigmoid(torch.randn(B, T, H, d, device=runtime.device)) / 16 for d in (K, 64))
+    return [t.requires_grad_() for t in (q, k, v, g, s)]
+
+
+def operator_step(call, inputs):
+    o = call()
+    return torch.autograd.grad(o, inputs, torch.ones_like(o), allow_unused=True)
+
+
+def bench_operators(bench, runtime):
+    """Forward, and forward and backward, of each operator at each length, with the ratio to SDPA of the same round."""
+    names = [n.strip() for n in bench.operators.split(",") if n.strip()] or list(OPERATORS)
+    unknown = [n for n in names if n not in OPERATORS]
+    if unknown:
+        raise ConfigError(f"--operators: no {unknown[0]!r}; write some of {', '.join(OPERATORS)}")
+    names = ["softmax"] + [n for n in names if n != "softmax"]
+    H, K, V = bench.heads, bench.key_dim, bench.value_dim
+    print(f"batch {bench.batch_size}, {H} heads, keys {K}, values {V}, 64 slots, {bench.rounds} rounds")
+    print("| operator | T | forward ms | forward + backward ms | of softmax | us a token |\n" + "|---" * 6 + "|")
+    for T in (int(t) for t in bench.lengths.split(",")):
+        inputs = operator_inputs(bench.batch_size, T, bench, runtime)
+        calls = {name: functools.partial(OPERATORS[name], *inputs) for name in names}
+        steps = {name: functools.partial(operator_step, calls[name], inputs) for name in names}
+        forward, both = {n: [] for n in names}, {n: [] for n in names}
+        for i in range(bench.rounds):
+            for name in names if i % 2 == 0 else names[::-1]:
+                with torch.no_grad():
+                    forward[name].append(1000 * timed(calls[name], bench.seconds / 4, runtime.device_type))
+                both[name].append(1000 * timed(steps[name], bench.seconds, runtime.device_type))
+        for name in names:
+            ratio = spread([a / b for a, b in zip(both[name], both["softmax"])], 3)
+            each = 1000 * statistics.median(both[name]) / (bench.batch_size * T)
+            row = (name, T, spread(forward[name], 2), spread(both[name], 2), ratio, f"{each:.2f}")
+            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
+# -----------------------------------------------------------------------------
 # decoding
 
 
@@ -280,7 +346,9 @@ def plot_curves(bench):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
+    plt.rcParams.update(
+        {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+    )
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # safe for colour-blind eyes
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for i, folder in enumerate(run_folders(bench)):
@@ -314,6 +382,8 @@ def main(argv):
     print(f"{runtime}; {versions}")
     if bench.what == "quality":
         bench_quality(bench, runtime)
+    elif bench.what == "ops":
+        bench_operators(bench, runtime)
     elif bench.what == "decode":
         shape = dict(NANOGPT_SHAPES[2]) if not given else dict(vocab_size=256)
         shape.pop("batch_size", None)

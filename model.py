@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import key
+from kernels.gla import gla
+from kernels.gsa import gsa
 
 
 class ModelError(ValueError):
@@ -51,6 +53,16 @@ class GPTConfig:
     norm: str = key("layernorm", "normalisation", choices=("layernorm", "rmsnorm", "none"))
     embedding: str = key("tied", "token embedding and output head", choices=("tied", "untied", "onehot"))
 
+    gla_n_head: int = key(0, "heads; 0: one for each 128 of n_embd", "gla", low=0)
+    gla_expand_k: float = key(0.5, "width of all keys, as a share of n_embd", "gla", low=0.01)
+    gla_expand_v: float = key(1.0, "width of all values, as a share of n_embd", "gla", low=0.01)
+    gla_gate_rank: int = key(16, "rank of the gate's projection", "gla", low=1)
+    gla_gate_normalizer: float = key(16.0, "root of the gate: larger remembers longer", "gla", low=0.1)
+    gla_gate_min: float | None = key(-1.25, "bound of the log-gate; None: none, by the exact form", "gla", high=0.0)
+    gsa_n_head: int = key(0, "heads; 0: one for each 128 of n_embd", "gsa", low=0)
+    gsa_slots: int = key(64, "slots of a head", "gsa", low=1)
+    gsa_gate_normalizer: float = key(8.0, "root of the gate: larger remembers longer", "gsa", low=0.1)
+
     def __post_init__(self):
         for name in self.types():
             if name not in ATTENTION:
@@ -59,6 +71,9 @@ class GPTConfig:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; or set head_dim")
         if self.pos_emb == "rope" and self.d_head % 2:
             raise ValueError(f"pos_emb=rope rotates pairs: the head size must be even, not {self.d_head} (head_dim)")
+        for name, n_head in (("gla_n_head", self.gla_n_head), ("gsa_n_head", self.gsa_n_head)):
+            if n_head and self.n_embd % n_head:
+                raise ValueError(f"n_embd={self.n_embd} is not a multiple of {name}={n_head}")
         if self.embedding == "onehot" and self.vocab_size and self.vocab_size != self.n_embd:
             raise ValueError(f"embedding=onehot needs n_embd={self.vocab_size}, the vocabulary, not {self.n_embd}")
 
@@ -186,6 +201,133 @@ class SoftmaxAttention(nn.Module):
         state.n = keep
 
 
+class GatedLinearAttention(nn.Module):
+    """Gated linear attention (Yang et al. 2023, arXiv 2312.06635, section 4): by head, one decaying K x V matrix
+
+        S_t = diag(a_t) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K),   y_t = W_o (norm(o_t) * silu(W_r x_t))
+
+    with the decay a_t = sigmoid(W_2 W_1 x_t + b)^(1/normalizer), a low-rank function of the token. With gates bounded
+    below by gla_gate_min the chunks are plain matrix products; None takes the exact form for any gate."""
+
+    mask_parameters = ()
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.gla_n_head or max(1, config.n_embd // 128)  # few, wide heads: 4 do better than 8 or 16
+        self.d_k = round(config.n_embd * config.gla_expand_k / self.n_head)
+        self.d_v = round(config.n_embd * config.gla_expand_v / self.n_head)
+        self.widths = [self.n_head * d for d in (self.d_k, self.d_k, self.d_v, self.d_v)] + [config.gla_gate_rank]
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=False)  # q, k, v, r and the gate's first factor
+        self.c_gate = nn.Linear(config.gla_gate_rank, self.n_head * self.d_k)
+        self.ln_o = nn.RMSNorm(self.d_v, eps=1e-5)
+        self.c_proj = nn.Linear(self.n_head * self.d_v, config.n_embd, bias=config.bias)
+        self.resid_dropout = make_dropout(config)
+        self.normalizer, self.gate_min = config.gla_gate_normalizer, config.gla_gate_min
+
+    def forward(self, x):
+        q, k, v, g, r = self._inputs(x)
+        o, _ = gla(q, k, v, g, gate_min=self.gate_min)
+        return self._project(o, r), torch.zeros((), device=x.device)
+
+    def init_state(self, batch, max_len):
+        w = self.c_attn.weight
+        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+        return torch.zeros(batch, self.n_head, self.d_k, self.d_v, dtype=dtype, device=w.device)
+
+    def step(self, x, state):
+        q, k, v, g, r = self._inputs(x)
+        backend = "recurrent" if x.size(1) <= 16 else "auto"
+        options = dict(initial_state=state, output_final_state=True, backend=backend)
+        o, state = gla(q, k, v, g, gate_min=self.gate_min, **options)
+        return self._project(o, r), state
+
+    def flops(self, T):
+        """The recurrence, and the chunks of 64 that a training step executes."""
+        K, V = self.d_k, self.d_v
+        return 4 * K * V * self.n_head * T, (4 * K * V + 2 * 64 * (K + V)) * self.n_head * T
+
+    @torch.no_grad()
+    def stats(self, x=None):
+        """With x (B, T, C): the mean decay of each head, (H,), and the norms of the states after x, (H,)."""
+        if x is None:
+            return {}
+        _, _, _, g, _ = self._inputs(x)
+        _, state = self.step(x, self.init_state(x.size(0), x.size(1)))
+        return {"decay": g.exp().mean((0, 1, 3)), "state_norm": state.norm(dim=(2, 3)).mean(0)}
+
+    def _inputs(self, x):
+        q, k, v, r, z = self.c_attn(x).split(self.widths, -1)
+        q, k, v = (t.unflatten(-1, (self.n_head, -1)) for t in (q, k, v))  # (B, T, H, K), (B, T, H, K), (B, T, H, V)
+        z = self.c_gate(z)
+        z = z if z.dtype == torch.float64 else z.float()  # a decay near 1 needs the digits
+        g = F.logsigmoid(z).unflatten(-1, (self.n_head, -1)) / self.normalizer  # (B, T, H, K), <= 0
+        return q, k, v, g, r
+
+    def _project(self, o, r):
+        y = self.ln_o(o).flatten(2) * F.silu(r)  # (B, T, H V)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class GatedSlotAttention(nn.Module):
+    """Gated slot attention (Zhang et al. 2024, arXiv 2409.07146, eq. 8): by head, M slots remember keys and values
+
+        K~_t = diag(a_t) K~_{t-1} + (1 - a_t) k_t^T,   V~_t likewise with v_t,   o_t = V~_t^T softmax(K~_t q_t)
+
+    with a forget gate a_t = sigmoid(W_f x_t)^(1/normalizer) for each slot. Decoding keeps the slots alone."""
+
+    mask_parameters = ()
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_slot = config.gsa_n_head or max(1, config.n_embd // 128), config.gsa_slots
+        self.d_head = config.n_embd // self.n_head
+        inner = self.n_head * self.d_head
+        self.widths = [inner, inner, inner, self.n_head * self.n_slot]
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=False)  # q, k, v and the forget gates
+        self.ln_o = nn.RMSNorm(inner, eps=1e-5)
+        self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
+        self.resid_dropout = make_dropout(config)
+        self.normalizer = config.gsa_gate_normalizer
+
+    def forward(self, x):
+        o, _ = gsa(*self._inputs(x), scale=1.0)
+        return self._project(o), torch.zeros((), device=x.device)
+
+    def init_state(self, batch, max_len):
+        w, H, D, M = self.c_attn.weight, self.n_head, self.d_head, self.n_slot
+        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+        return tuple(torch.zeros(shape, dtype=dtype, device=w.device) for shape in ((batch, H, D, M), (batch, H, M, D)))
+
+    def step(self, x, state):
+        backend = "recurrent" if x.size(1) <= 16 else "auto"
+        options = dict(initial_state=state, output_final_state=True, backend=backend)
+        o, state = gsa(*self._inputs(x), scale=1.0, **options)
+        return self._project(o), state
+
+    def flops(self, T):
+        """The recurrence, and the chunks of 64 that a training step executes."""
+        D, M = self.d_head, self.n_slot
+        return 8 * M * D * self.n_head * T, (8 * M * D + 4 * 64 * (D + M)) * self.n_head * T
+
+    @torch.no_grad()
+    def stats(self, x=None):
+        """With x (B, T, C): the mean decay of each head, (H,), and of each of its slots, (H, M)."""
+        if x is None:
+            return {}
+        decay = self._inputs(x)[-1].exp().mean((0, 1))
+        return {"decay": decay.mean(-1), "slot_decay": decay}
+
+    def _inputs(self, x):
+        q, k, v, f = (t.unflatten(-1, (self.n_head, -1)) for t in self.c_attn(x).split(self.widths, -1))
+        f = f if f.dtype == torch.float64 else f.float()  # (B, T, H, M)
+        g = F.logsigmoid(f) / self.normalizer
+        s = -torch.expm1(g)  # 1 - a without cancellation: a nearly closed slot still learns
+        return F.silu(q), F.silu(k), F.silu(v), s, g  # q, k, v (B, T, H, D)
+
+    def _project(self, o):
+        return self.resid_dropout(self.c_proj(self.ln_o(F.silu(o.flatten(2)))))  # (B, T, H D) -> (B, T, C)
+
+
 class NoAttention(nn.Module):
     """Zero output and no parameters: the control that each type must beat. With `mlp_hidden` widened it has as many
     parameters as the model it stands beside."""
@@ -213,6 +355,8 @@ class NoAttention(nn.Module):
 
 ATTENTION = {
     "softmax": SoftmaxAttention,
+    "gla": GatedLinearAttention,
+    "gsa": GatedSlotAttention,
     "none": NoAttention,
 }
 

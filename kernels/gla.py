@@ -1,0 +1,799 @@
+"""Gated linear attention (arXiv 2312.06635): one decaying K x V matrix per head in place of a cache.
+
+    S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T        (K, V)        o_t = scale * S_t^T q_t
+
+`gla` is the public function. Three forms of the same equations: `recurrent`, a loop over time; `torch`, chunks of
+tokens in matrix products (the CPU path); `triton`. Axes: B batch, T time, H heads, K key width, V value width, C tokens
+a chunk, n chunks in a segment, N = n * B * H. Inside a chunk b is the cumulative sum of g, up to and with the token.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from . import interpreting, jit, tl, triton, warn_once
+
+CHUNK = 64  # tokens a chunk, in every backend
+SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its tensors stay in cache
+SAFE_EXPONENT = 40.0  # the factorised form may multiply by e^x for |x| up to this
+
+
+def compute_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ----------------------------------------------------------------------------- oracle
+
+
+def gla_recurrent(q, k, v, g=None, scale=None, gate_min=None, initial_state=None):
+    """Token by token, in fp64 for fp64 inputs and fp32 otherwise. Differentiable; also the decoding step."""
+    B, T, H, K = q.shape
+    dtype, out_dtype = compute_dtype(q.dtype), q.dtype
+    q, k, v = q.to(dtype) * (K**-0.5 if scale is None else scale), k.to(dtype), v.to(dtype)
+    if g is not None:
+        decay = (g.to(dtype) if gate_min is None else g.to(dtype).clamp(min=gate_min)).exp()
+    state = q.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state.to(dtype)
+    out = []
+    for t in range(T):
+        if g is not None:
+            state = state * decay[:, t, :, :, None]
+        state = torch.addcmul(state, k[:, t, :, :, None], v[:, t, :, None, :])  # (B, H, K, V)
+        out.append(torch.matmul(q[:, t, :, None, :], state))  # (B, H, 1, V)
+    return torch.cat(out, 2).transpose(1, 2).to(out_dtype), state
+
+
+# ----------------------------------------------------------------------------- chunked PyTorch
+#
+# Time is cut into chunks of C tokens and chunks into segments that stay in cache. Per segment, everything but the
+# recurrence of the state is a batched product over all its chunks:
+#
+#     o  = scale * ((q e^b) S + A v)          A_ij = sum_d q_id k_jd e^(b_id - b_jd),  j <= i
+#     S' = e^B S + (k e^(B-b))^T v            B = b at the last token
+#
+# Bounded gates make A one product (`Factorised`), others one product per level of a binary tree (`Tree`). Only the
+# states at segment borders are kept; the backward recomputes the rest.
+
+
+class Workspace:
+    """Tensors that every segment asks for in the same order and that the next segment overwrites.
+
+    Fresh memory costs more than arithmetic here: each page of it is a fault.
+    """
+
+    def __init__(self, like):
+        self.like, self.blocks, self.taken = like, [], 0
+
+    def __call__(self, *shape):
+        size, i = math.prod(shape), self.taken
+        if i == len(self.blocks):
+            self.blocks.append(self.like.new_empty(size))
+        elif self.blocks[i].numel() < size:
+            self.blocks[i] = self.like.new_empty(size)
+        self.taken += 1
+        return self.blocks[i][:size].view(shape)
+
+    def bmm(self, a, b):
+        return torch.bmm(a, b, out=self(a.shape[0], a.shape[1], b.shape[2]))
+
+    def square(self, x):
+        """An (N, C, C) for x (N, C, D), its matrices one spare row apart, which is what `below` needs."""
+        N, C, _ = x.shape
+        return self(N, C + 1, C)[:, :C]
+
+
+class Factorised:
+    """A = (q e^(b-m)) (k e^(m-b))^T, m = b in the middle of the chunk. Needs C/2 * |g| <= SAFE_EXPONENT.
+
+    The state moves to the same footing: it is read as e^m S, and k e^(m-b) writes it up to a factor e^(B-m).
+    """
+
+    def __init__(self, q, k, g, new):
+        self.new = new
+        C = g.shape[1]
+        b = torch.cumsum(g, 1, out=g)
+        self.decay = b[:, -1].exp()  # (N, K)
+        mid = b[:, C // 2 - 1 : C // 2].clone()  # (N, 1, K)
+        self.e = b.sub_(mid).exp_()  # (N, C, K)
+        self.q, self.k = torch.mul(q, self.e, out=new(*q.shape)), torch.div(k, self.e, out=new(*k.shape))
+        self.read, self.write = mid.exp_().mT, self.e[:, -1, :, None]  # (N, K, 1)
+
+    def scores(self):
+        return self.new.bmm(self.q, self.k.mT).tril_()
+
+    def dq(self, dA, base):
+        """base is dq without its decay, from the state; adds the strictly earlier keys. In place."""
+        return base.baddbmm_(dA, self.k).mul_(self.e)
+
+    def dk(self, dA, base):
+        return base.baddbmm_(dA.mT, self.q).div_(self.e)
+
+
+class Tree:
+    """The pair (i, j) is scored in the smallest aligned block that holds both: i in its right half, j in its left.
+
+    The decay between them is a product of two local products, both at most 1: of e^g over the right half up to i, and
+    over the left half after j. Products in place of sums of g: a gate of -50 costs its neighbours no digits.
+    """
+
+    read = write = None
+
+    def __init__(self, q, k, g, new):
+        N, C, K = g.shape
+        self.new, self.levels = new, []
+        self.alpha = g.exp_()
+        self.q, self.k = torch.mul(q, self.alpha, out=new(N, C, K)), new(N, C, K).copy_(k)
+        self.A = new.square(q).zero_()
+        self.A.diagonal(dim1=1, dim2=2).copy_(torch.mul(q, k, out=new(N, C, K)).sum(-1))
+        total, h = self.alpha, 1  # the decay over each block of h
+        while h < C:  # q is decayed from its block's first token, k to its block's last
+            left, right = total.view(-1, 2, 1, K).unbind(1)
+            ql, kl = self.q.view(-1, 2, h, K)[:, 1], self.k.view(-1, 2, h, K)[:, 0]
+            below(self.A, h).copy_(small_bmm_t(ql, kl, new))
+            self.levels.append((h, left, right, new(*ql.shape).copy_(ql), new(*kl.shape).copy_(kl)))
+            ql.mul_(left)
+            kl.mul_(right)
+            total = torch.mul(left, right, out=new(*left.shape))
+            h *= 2
+        self.decay = total.view(N, K)
+
+    def scores(self):
+        return self.A
+
+    def dq(self, dA, base):
+        """From the whole chunk down to single tokens: what came in carries the decay of the left half besides."""
+        for h, left, _, _, kl in reversed(self.levels):
+            half = base.view(-1, 2, h, base.shape[-1])[:, 1]
+            torch.addcmul(small_bmm(below(dA, h), kl, self.new), half, left, out=half)
+        return base.mul_(self.alpha)
+
+    def dk(self, dA, base):
+        for h, _, right, ql, _ in reversed(self.levels):
+            half = base.view(-1, 2, h, base.shape[-1])[:, 0]
+            torch.addcmul(small_bmm(below(dA, h).mT, ql, self.new), half, right, out=half)
+        return base
+
+
+def small_bmm_t(a, b, new):
+    """a b^T for a, b (n, h, K). Matrix products of one or two rows are slower than elementwise work."""
+    n, h, K = a.shape
+    if h > 2:
+        return new.bmm(a, b.mT)
+    return torch.mul(a.unsqueeze(2), b.unsqueeze(1), out=new(n, h, h, K)).sum(-1)
+
+
+def small_bmm(a, b, new):
+    """a b for a (n, h, h), b (n, h, K)."""
+    h = a.shape[1]
+    if h > 2:
+        return new.bmm(a, b)
+    out = torch.mul(a[:, :, :1], b[:, :1], out=new(*b.shape))
+    return out if h == 1 else out.addcmul_(a[:, :, 1:], b[:, 1:])
+
+
+def below(A, h):
+    """The h x h blocks of A left of the diagonal inside its diagonal blocks of 2h: (N * C / 2h, h, h)."""
+    N, C, _ = A.shape
+    return A.as_strided((N * C // (2 * h), h, h), (2 * h * (C + 1), C, 1), A.storage_offset() + h * C)
+
+
+def is_factorised(gate_min, chunk=CHUNK):
+    return gate_min is not None and -gate_min * chunk / 2 <= SAFE_EXPONENT
+
+
+def blocking(q, chunk):
+    """Batch rows handled together, and chunks in a segment of them."""
+    B, _, H, _ = q.shape
+    rows = min(B, max(1, SEGMENT // (H * chunk)))
+    return rows, max(1, SEGMENT // (rows * H * chunk))
+
+
+def row_groups(q, chunk):
+    rows, _ = blocking(q, chunk)
+    return [slice(b, b + rows) for b in range(0, q.shape[0], rows)]
+
+
+def segments(q, chunk):
+    """The (start, stop, chunks) of each segment."""
+    T, (_, n) = q.shape[1], blocking(q, chunk)
+    return [(lo, min(T, lo + n * chunk), min(n, -(-(T - lo) // chunk))) for lo in range(0, T, n * chunk)]
+
+
+def load(x, segment, chunk, new):
+    """A segment of x (B, T, H, D) as (N, C, D): chunks outermost, padded with zeros."""
+    lo, hi, n = segment
+    B, _, H, D = x.shape
+    x = x[:, lo:hi]
+    if hi - lo < n * chunk:
+        x = F.pad(x, (0, 0, 0, 0, 0, n * chunk - (hi - lo)))
+    out = new(n, B, H, chunk, D).copy_(x.unflatten(1, (n, chunk)).permute(1, 0, 3, 2, 4))
+    return out.view(-1, chunk, D)
+
+
+def store(out, x, segment):
+    """The inverse: x (N, C, D) into its segment of out (B, T, H, D), without the padding."""
+    lo, hi, n = segment
+    B, _, H, D = out.shape
+    out[:, lo:hi].copy_(x.view(n, B, H, -1, D).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : hi - lo])
+
+
+def prepare(q, k, g, segment, chunk, gate_min, new):
+    q, k, g = (load(x, segment, chunk, new) for x in (q, k, g))
+    raw = g
+    if gate_min is not None:
+        g = torch.clamp(raw, min=gate_min, out=new(*raw.shape))
+    return q, k, raw, (Factorised if is_factorised(gate_min, chunk) else Tree)(q, k, g, new)
+
+
+def scaled(x, factor):
+    return x if factor is None else x.mul_(factor)
+
+
+def scan(x, decay, carry, new, reverse=False):
+    """States handed from chunk to chunk: y[0] = carry, y[i+1] = decay[i] y[i] + x[i]. Returns y; the last one in carry.
+
+    x (N, K, V), decay (N, K), carry (B, H, K, V) -> y (N, K, V)
+    """
+    shape = carry.shape
+    x, decay, y = x.view(-1, *shape), decay.view(-1, *shape[:3], 1), new(*x.shape).view(-1, *shape)
+    order = range(len(x) - 1, -1, -1) if reverse else range(len(x))
+    y[order[0]].copy_(carry)
+    for i, j in zip(order, order[1:]):
+        torch.addcmul(x[i], y[i], decay[i], out=y[j])
+    i = order[-1]
+    torch.addcmul(x[i], y[i], decay[i], out=carry)
+    return y.flatten(0, 2)
+
+
+def chunk_forward(q, k, v, g, state, scale, gate_min, chunk=CHUNK):
+    """o (B, T, H, V), the last state (B, H, K, V), and the states at the start of each segment."""
+    todo, new = segments(q, chunk), Workspace(state)
+    o, state = v.new_empty(v.shape), state.clone()
+    borders = state.new_empty(len(todo), *state.shape)
+    for rows in row_groups(q, chunk):
+        xs = q[rows], k[rows], v[rows], g[rows]
+        for border, segment in zip(borders[:, rows], todo):
+            border.copy_(state[rows])
+            forward_segment(*xs, o[rows], state[rows], segment, scale, gate_min, chunk, new)
+    return o, state, borders
+
+
+def forward_segment(q, k, v, g, o, state, segment, scale, gate_min, chunk, new):
+    """Writes the segment of o; state becomes the one after it."""
+    new.taken = 0
+    _, _, _, form = prepare(q, k, g, segment, chunk, gate_min, new)
+    v = load(v, segment, chunk, new)
+    S = scan(scaled(new.bmm(form.k.mT, v), form.write), form.decay, state, new)
+    out = new(*v.shape)
+    torch.baddbmm(out, form.q, scaled(S, form.read), beta=0, alpha=scale, out=out)
+    store(o, out.baddbmm_(form.scores(), v, alpha=scale), segment)
+
+
+def chunk_backward(q, k, v, g, borders, do, dstate, scale, gate_min, chunk=CHUNK):
+    """Gradients of q, k, v, g and the initial state. dstate: gradient of the last state."""
+    todo, new, dstate = segments(q, chunk), Workspace(borders), dstate.clone()
+    grads = [x.new_empty(x.shape) for x in (q, k, v, g)]
+    for rows in row_groups(q, chunk):
+        xs = [x[rows] for x in (q, k, v, g, do, *grads)]
+        for border, segment in zip(borders[:, rows].flip(0), reversed(todo)):
+            backward_segment(*xs, border, dstate[rows], segment, scale, gate_min, chunk, new)
+    return *grads, dstate
+
+
+def backward_segment(q, k, v, g, do, dq, dk, dv, dg, state, dstate, segment, scale, gate_min, chunk, new):
+    """Writes the segment of dq, dk, dv, dg; dstate becomes the gradient of the state before it."""
+    new.taken = 0
+    q, k, g, form = prepare(q, k, g, segment, chunk, gate_min, new)
+    v, do = load(v, segment, chunk, new), load(do, segment, chunk, new).mul_(scale)
+    S = scan(scaled(new.bmm(form.k.mT, v), form.write), form.decay, state.clone(), new)
+    dS = scan(scaled(new.bmm(form.q.mT, do), form.read), form.decay, dstate, new, reverse=True)
+    first = decay_gradient(S, dS, dstate, new)
+    scaled(S, form.read), scaled(dS, form.write)
+    dA = torch.bmm(do, v.mT, out=new.square(v))
+    own = dA.diagonal(dim1=1, dim2=2).unsqueeze(-1).clone()  # (N, C, 1): a token's pair with itself, which has no decay
+    dA.tril_(-1)
+    store(dv, new.bmm(form.k, dS).baddbmm_(form.scores().mT, do), segment)
+    dqs, dks = form.dq(dA, new.bmm(do, S.mT)), form.dk(dA, new.bmm(v, dS.mT))
+    store(dg, gate_gradient(q, k, dqs, dks, first, g, gate_min, new), segment)
+    store(dq, dqs.addcmul_(k, own), segment)
+    store(dk, dks.addcmul_(q, own), segment)
+
+
+def decay_gradient(S, dS, dstate, new):
+    """sum_v S dS (N, K) at the start of each chunk. The gradient there is what the chunk before it received."""
+    first, N = dstate.flatten(0, 1), dstate.shape[0] * dstate.shape[1]
+    prod = new(*S.shape)
+    torch.mul(S[:N], first, out=prod[:N])
+    torch.mul(S[N:], dS[:-N], out=prod[N:])
+    return prod.sum(-1)
+
+
+def gate_gradient(q, k, dq, dk, first, g, gate_min, new):
+    """dg (N, C, K), as a sum of products that never cancel, however strong the gates.
+
+    The first token's is that of the decay of the incoming state; each token adds k dk - q dq to the next one's. The
+    pair of a token with itself would enter k dk and q dq alike: it is left out of both.
+    """
+    out = new(*q.shape)
+    torch.mul(k[:, :-1], dk[:, :-1], out=out[:, 1:]).addcmul_(q[:, :-1], dq[:, :-1], value=-1)
+    out[:, 0] = first
+    torch.cumsum(out, 1, out=out)
+    if gate_min is None:
+        return out
+    below_min = torch.nextafter(g.new_tensor(gate_min), g.new_tensor(-math.inf)).item()
+    return torch.ops.aten.threshold_backward.grad_input(out, g, below_min, grad_input=out)
+
+
+# ----------------------------------------------------------------------------- Triton
+#
+# Three kernels, six launches. Time runs both ways: what S, q and v are to the forward, dS, k and do are to dv.
+#
+#     scan     S at the start of each chunk, the last state          backward: the same S, in fp32
+#              REVERSE: dS at the end of each chunk, the first one's gradient
+#     read     o from q, k, v, S                                     REVERSE: dv from k, q, do, dS
+#     grad     dq, dk, dg
+#
+# Gates are loaded in log2 units; their sums inside a chunk are taken where they are used and never stored.
+
+LOG2E = tl.constexpr(math.log2(math.e)) if triton else None
+
+
+@jit
+def load_gates(p_g, o_g, m_g, gate_min):
+    return tl.maximum(tl.load(p_g + o_g, mask=m_g, other=0.0).to(tl.float32), gate_min) * LOG2E
+
+
+@jit
+def pick_row(b_x, row, C: tl.constexpr):
+    return tl.sum(tl.where((tl.arange(0, C) == row)[:, None], b_x, 0.0), 0)
+
+
+@jit
+def double_sums(b_r, b_l, h, C: tl.constexpr, BK: tl.constexpr):
+    """From blocks of h to blocks of 2h. b_r: gates from the block's start to the row; b_l: after the row to its end.
+
+    Both only ever add what belongs to them: the left half's total is b_r at its last row, the right half's likewise.
+    """
+    o_c = tl.arange(0, C)
+    left, right = (o_c // h) * h - 1, (o_c // h) * h + 2 * h - 1
+    m_r = (o_c // h) % 2 == 1
+    b_last = tl.gather(b_r, tl.broadcast_to(tl.where(m_r, left, right)[:, None], (C, BK)), 0)
+    return b_r + tl.where(m_r[:, None], b_last, 0.0), b_l + tl.where(m_r[:, None], 0.0, b_last)
+
+
+@jit
+def tree_masks(h, C: tl.constexpr):
+    """Which rows lie in the right half of their block of 2h, and which pairs share a block."""
+    o_c = tl.arange(0, C)
+    return ((o_c // h) % 2 == 1)[:, None], (o_c // (2 * h))[:, None] == (o_c // (2 * h))[None, :]
+
+
+@jit
+def gla_scan_kernel(
+    p_x, p_y, p_g, p_first, p_all, p_last, T, H, K, V, scale, gate_min,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    FIRST: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """One (BK, BV) tile of the state walks over the chunks; what it is on arrival at each is written to p_all."""
+    i_bh = tl.program_id(2)
+    o_k, o_v = tl.program_id(0) * BK + tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
+    o_c = tl.arange(0, C)
+    m_k, m_v = o_k < K, o_v < V
+    NT = tl.cdiv(T, C)
+    row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
+    p_x, p_g, p_y = p_x + row * K, p_g + row * K, p_y + row * V
+    o_s, m_s = o_k[:, None] * V + o_v[None, :], m_k[:, None] & m_v[None, :]
+    p_all += i_bh.to(tl.int64) * NT * K * V
+    b_s = tl.zeros([BK, BV], tl.float32)
+    if FIRST:
+        b_s += tl.load(p_first + i_bh.to(tl.int64) * K * V + o_s, mask=m_s, other=0.0)
+    for i in range(0, NT):
+        i_t = NT - 1 - i if REVERSE else i
+        tl.store(p_all + i_t * K * V + o_s, b_s.to(p_all.dtype.element_ty), mask=m_s)
+        o_t = i_t * C + o_c
+        o_kt, m_kt = o_t[None, :] * (H * K) + o_k[:, None], m_k[:, None] & (o_t < T)[None, :]
+        b_x = tl.load(p_x + o_kt, mask=m_kt, other=0.0)  # (BK, C)
+        m_y = (o_t < T)[:, None] & m_v[None, :]
+        b_y = tl.load(p_y + o_t[:, None] * (H * V) + o_v[None, :], mask=m_y, other=0.0)  # (C, BV)
+        if REVERSE:  # decay from the chunk's start to the token
+            b_g = load_gates(p_g, o_kt, m_kt, gate_min)
+            b_e, b_total = tl.cumsum(b_g, 1), tl.sum(b_g, 1)
+        else:  # from after the token to the chunk's end
+            m_n = m_k[:, None] & ((o_c + 1 < C) & (o_t + 1 < T))[None, :]
+            b_g = load_gates(p_g, o_kt + H * K, m_n, gate_min)
+            b_e = tl.cumsum(b_g, 1, reverse=True)
+            b_total = tl.sum(b_g, 1) + load_gates(p_g, i_t * C * H * K + o_k, m_k, gate_min)
+        b_x = (b_x.to(tl.float32) * tl.exp2(b_e) * scale).to(DOT)
+        b_s = b_s * tl.exp2(b_total)[:, None] + tl.dot(b_x, b_y.to(DOT), input_precision="ieee")
+    tl.store(p_last + i_bh.to(tl.int64) * K * V + o_s, b_s, mask=m_s)
+
+
+@jit
+def gla_read_kernel(
+    p_x, p_y, p_w, p_g, p_s, p_o, T, H, K, V, scale, gate_min,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    FACTORISED: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """o = scale * (x e^b S + tril(A) w), one (C, BV) tile. REVERSE: dv = k e^(B-b) dS + scale * triu(A^T) do."""
+    i_v, i_t, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_c, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
+    o_t = i_t * C + o_c
+    m_t, m_v = o_t < T, o_v < V
+    row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
+    p_x, p_y, p_g, p_w, p_o = p_x + row * K, p_y + row * K, p_g + row * K, p_w + row * V, p_o + row * V
+    p_s += (i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t) * K * V
+    b_A = tl.zeros([C, C], tl.float32)
+    b_o = tl.zeros([C, BV], tl.float32)
+    for i_k in range(0, tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        o_x, m_x = o_t[:, None] * (H * K) + o_k[None, :], m_t[:, None] & (o_k < K)[None, :]
+        b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
+        b_y = tl.load(p_y + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
+        m_s = (o_k < K)[:, None] & m_v[None, :]
+        b_s = tl.load(p_s + o_k[:, None] * V + o_v[None, :], mask=m_s, other=0.0).to(tl.float32)  # (BK, BV)
+        b_g = load_gates(p_g, o_x, m_x, gate_min)  # (C, BK)
+        if FACTORISED:
+            b_b = tl.cumsum(b_g, 0)
+            b_m = pick_row(b_b, C // 2 - 1, C)
+            if REVERSE:
+                b_x, b_y = b_x * tl.exp2(b_m[None, :] - b_b), b_y * tl.exp2(b_b - b_m[None, :])
+                b_s *= tl.exp2(tl.sum(b_g, 0) - b_m)[:, None]
+            else:
+                b_x, b_y = b_x * tl.exp2(b_b - b_m[None, :]), b_y * tl.exp2(b_m[None, :] - b_b)
+                b_s *= tl.exp2(b_m)[:, None]
+            b_A += tl.dot(b_x.to(DOT), tl.trans(b_y.to(DOT)), input_precision="ieee")
+        else:
+            b_A += tl.where(o_c[:, None] == o_c[None, :], tl.sum(b_x * b_y, 1)[:, None], 0.0)
+            b_r, b_l = b_g, tl.zeros([C, BK], tl.float32)
+            h = 1  # a loop of its own: unrolled, all levels want their registers at once
+            while h < C:
+                m_r, m_same = tree_masks(h, C)
+                if REVERSE:
+                    b_xe, b_ye = tl.where(m_r, 0.0, b_x * tl.exp2(b_l)), tl.where(m_r, b_y * tl.exp2(b_r), 0.0)
+                else:
+                    b_xe, b_ye = tl.where(m_r, b_x * tl.exp2(b_r), 0.0), tl.where(m_r, 0.0, b_y * tl.exp2(b_l))
+                b_p = tl.dot(b_xe.to(DOT), tl.trans(b_ye.to(DOT)), input_precision="ieee")
+                b_A += tl.where(m_same, b_p, 0.0)
+                b_r, b_l = double_sums(b_r, b_l, h, C, BK)
+                h *= 2
+            b_x *= tl.exp2(b_l if REVERSE else b_r)
+        b_o += tl.dot(b_x.to(DOT), b_s.to(DOT), input_precision="ieee")
+    if FACTORISED:
+        m_A = o_c[:, None] <= o_c[None, :] if REVERSE else o_c[:, None] >= o_c[None, :]
+        b_A = tl.where(m_A, b_A, 0.0)
+    m_o, o_o = m_t[:, None] & m_v[None, :], o_t[:, None] * (H * V) + o_v[None, :]
+    b_w = tl.load(p_w + o_o, mask=m_o, other=0.0)  # (C, BV)
+    if not REVERSE:  # dS carries the scale already
+        b_o *= scale
+    b_o += tl.dot((b_A * scale).to(DOT), b_w.to(DOT), input_precision="ieee")
+    tl.store(p_o + o_o, b_o.to(p_o.dtype.element_ty), mask=m_o)
+
+
+@jit
+def gla_grad_kernel(
+    p_q, p_k, p_v, p_g, p_do, p_s, p_ds, p_dq, p_dk, p_dg, T, H, K, V, scale, gate_min,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    FACTORISED: tl.constexpr,
+):  # fmt: skip
+    """dq, dk, dg of one (C, BK) tile. A token's pair with itself stays apart: the gate gradient must not see it."""
+    i_k, i_t, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_c, o_k = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
+    o_t = i_t * C + o_c
+    m_t, m_k = o_t < T, o_k < K
+    row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
+    p_v, p_do = p_v + row * V, p_do + row * V
+    state = (i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t) * K * V
+    b_dA, b_dAT = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    b_dq, b_dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    b_own, b_first = tl.zeros([C], tl.float32), tl.zeros([BK], tl.float32)
+    for i_v in range(0, tl.cdiv(V, BV)):
+        o_v = i_v * BV + tl.arange(0, BV)
+        o_y, m_y = o_t[:, None] * (H * V) + o_v[None, :], m_t[:, None] & (o_v < V)[None, :]
+        b_v = tl.load(p_v + o_y, mask=m_y, other=0.0)  # (C, BV)
+        b_do = tl.load(p_do + o_y, mask=m_y, other=0.0)  # (C, BV)
+        o_s, m_s = state + o_k[None, :] * V + o_v[:, None], m_k[None, :] & (o_v < V)[:, None]
+        b_s = tl.load(p_s + o_s, mask=m_s, other=0.0)  # (BV, BK)
+        b_ds = tl.load(p_ds + o_s, mask=m_s, other=0.0)  # (BV, BK)
+        b_first += tl.sum(b_s * b_ds, 0)
+        b_own += tl.sum(b_v.to(tl.float32) * b_do.to(tl.float32), 1)
+        b_v, b_do = b_v.to(DOT), b_do.to(DOT)
+        b_dA += tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+        b_dAT += tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+        b_dq += tl.dot(b_do, b_s.to(DOT), input_precision="ieee")
+        b_dk += tl.dot(b_v, b_ds.to(DOT), input_precision="ieee")
+    b_pairs = tl.where(o_c[:, None] > o_c[None, :], b_dA * scale, 0.0).to(DOT)  # (i, j), i > j
+    b_pairsT = tl.where(o_c[:, None] < o_c[None, :], b_dAT * scale, 0.0).to(DOT)  # (j, i)
+    o_x, m_x = row * K + o_t[:, None] * (H * K) + o_k[None, :], m_t[:, None] & m_k[None, :]
+    b_q = tl.load(p_q + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
+    b_k = tl.load(p_k + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
+    b_g = load_gates(p_g, o_x, m_x, gate_min)  # (C, BK)
+    b_b = tl.cumsum(b_g, 0)
+    b_total = tl.sum(b_g, 0)
+    b_dq *= tl.exp2(b_b) * scale
+    b_first = b_first * tl.exp2(b_total) + tl.sum(b_q * b_dq, 0)  # sum_v S dS at the chunk's start
+    if FACTORISED:
+        b_m = pick_row(b_b, C // 2 - 1, C)[None, :]
+        b_e, b_i = tl.exp2(b_b - b_m), tl.exp2(b_m - b_b)
+        b_dq += b_e * tl.dot(b_pairs, (b_k * b_i).to(DOT), input_precision="ieee")
+        b_dk *= tl.exp2(b_total[None, :] - b_m)
+        b_dk = b_i * (b_dk + tl.dot(b_pairsT, (b_q * b_e).to(DOT), input_precision="ieee"))
+    else:
+        m_n = ((o_c + 1 < C) & (o_t + 1 < T))[:, None] & m_k[None, :]
+        b_n = load_gates(p_g, o_x + H * K, m_n, gate_min)
+        b_dk *= tl.exp2(tl.cumsum(b_n, 0, reverse=True))
+        b_r, b_l = b_g, tl.zeros([C, BK], tl.float32)
+        h = 1
+        while h < C:
+            m_r, m_same = tree_masks(h, C)
+            b_er, b_el = tl.where(m_r, tl.exp2(b_r), 0.0), tl.where(m_r, 0.0, tl.exp2(b_l))
+            b_p = tl.where(m_same, b_pairs, 0.0)
+            b_dq += b_er * tl.dot(b_p, (b_k * b_el).to(DOT), input_precision="ieee")
+            b_p = tl.where(m_same, b_pairsT, 0.0)
+            b_dk += b_el * tl.dot(b_p, (b_q * b_er).to(DOT), input_precision="ieee")
+            b_r, b_l = double_sums(b_r, b_l, h, C, BK)
+            h *= 2
+    b_z = tl.where(((o_c + 1 < C) & (o_t + 1 < T))[:, None], b_k * b_dk - b_q * b_dq, 0.0)  # dg_{t+1} - dg_t
+    b_dg = b_first[None, :] + tl.cumsum(b_z, 0) - b_z
+    m_min = tl.load(p_g + o_x, mask=m_x, other=0.0).to(tl.float32) >= gate_min
+    tl.store(p_dg + o_x, tl.where(m_min, b_dg, 0.0).to(p_dg.dtype.element_ty), mask=m_x)
+    b_own = (b_own * scale)[:, None]
+    tl.store(p_dq + o_x, (b_dq + b_own * b_k).to(p_dq.dtype.element_ty), mask=m_x)
+    tl.store(p_dk + o_x, (b_dk + b_own * b_q).to(p_dk.dtype.element_ty), mask=m_x)
+
+
+# The first configuration that fits the head size is the default; with AUTOTUNE all of them are tried, per head size.
+AUTOTUNE = False
+CONFIGS = {
+    "scan": [(64, 64, 8, 2), (64, 64, 4, 1), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 2, 3), (128, 64, 8, 2)],
+    "read": [(32, 64, 4, 1), (64, 64, 8, 1), (32, 64, 4, 2), (64, 128, 8, 1), (32, 32, 4, 2), (32, 128, 8, 2)],
+    "grad": [(32, 32, 8, 1), (32, 64, 8, 1), (64, 32, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1), (32, 64, 8, 2)],
+}  # BK, BV, num_warps, num_stages
+KERNELS = {"scan": gla_scan_kernel, "read": gla_read_kernel, "grad": gla_grad_kernel}
+MAX_WIDTH = 256
+
+
+def block(size, width):
+    """A tile of at most `size` for a head of `width`."""
+    return max(16, min(size, 1 << (width - 1).bit_length()))
+
+
+def options(name, K, V):
+    """The distinct configurations for a head size, the default first."""
+    tried = [(block(BK, K), block(BV, V), warps, stages) for BK, BV, warps, stages in CONFIGS[name]]
+    return [dict(zip(("BK", "BV", "num_warps", "num_stages"), x)) for x in dict.fromkeys(tried)]
+
+
+def shared_bytes(BK, BV, num_stages, size):
+    return (3 * CHUNK * BK + 2 * CHUNK * BV + 2 * BK * BV) * size * max(1, num_stages - 1)
+
+
+@functools.cache
+def tuned(name, K, V, size):
+    """The kernel with its autotuner, without the configurations that the device has no shared memory for."""
+    limit = torch.cuda.get_device_properties().shared_memory_per_block_optin
+    fitting = [x for x in options(name, K, V) if shared_bytes(x["BK"], x["BV"], x["num_stages"], size) <= limit]
+    configs = [
+        triton.Config({"BK": x["BK"], "BV": x["BV"]}, num_warps=x["num_warps"], num_stages=x["num_stages"])
+        for x in fitting or options(name, K, V)[-1:]
+    ]
+    return triton.autotune(configs, key=["K", "V"])(KERNELS[name])
+
+
+def launch(name, grid, q, v, *args, **constants):
+    K, V = q.shape[3], v.shape[3]
+    constants |= dict(C=CHUNK, DOT=tl.float32 if q.dtype == torch.float32 else tl.bfloat16)
+    if AUTOTUNE:
+        tuned(name, K, V, q.element_size())[grid](*args, **constants)
+    else:
+        KERNELS[name][grid](*args, **constants, **options(name, K, V)[0])
+
+
+def scan_launch(x, y, g, first, dtype, scale, gate_min, reverse):
+    """States (B, H, chunks, K, V) on arrival at each chunk, and the last one (B, H, K, V)."""
+    B, T, H, K, V = *x.shape, y.shape[3]
+    states = x.new_empty(B, H, triton.cdiv(T, CHUNK), K, V, dtype=dtype)
+    last = x.new_empty(B, H, K, V, dtype=torch.float32)
+
+    def grid(meta):
+        return triton.cdiv(K, meta["BK"]), triton.cdiv(V, meta["BV"]), B * H
+
+    args = x, y, g, last if first is None else first, states, last, T, H, K, V, scale, gate_min
+    launch("scan", grid, x, y, *args, FIRST=first is not None, REVERSE=reverse)
+    return states, last
+
+
+def read_launch(x, y, w, g, states, scale, gate_min, reverse):
+    (B, T, H, K), V, out = x.shape, w.shape[3], torch.empty_like(w)
+
+    def grid(meta):
+        return triton.cdiv(V, meta["BV"]), states.shape[2], B * H
+
+    args = x, y, w, g, states, out, T, H, K, V, scale, floor(gate_min)
+    launch("read", grid, x, w, *args, FACTORISED=is_factorised(gate_min), REVERSE=reverse)
+    return out
+
+
+def floor(gate_min):
+    return torch.finfo(torch.float32).min if gate_min is None else gate_min
+
+
+def dense(*xs):
+    """Contiguous; fp16 as bf16, because the factorised form needs its range."""
+    return [x.to(torch.bfloat16 if x.dtype == torch.float16 else x.dtype).contiguous() for x in xs]
+
+
+def gla_fwd(q, k, v, g, state, scale, gate_min):
+    """o and the last state, in two launches."""
+    dtype = v.dtype
+    q, k, v, g = dense(q, k, v, g)
+    states, last = scan_launch(k, v, g, state.contiguous(), q.dtype, 1.0, floor(gate_min), False)
+    return read_launch(q, k, v, g, states, scale, gate_min, False).to(dtype), last
+
+
+def gla_bwd(q, k, v, g, state, do, dstate, scale, gate_min):
+    """dq, dk, dv, dg and the initial state's gradient, in four launches."""
+    dtypes = [x.dtype for x in (q, k, v, g)]
+    q, k, v, g, do = dense(q, k, v, g, do)
+    states, _ = scan_launch(k, v, g, state.contiguous(), torch.float32, 1.0, floor(gate_min), False)
+    dstates, first = scan_launch(q, do, g, dstate.contiguous(), torch.float32, scale, floor(gate_min), True)
+    dv = read_launch(k, q, do, g, dstates, scale, gate_min, True)
+    dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)
+
+    (B, T, H, K), V = q.shape, v.shape[3]
+
+    def grid(meta):
+        return triton.cdiv(K, meta["BK"]), states.shape[2], B * H
+
+    args = q, k, v, g, do, states, dstates, dq, dk, dg, T, H, K, V, scale, floor(gate_min)
+    launch("grad", grid, q, v, *args, FACTORISED=is_factorised(gate_min))
+    return *(x.to(dtype) for x, dtype in zip((dq, dk, dv, dg), dtypes)), first
+
+
+def aot_specs():
+    """(name, kernel, signature, constants) of every kernel and configuration, for the report. Default first."""
+    forms = {
+        "scan": [("", dict(FIRST=True, REVERSE=False)), (" reverse", dict(FIRST=True, REVERSE=True))],
+        "read": [(a + b, dict(FACTORISED=not a, REVERSE=bool(b))) for a in ("", " tree") for b in ("", " reverse")],
+        "grad": [(a, dict(FACTORISED=not a)) for a in ("", " tree")],
+    }
+    fp32 = {"p_g", "p_first", "p_last", "p_ds", "p_dg"}
+    specs = []
+    for name, kernel in KERNELS.items():
+        for form, flags in forms[name]:
+            for width in (64, 128):
+                for i, option in enumerate(options(name, width, width)):
+                    constants = dict(C=CHUNK, DOT=tl.bfloat16, **flags, **option)
+                    wide = fp32 | ({"p_all", "p_s"} if flags.get("REVERSE") or name == "grad" else set())
+                    signature = {x: "*fp32" if x in wide else "*bf16" for x in kernel.arg_names if x[:2] == "p_"}
+                    signature |= dict(T="i32", H="i32", K="i32:16", V="i32:16", scale="fp32", gate_min="fp32")
+                    specs.append((f"gla_{name}{form} {width} #{i}", kernel, signature, constants))
+    return specs
+
+
+# ----------------------------------------------------------------------------- op
+#
+# Custom ops return tensors only and no input among them: `borders` is empty where a backend keeps none.
+
+
+def states_kept(q, state, backend):
+    if backend == "triton":
+        return (0,)
+    return (-(-q.shape[1] // (blocking(q, CHUNK)[1] * CHUNK)), *state.shape)
+
+
+@torch.library.custom_op(
+    "nanoattention::gla",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor state, float scale, float? gate_min, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def gla_op(q, k, v, g, state, scale, gate_min, backend):
+    if backend == "triton":
+        return *gla_fwd(q, k, v, g, state, scale, gate_min), state.new_empty(0)
+    return chunk_forward(q, k, v, g, state, scale, gate_min)
+
+
+@gla_op.register_fake
+def _(q, k, v, g, state, scale, gate_min, backend):
+    return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(states_kept(q, state, backend))
+
+
+@torch.library.custom_op(
+    "nanoattention::gla_backward",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor state, Tensor borders, Tensor do, Tensor dstate,"
+    " float scale, float? gate_min, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def gla_backward_op(q, k, v, g, state, borders, do, dstate, scale, gate_min, backend):
+    if backend == "triton":
+        return gla_bwd(q, k, v, g, state, do, dstate, scale, gate_min)
+    return chunk_backward(q, k, v, g, borders, do, dstate, scale, gate_min)
+
+
+@gla_backward_op.register_fake
+def _(q, k, v, g, state, borders, do, dstate, scale, gate_min, backend):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, g, state))
+
+
+def setup_context(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.gate_min, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def backward(ctx, do, dstate, _):
+    q, k, v, g, state, borders = ctx.saved_tensors
+    do = v.new_zeros(v.shape) if do is None else do
+    dstate = torch.zeros_like(state) if dstate is None else dstate
+    grads = gla_backward_op(q, k, v, g, state, borders, do, dstate, ctx.scale, ctx.gate_min, ctx.backend)
+    return *grads, None, None, None
+
+
+gla_op.register_autograd(backward, setup_context=setup_context)
+
+
+# ----------------------------------------------------------------------------- public
+
+
+def gla(
+    q, k, v, g=None, scale=None, gate_min=None, initial_state=None, output_final_state=False, backend="auto"
+):  # fmt: skip
+    """Gated linear attention. Returns o (B, T, H, V), and the final state (B, H, K, V) if asked for, else None.
+
+    q, k (B, T, H, K)   v (B, T, H, V)   g (B, T, H, K) log-decay <= 0, None for no decay   initial_state (B, H, K, V)
+    scale: K^-1/2 unless given.  gate_min: g is clamped there, with no gradient below; from -1.25 up the operator then
+    takes its faster form.  backend: auto | triton | torch | recurrent.  States are fp32, fp64 for fp64 inputs.
+    """
+    check(q, k, v, g, gate_min, initial_state, backend)
+    (B, _, H, K), V = q.shape, v.shape[3]
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)  # of the products; gates and states keep their precision
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    scale = K**-0.5 if scale is None else scale
+    if backend == "recurrent":
+        o, state = gla_recurrent(q, k, v, g, scale, gate_min, initial_state)
+    else:
+        if g is None:
+            g, gate_min = torch.zeros((), dtype=compute_dtype(q.dtype), device=q.device).expand(q.shape), -1.0
+        dtype = compute_dtype(q.dtype)
+        state = q.new_zeros(B, H, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+        o, state, _ = gla_op(q, k, v, g, state, float(scale), gate_min, choose(backend, q, V))
+    return o, state if output_final_state else None
+
+
+def check(q, k, v, g, gate_min, initial_state, backend):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or not x.is_floating_point() or min(x.shape) < 1:
+            raise ValueError(f"gla: {name} must be a float (B, T, H, D), none 0, got {x.dtype} {tuple(x.shape)}")
+    if k.shape != q.shape:
+        raise ValueError(f"gla: k must have the shape of q {tuple(q.shape)}, got {tuple(k.shape)}")
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"gla: v must be {tuple(q.shape[:3])} and its width, got {tuple(v.shape)}")
+    if g is not None and g.shape != q.shape:
+        raise ValueError(f"gla: g must have the shape of q {tuple(q.shape)}, got {tuple(g.shape)}")
+    if gate_min is not None and gate_min > 0:
+        raise ValueError(f"gla: gate_min must be at most 0 or None, got {gate_min}")
+    B, _, H, K = q.shape
+    if initial_state is not None and initial_state.shape != (B, H, K, v.shape[3]):
+        shape = tuple(initial_state.shape)
+        raise ValueError(f"gla: initial_state must be {(B, H, K, v.shape[3])}, got {shape}")
+    if backend not in ("auto", "triton", "torch", "recurrent"):
+        raise ValueError(f"gla: backend must be auto, triton, torch or recurrent, got {backend!r}")
+
+
+def choose(backend, q, V):
+    """triton or torch. A wish that cannot be met is answered with its reason, once."""
+    if backend == "torch" or (backend == "auto" and not q.is_cuda):
+        return "torch"
+    reason = None
+    if triton is None:
+        reason = "Triton is not installed"
+    elif not q.is_cuda and not interpreting():
+        reason = f"Triton does not run on {q.device.type}"
+    elif q.dtype == torch.float64:
+        reason = "the Triton kernels do not compute in fp64"
+    elif max(q.shape[3], V) > MAX_WIDTH:
+        reason = f"the Triton kernels take heads up to {MAX_WIDTH} wide"
+    if reason:
+        warn_once(f"gla runs its PyTorch form: {reason}")
+    return "torch" if reason else "triton"

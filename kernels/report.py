@@ -1,0 +1,126 @@
+"""What each Triton kernel asks of a GPU, read from its compiled code; no GPU needed.
+
+    python -m kernels.report              every kernel and configuration, sm_80 and sm_90
+    python -m kernels.report --defaults   the default configurations only
+
+An operator module provides `aot_specs()`: a list of (name, kernel, signature, constants). The name ends in " #i", the
+number of the configuration; #0 is the default. The signature types the arguments that are no constants ("*bf16", "i32",
+"i32:16" for a multiple of 16); the constants may hold num_warps and num_stages. Exit status 1 if a default spills, or
+if no configuration of a kernel stays within the shared memory of a consumer card.
+"""
+
+import argparse
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+OPERATORS = ("gla", "gsa")
+ARCHS = (80, 90)
+SMALL_SHARED = 99 * 1024
+COLUMNS = ("registers", "stack", "local", "shared", "HMMA", "HGMMA")
+
+
+def specs(operators=OPERATORS):
+    out = []
+    for name in operators:
+        try:
+            module = importlib.import_module(f"{__package__ or 'kernels'}.{name}")
+        except ModuleNotFoundError:
+            continue
+        out += module.aot_specs()
+    return out
+
+
+def compile_spec(kernel, signature, constants, arch):
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    constants = dict(constants)
+    options = {x: constants.pop(x) for x in ("num_warps", "num_stages") if x in constants}
+    types = {x: signature.get(x, "constexpr") for x in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(types) if types[x][0] == "*" or ":16" in types[x]}
+    types = {x: kind.removesuffix(":16") for x, kind in types.items()}
+    missing = [x for x, kind in types.items() if kind == "constexpr" and x not in constants]
+    if missing:
+        raise ValueError(f"{kernel.__name__}: neither type nor value for {', '.join(missing)}")
+    values = {(i,): constants[x] for i, x in enumerate(types) if types[x] == "constexpr"}
+    source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=values, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def cuobjdump(cubin, *flags):
+    import triton
+
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(kernel, signature, constants, arch):
+    """A dict with COLUMNS: counts, and bytes for stack and shared."""
+    compiled = compile_spec(kernel, signature, constants, arch)
+    usage = cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
+    sass = cuobjdump(compiled.asm["cubin"], "-sass")
+
+    def count(pattern):
+        return len(re.findall(rf"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?{pattern}", sass, re.MULTILINE))
+
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "local": count(r"(?:LDL|STL)\b"),
+        "shared": compiled.metadata.shared,
+        "HMMA": count(r"HMMA\b"),
+        "HGMMA": count(r"HGMMA\b"),
+    }
+
+
+def spills(row):
+    return row["stack"] > 0 or row["local"] > 0
+
+
+def faults(rows):
+    """One line for each kernel whose default spills or that has no configuration for a consumer card."""
+    groups = {}
+    for (name, arch), row in rows.items():
+        groups.setdefault((name.rsplit(" #", 1)[0], arch), []).append(row)
+    out = []
+    for (name, arch), found in groups.items():
+        if spills(found[0]):
+            out.append(f"{name} sm_{arch}: the default spills")
+        if min(x["shared"] for x in found) > SMALL_SHARED:
+            out.append(f"{name} sm_{arch}: no configuration within {SMALL_SHARED} bytes of shared memory")
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--defaults", action="store_true", help="the default configurations only")
+    parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    args = parser.parse_args()
+    try:
+        import triton
+    except ImportError:
+        sys.exit("kernels.report needs Triton: pip install triton")
+    chosen = [x for x in specs() if args.only in x[0] and (not args.defaults or x[0].endswith(" #0"))]
+    print(f"triton {triton.__version__}; registers a thread, stack and shared in bytes, local = LDL + STL instructions")
+    print(f"{'kernel':36}{'BK':>5}{'BV':>5}{'warps':>6}{'stages':>7}{'sm':>4}" + "".join(f"{x:>10}" for x in COLUMNS))
+    rows = {}
+    for name, kernel, signature, constants in chosen:
+        for arch in ARCHS:
+            row = rows[name, arch] = resources(kernel, signature, constants, arch)
+            tiles = [constants.get(x, "") for x in ("BK", "BV", "num_warps", "num_stages")]
+            print(f"{name:36}{tiles[0]:>5}{tiles[1]:>5}{tiles[2]:>6}{tiles[3]:>7}{arch:>4}", end="")
+            print("".join(f"{row[x]:>10}" for x in COLUMNS) + ("  spills" if spills(row) else ""), flush=True)
+    found = faults(rows)
+    print("\n".join(found) or "no default spills, and every kernel has a configuration for consumer cards")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
