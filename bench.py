@@ -270,6 +270,8 @@ def read_log(folder):
             entries = [json.loads(line) for line in f]
     except ValueError:
         raise ConfigError(f"{path} is damaged: a line is not JSON") from None
+    if not all(isinstance(e, dict) and "iter" in e for e in entries):
+        raise ConfigError(f"{path} is damaged: a line is not an entry of a run")
     return [e for e in entries if "split" not in e], [e for e in entries if "split" in e]
 
 
@@ -280,7 +282,9 @@ def plot_curves(bench):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
+    plt.rcParams.update(
+        {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+    )
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # safe for colour-blind eyes
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for i, folder in enumerate(run_folders(bench)):
