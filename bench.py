@@ -336,6 +336,8 @@ def read_log(folder):
             entries = [json.loads(line) for line in f]
     except ValueError:
         raise ConfigError(f"{path} is damaged: a line is not JSON") from None
+    if not all(isinstance(e, dict) and "iter" in e for e in entries):
+        raise ConfigError(f"{path} is damaged: a line is not an entry of a run")
     return [e for e in entries if "split" not in e], [e for e in entries if "split" in e]
 
 

@@ -12,10 +12,10 @@ The attention protocol, the same for each type:
     attn.stats(x=None)                       # tensors for logs and plots
 """
 
-import dataclasses
 import json
 import math
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import key
+from config import build, key
 from kernels.gla import gla
 from kernels.gsa import gsa
 
@@ -38,7 +38,7 @@ class GPTConfig:
 
     block_size: int = key(1024, "tokens of context", low=1)
     vocab_size: int = key(0, "number of token ids; 0: the data set's", low=0)
-    n_layer: int = key(12, "blocks", low=1)
+    n_layer: int = key(12, "blocks", low=1, high=10_000)
     n_head: int = key(12, "heads of softmax attention", low=1)
     n_embd: int = key(768, "width of the residual stream", low=1)
     head_dim: int = key(0, "size of a head; 0: n_embd / n_head", low=0)
@@ -628,7 +628,7 @@ class GPT(nn.Module):
         c = hf.config
         shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions)
         shape |= dict(vocab_size=c.vocab_size, bias=True, gelu=gelu, mlp_hidden=c.n_inner or 0)
-        model = cls(GPTConfig(**(shape | overrides)))
+        model = cls(build(GPTConfig, shape | overrides))
         model.loaded = load_weights(model, gpt2_names(hf.state_dict()))
         return model
 
@@ -717,14 +717,10 @@ def gpt2_names(weights):
 
 def stored_config(stored, **overrides):
     """The GPTConfig of a checkpoint, with `overrides` in place of what it says."""
-    known = {f.name for f in dataclasses.fields(GPTConfig)}
-    unknown = sorted(set(stored["model_args"]) - known)
-    if unknown:
-        raise ModelError(f"the checkpoint's model has keys that this version does not know: {', '.join(unknown)}")
     try:
-        return GPTConfig(**(stored["model_args"] | overrides))
-    except (TypeError, ValueError) as error:
-        raise ModelError(str(error)) from None
+        return build(GPTConfig, stored["model_args"] | overrides)
+    except ValueError as error:
+        raise ModelError(f"{stored['path']}: {error}") from None
 
 
 def read_checkpoint(out_dir, name=None):
@@ -738,13 +734,17 @@ def read_checkpoint(out_dir, name=None):
         if path.endswith(".safetensors"):
             stored = _read_export(path)
         else:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # of pickle modules that a foreign file names
+                warnings.simplefilter("ignore")
+                stored = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception:  # a damaged archive, a pickle with code in it, another library's format
         raise ModelError(f"{path}: not a readable checkpoint (truncated, or not tensors and plain values)") from None
     if not isinstance(stored, dict) or not all(isinstance(stored.get(k), dict) for k in ("model", "model_args")):
         raise ModelError(f"{path}: not a checkpoint of this repository or of nanoGPT (no model and model_args)")
+    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in stored["model"].items()):
+        raise ModelError(f"{path}: damaged: its model is not tensors by name")
     prefix = "_orig_mod."  # nanoGPT saves the compiled module, whose names carry it
     stored["model"] = {k.removeprefix(prefix): v for k, v in stored["model"].items()}
     stored["path"] = path

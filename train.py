@@ -161,7 +161,10 @@ def start_world(device):
     """The processes that torchrun started, joined (NCCL on CUDA, gloo elsewhere), and this one's device."""
     if "RANK" not in os.environ:
         return World(0, 1, 0), device
-    world = World(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    try:
+        world = World(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    except (KeyError, ValueError):
+        raise ConfigError("RANK is set, but not RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them") from None
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if cuda:
         device = f"cuda:{world.local_rank}"
@@ -225,7 +228,9 @@ def make_optimizers(model, cfg, device_type):
     Each group remembers its peak rate in `peak_lr`."""
     groups = {name: [p for _, p in members] for name, members in param_groups(model).items()}
     optimizers = []
-    if cfg.optimizer == "muon":
+    if not any(groups.values()):
+        raise ModelError("the model has no parameters to train")
+    if cfg.optimizer == "muon" and any(p.dim() == 2 for p in model.transformer.h.parameters()):
         inner = {id(p) for p in model.transformer.h.parameters()}
         hidden = [p for p in groups["matrix"] if id(p) in inner and p.dim() == 2]
         chosen = {id(p) for p in hidden}
@@ -316,14 +321,18 @@ def evaluate(model, split, context, stride, batch_size, runtime, world=None, pro
         "split": split.name,
         "loss": nats / count,
         "bits_per_byte": nats / math.log(2) / split.scored_bytes,
-        "token_perplexity": math.exp(nats / count),
-        "word_perplexity": math.exp(nats / words) if words else None,
+        "token_perplexity": perplexity(nats, count),
+        "word_perplexity": perplexity(nats, words) if words else None,
         "tokens": int(count),
         "bytes": split.scored_bytes,
         "words": words,
         "context": context,
         "stride": stride,
     }
+
+
+def perplexity(nats, count):
+    return math.exp(nats / count) if nats / count < 700 else math.inf
 
 
 def token_nats(model, x, y, scored, runtime, chunk=2**25):
@@ -517,8 +526,17 @@ class Run:
 
     def restore(self, stored):
         """All that a step depends on, so that a resumed run is the same run. nanoGPT's files have no generators."""
-        names = [f.name for f in dataclasses.fields(Progress)]
-        self.progress = Progress(**{k: stored[k] for k in names if k in stored})
+        try:
+            self._restore(stored)
+        except (DataError, ModelError):
+            raise
+        except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
+            raise ModelError(f"{stored['path']}: damaged: {type(error).__name__}: {error}") from None
+
+    def _restore(self, stored):
+        self.progress = Progress(**{k: type(v)(stored.get(k, v)) for k, v in dataclasses.asdict(Progress()).items()})
+        if self.progress.iter_num < 0:
+            raise KeyError(f"iteration {self.progress.iter_num}")
         for optimizer, state in zip(self.optimizers, (stored.get("optimizer"), stored.get("muon"))):
             options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             try:
@@ -528,12 +546,15 @@ class Run:
                 raise ModelError(f"{stored['path']}: {why}") from None
             for group, ours in zip(optimizer.param_groups, options):  # rates and decay are the command's
                 group.update(ours)
+            for p, moments in optimizer.state.items():
+                if any(m.dim() and m.shape != p.shape for m in moments.values() if torch.is_tensor(m)):
+                    raise KeyError("an optimizer state of another shape")
         if "batches" not in stored:
             print("the checkpoint has no generator state: batches and dropout start afresh")
             return
         self.scaler.load_state_dict(stored["scaler"])
         self.batches.load_state_dict(stored["batches"])
-        self.log_size = stored["log_size"]
+        self.log_size = max(0, int(stored["log_size"]))
         if len(stored["rng"]) == self.world.size:
             rng = stored["rng"][self.world.rank]
             torch.set_rng_state(rng["cpu"])

@@ -15,6 +15,8 @@ import sys
 import types
 import typing
 
+LARGEST = 2**31 - 1  # of an integer value: beyond it nothing is meant, and sizes overflow
+
 
 class ConfigError(ValueError):
     """A mistake in a config file or on the command line; the message is one line and says what to write instead."""
@@ -52,12 +54,16 @@ def load(argv, *records):
 
 
 def build(record, values):
-    """An instance of `record`; its own complaints (ValueError) become ConfigErrors."""
+    """An instance of `record` whose values are checked, wherever they come from; complaints are ConfigErrors."""
+    fields, hints = {f.name: f for f in dataclasses.fields(record)}, typing.get_type_hints(record)
+    for name, value in values.items():
+        _check_known(name, fields, record.__name__)
+        values = values | {name: _check(fields[name], hints[name], value, name)}
     try:
         return record(**values)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
@@ -156,13 +162,12 @@ def _describe(hint):
 
 def _check(field, hint, value, where):
     kinds, meta = _kinds(hint), field.metadata
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
-        try:
-            value = float(value)
-        except OverflowError:
-            raise ConfigError(f"{where} must be a number, not one of {value.bit_length()} bits") from None
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and abs(value) <= LARGEST:
+        value = float(value)
     if type(value) not in kinds:
         raise ConfigError(f"{where} must be {_describe(hint)}, not {_short(value)}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError(f"{where} must be at most {LARGEST}, not a number of {len(str(abs(value)))} digits")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where} must be finite, not {value}")
     if meta["choices"] is not None and value not in meta["choices"]:
@@ -223,6 +228,10 @@ def run(main, *errors):
         sys.exit(1)
     except (*errors, OSError) as caught:
         error, status = caught, 1
+    except (MemoryError, RuntimeError) as caught:
+        if not isinstance(caught, MemoryError) and "memory" not in str(caught):
+            raise
+        error, status = "out of memory: take a smaller batch_size, block_size or model (--dry_run adds them up)", 1
     except KeyboardInterrupt:
         error, status = "interrupted", 130
     print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)

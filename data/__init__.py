@@ -225,6 +225,8 @@ class Dataset:
             self._foreign(f"dtype {meta.get('dtype')!r} is not one of {', '.join(DTYPES)}")
         if not _is_count(meta.get("vocab_size")):
             self._foreign(f"vocab_size {meta.get('vocab_size')!r} is not a number of tokens")
+        if not isinstance(meta.get("label"), str):
+            self._foreign("it has no label")
         splits = meta.get("splits")
         if not isinstance(splits, dict) or not splits or not set(splits) <= set(SPLITS):
             self._foreign(f"splits must be some of {', '.join(SPLITS)}")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import config
 import train
-from data import Dataset, windows
+from data import DataError, Dataset, windows
 from model import GPT, GPTConfig, ModelError, read_checkpoint
 from train import Objective, TrainConfig, TrainError, World, evaluate, lr_factor, make_optimizers
 
@@ -147,6 +147,43 @@ def test_resume_of_a_different_model_is_refused(tiny):
 
 
 # faults
+
+
+@pytest.mark.parametrize("key, value", [
+    ("rng", None), ("rng", [{}]), ("log_size", "x"), ("iter_num", "x"), ("iter_num", -3), ("batches", 3),
+    ("optimizer", {}), ("model", {"a": 3}), ("model", {3: torch.ones(1)}), ("model_args", {"n_layer": "3"}),
+    ("model_args", {"dropout": 7.0}),
+])  # fmt: skip
+def test_damaged_checkpoints_are_one_line(tiny, tmp_path, key, value):
+    train.main(tiny(max_iters=1))
+    path = tmp_path / "run" / "ckpt.pt"
+    stored = torch.load(path, weights_only=True)
+    stored[key] = stored[key] | value if key == "model_args" else value
+    torch.save(stored, path)
+    with pytest.raises((ModelError, DataError)) as error:
+        train.main(tiny(init_from="resume"))
+    assert "\n" not in str(error.value)
+
+
+def test_optimizer_state_of_another_shape_is_refused(tiny, tmp_path):
+    train.main(tiny(max_iters=1))
+    path = tmp_path / "run" / "ckpt.pt"
+    stored = torch.load(path, weights_only=True)
+    stored["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(stored, path)
+    with pytest.raises(ModelError, match="another shape"):
+        train.main(tiny(init_from="resume"))
+
+
+def test_out_of_memory_and_nothing_to_train_are_one_line(tiny, capsys):
+    arguments = tiny(attention_type="none", mlp="none", norm="none", pos_emb="none", embedding="onehot", n_embd=256)
+    with pytest.raises(ModelError, match="no parameters"):
+        train.main(arguments)
+    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *tiny(n_embd=2_000_000)])
+        config.run(train.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and "out of memory" in error
 
 
 def poison(monkeypatch, steps):
