@@ -82,7 +82,8 @@ def read_file(path):
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         folder = os.path.dirname(path) or "."
-        here = sorted(n for n in os.listdir(folder) if n.endswith(".py")) if os.path.isdir(folder) else []
+        missing = os.path.isdir(folder) and not os.path.exists(path)
+        here = sorted(n for n in os.listdir(folder) if n.endswith(".py")) if missing else []
         close = difflib.get_close_matches(os.path.basename(path), here, 1)
         hint = f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
         raise ConfigError(f"{path}: {reason}{hint}") from None
@@ -162,12 +163,12 @@ def _describe(hint):
 
 def _check(field, hint, value, where):
     kinds, meta = _kinds(hint), field.metadata
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and abs(value) <= LARGEST:
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError(f"{where} must be at most {LARGEST} in size")
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
         value = float(value)
     if type(value) not in kinds:
         raise ConfigError(f"{where} must be {_describe(hint)}, not {_short(value)}")
-    if isinstance(value, int) and abs(value) > LARGEST:
-        raise ConfigError(f"{where} must be at most {LARGEST}, not a number of {len(str(abs(value)))} digits")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where} must be finite, not {value}")
     if meta["choices"] is not None and value not in meta["choices"]:
