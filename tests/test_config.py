@@ -166,7 +166,7 @@ def test_file_values(tmp_path, line, value):
         ("rate=nan", "--rate must be finite, not nan"), ("rate=1e999", "--rate must be finite, not inf"),
         ("rate=-0.1", "--rate must be at least 0.0, not -0.1"), ("flag=1", "--flag must be True or False, not '1'"),
         ("limit=0", "--limit must be at least 1, not 0"),
-       
+
         ("limit=2147483648", "--limit must be at most 2147483647 in size"),
         ("limit=x", "--limit must be an integer or None, not 'x'"),
         ("maybe=2", "--maybe must be True or False or None, not '2'"),
