@@ -737,9 +737,9 @@ def read_checkpoint(out_dir, name=None):
             with warnings.catch_warnings():  # of pickle modules that a foreign file names
                 warnings.simplefilter("ignore")
                 stored = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:  # a damaged archive, a pickle with code in it, another library's format
+    except Exception as error:  # a damaged archive, a pickle with code in it, another library's format
+        if isinstance(error, OSError) and error.filename:
+            raise
         raise ModelError(f"{path}: not a readable checkpoint (truncated, or not tensors and plain values)") from None
     if not isinstance(stored, dict) or not all(isinstance(stored.get(k), dict) for k in ("model", "model_args")):
         raise ModelError(f"{path}: not a checkpoint of this repository or of nanoGPT (no model and model_args)")

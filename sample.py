@@ -37,7 +37,7 @@ class SampleConfig:
     top_p: float | None = key(
         None, "draw among the most likely that reach this probability; None: all", low=1e-6, high=1.0
     )
-    seed: int = key(1337, "seed of the draws", low=0, high=2**31)
+    seed: int = key(1337, "seed of the draws", low=0, high=2**31 - 1)
     use_cache: bool = key(True, "False recomputes the context for each token: slow, the same text")
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = key("auto", "autocast precision", choices=("auto", "float32", "bfloat16", "float16"))

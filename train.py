@@ -75,7 +75,7 @@ class TrainConfig:
     wandb_project: str = key("nanoattention", "project there")
     wandb_run_name: str = key("", "name there; empty: out_dir")
     wandb_mode: str = key("online", "mode there", choices=("online", "offline", "disabled"))
-    seed: int = key(1337, "seed of weights, batches and dropout", low=0, high=2**31)
+    seed: int = key(1337, "seed of weights, batches and dropout", low=0, high=2**31 - 1)
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = key("auto", "autocast precision", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool | None = key(None, "torch.compile; None: on CUDA only")

@@ -12,7 +12,7 @@ batch_size = 8
 learning_rate = 2e-3
 min_lr = 2e-4
 warmup_iters = 100
-max_iters = 1500
+max_iters = 1000
 beta2 = 0.99
 weight_decay = 0.1
 
