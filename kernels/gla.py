@@ -92,7 +92,7 @@ class Factorised:
     def __init__(self, q, k, g, new):
         self.new = new
         C = g.shape[1]
-        b = torch.cumsum(g, 1, out=g)
+        b = cumulate(g)
         self.decay = b[:, -1].exp()  # (N, K)
         mid = b[:, C // 2 - 1 : C // 2].clone()  # (N, 1, K)
         self.e = b.sub_(mid).exp_()  # (N, C, K)
@@ -170,6 +170,17 @@ def small_bmm(a, b, new):
         return new.bmm(a, b)
     out = torch.mul(a[:, :, :1], b[:, :1], out=new(*b.shape))
     return out if h == 1 else out.addcmul_(a[:, :, 1:], b[:, 1:])
+
+
+def cumulate(x, block=8):
+    """The cumulative sum of x (N, C, D) along C, in place: within blocks, then over them. Far faster than torch.cumsum."""
+    N, C, D = x.shape
+    blocks = x.view(N, C // block, block, D)
+    for i in range(1, block):
+        blocks[:, :, i].add_(blocks[:, :, i - 1])
+    for i in range(1, C // block):
+        blocks[:, i].add_(blocks[:, i - 1, -1:])
+    return x
 
 
 def below(A, h):
@@ -318,7 +329,7 @@ def gate_gradient(q, k, dq, dk, first, g, gate_min, new):
     out = new(*q.shape)
     torch.mul(k[:, :-1], dk[:, :-1], out=out[:, 1:]).addcmul_(q[:, :-1], dq[:, :-1], value=-1)
     out[:, 0] = first
-    torch.cumsum(out, 1, out=out)
+    cumulate(out)
     if gate_min is None:
         return out
     below_min = torch.nextafter(g.new_tensor(gate_min), g.new_tensor(-math.inf)).item()
@@ -548,6 +559,7 @@ CONFIGS = {
     "scan": [(64, 64, 8, 2), (64, 64, 4, 1), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 2, 3), (128, 64, 8, 2)],
     "read": [(32, 64, 4, 1), (64, 64, 8, 1), (32, 64, 4, 2), (64, 128, 8, 1), (32, 32, 4, 2), (32, 128, 8, 2)],
     "grad": [(32, 32, 8, 1), (32, 64, 8, 1), (64, 32, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1), (32, 64, 8, 2)],
+    "grad tree": [(16, 32, 8, 1), (32, 32, 8, 1), (16, 32, 4, 1), (32, 64, 8, 1)],
 }  # BK, BV, num_warps, num_stages
 KERNELS = {"scan": gla_scan_kernel, "read": gla_read_kernel, "grad": gla_grad_kernel}
 MAX_WIDTH = 256
@@ -577,7 +589,7 @@ def tuned(name, K, V, size):
         triton.Config({"BK": x["BK"], "BV": x["BV"]}, num_warps=x["num_warps"], num_stages=x["num_stages"])
         for x in fitting or options(name, K, V)[-1:]
     ]
-    return triton.autotune(configs, key=["K", "V"])(KERNELS[name])
+    return triton.autotune(configs, key=["K", "V"])(KERNELS[name.split()[0]])
 
 
 def launch(name, grid, q, v, *args, **constants):
@@ -586,7 +598,7 @@ def launch(name, grid, q, v, *args, **constants):
     if AUTOTUNE:
         tuned(name, K, V, q.element_size())[grid](*args, **constants)
     else:
-        KERNELS[name][grid](*args, **constants, **options(name, K, V)[0])
+        KERNELS[name.split()[0]][grid](*args, **constants, **options(name, K, V)[0])
 
 
 def scan_launch(x, y, g, first, dtype, scale, gate_min, reverse):
@@ -646,7 +658,8 @@ def gla_bwd(q, k, v, g, state, do, dstate, scale, gate_min):
         return triton.cdiv(K, meta["BK"]), states.shape[2], B * H
 
     args = q, k, v, g, do, states, dstates, dq, dk, dg, T, H, K, V, scale, floor(gate_min)
-    launch("grad", grid, q, v, *args, FACTORISED=is_factorised(gate_min))
+    factorised = is_factorised(gate_min)
+    launch("grad" if factorised else "grad tree", grid, q, v, *args, FACTORISED=factorised)
     return *(x.to(dtype) for x, dtype in zip((dq, dk, dv, dg), dtypes)), first
 
 
@@ -655,16 +668,18 @@ def aot_specs():
     forms = {
         "scan": [("", dict(FIRST=True, REVERSE=False)), (" reverse", dict(FIRST=True, REVERSE=True))],
         "read": [(a + b, dict(FACTORISED=not a, REVERSE=bool(b))) for a in ("", " tree") for b in ("", " reverse")],
-        "grad": [(a, dict(FACTORISED=not a)) for a in ("", " tree")],
+        "grad": [("", dict(FACTORISED=True))],
+        "grad tree": [("", dict(FACTORISED=False))],
     }
     fp32 = {"p_g", "p_first", "p_last", "p_ds", "p_dg"}
     specs = []
-    for name, kernel in KERNELS.items():
+    for name in CONFIGS:
+        kernel = KERNELS[name.split()[0]]
         for form, flags in forms[name]:
             for width in (64, 128):
                 for i, option in enumerate(options(name, width, width)):
                     constants = dict(C=CHUNK, DOT=tl.bfloat16, **flags, **option)
-                    wide = fp32 | ({"p_all", "p_s"} if flags.get("REVERSE") or name == "grad" else set())
+                    wide = fp32 | ({"p_all", "p_s"} if flags.get("REVERSE") or "grad" in name else set())
                     signature = {x: "*fp32" if x in wide else "*bf16" for x in kernel.arg_names if x[:2] == "p_"}
                     signature |= dict(T="i32", H="i32", K="i32:16", V="i32:16", scale="fp32", gate_min="fp32")
                     specs.append((f"gla_{name}{form} {width} #{i}", kernel, signature, constants))

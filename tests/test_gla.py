@@ -396,34 +396,56 @@ def test_works_without_triton():
 # ----------------------------------------------------------------------------- Triton
 
 
-def test_triton_under_the_interpreter():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_triton_under_the_interpreter(which):
     """The tests below marked INTERPRETED, in a process whose kernels run on the CPU."""
     if kernels.triton is None:
         pytest.skip("Triton is not installed")
     if kernels.interpreting():
         pytest.skip("already inside")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
-    root = Path(__file__).parent.parent
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "interpreted",
+        "-m",
+        which,
+        __file__,
+    ]
     env = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=Path(__file__).parent.parent, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout, result.stdout[-4000:]
 
 
 @INTERPRETED
 @pytest.mark.parametrize("gate_min", [-1.25, None])
-@pytest.mark.parametrize("T, K, V, gates", [(1, 16, 16, "plain"), (70, 20, 40, "plain"), (130, 16, 16, "decades")])
-def test_interpreted(T, K, V, gates, gate_min):
+@pytest.mark.parametrize("T, gates", [(70, "plain"), (130, "decades")])
+def test_interpreted(T, gates, gate_min):
+    compare(draw(1, T, 1, 20, 24, gates), torch.float32, TRITON_FP32, "triton", gate_min=gate_min)
+
+
+@INTERPRETED
+@pytest.mark.slow
+@pytest.mark.parametrize("gate_min", [-1.25, None])
+@pytest.mark.parametrize("T, K, V, gates", [(1, 16, 16, "plain"), (64, 32, 16, "weak"), (70, 20, 40, "strong")])
+def test_interpreted_shapes(T, K, V, gates, gate_min):
     compare(draw(1, T, 2, K, V, gates), torch.float32, TRITON_FP32, "triton", gate_min=gate_min)
 
 
 @INTERPRETED
-@pytest.mark.parametrize("gates", ["blocks", "coin", "-20", "0"])
+@pytest.mark.slow
+@pytest.mark.parametrize("gates", ["blocks", "coin", "-20", "-8", "0"])
 def test_interpreted_gates(gates):
     compare(draw(1, 67, 1, 16, 16, gates), torch.float32, TRITON_FP32, "triton")
 
 
 @INTERPRETED
+@pytest.mark.slow
 def test_interpreted_tiles(monkeypatch):
     """Heads wider than a tile, in both directions, with a rest."""
     monkeypatch.setattr(G, "CONFIGS", {x: [(16, 16, 4, 1)] for x in G.CONFIGS})

@@ -9,8 +9,21 @@ from kernels import report  # noqa: E402
 SPECS = report.specs()
 
 
-@pytest.mark.parametrize("arch", report.ARCHS)
-@pytest.mark.parametrize("spec", [x for x in SPECS if x[0].endswith(" #0")], ids=lambda x: x[0])
+DEFAULTS = [(x, arch) for x in SPECS if x[0].endswith(" #0") for arch in report.ARCHS]
+
+
+def quick(name, arch):
+    """A compilation takes seconds: the default run sees one architecture, without the forms for unbounded gates."""
+    return arch == 90 and name.startswith("gla") and "tree" not in name
+
+
+@pytest.mark.parametrize(
+    "spec, arch",
+    [
+        pytest.param(*x, id=f"{x[0][0]}-{x[1]}", marks=() if quick(x[0][0], x[1]) else pytest.mark.slow)
+        for x in DEFAULTS
+    ],
+)
 def test_default_does_not_spill_and_uses_tensor_cores(spec, arch):
     row = report.resources(*spec[1:], arch)
     assert row["stack"] == 0 and row["local"] == 0, row
