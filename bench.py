@@ -291,7 +291,11 @@ def bench_quality(bench, runtime):
     print("| " + columns.replace(",", " |") + " |\n" + "|---" * 11 + "|")
     for folder in run_folders(bench):
         model = GPT.from_checkpoint(folder).to(runtime.device)
+        if model.loaded.new:
+            raise ModelError(f"{folder}: the checkpoint lacks {', '.join(model.loaded.new)}")
         dataset = Dataset(bench.dataset or trained_on(folder))
+        if model.config.vocab_size < dataset.vocab_size:
+            raise ConfigError(f"{folder}: its vocabulary of {model.config.vocab_size} is not that of {dataset.name}")
         context = bench.eval_context or model.config.block_size
         for name in bench.split.split(","):
             split = dataset.split(name.strip())
@@ -320,7 +324,7 @@ def trained_on(folder):
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             return json.load(f)["train"]["dataset"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{folder}/config.json does not say the data set: write --dataset=NAME") from None
 
 
@@ -358,7 +362,7 @@ def plot_curves(bench):
         val = [e for e in evaluations if e["split"] == "val"]
         if not steps or not val:
             raise ConfigError(f"{folder}/log.jsonl has no training steps or no evaluations yet")
-        seconds = dict([(0, 0.0)] + [(e["iter"], e["wall_s"]) for e in steps])
+        seconds = {e["iter"]: e["wall_s"] for e in steps + val}
         name, colour = os.path.basename(os.path.normpath(folder)), colours[i % len(colours)]
         for panel, x in zip(panels, ({i: i for i in seconds}, seconds)):
             train = [x[e["iter"]] for e in steps], [e["ce"] for e in steps]
@@ -376,6 +380,8 @@ def plot_curves(bench):
 
 def main(argv):
     model_config, bench, given = config.load(argv, GPTConfig, BenchConfig)
+    if not bench.png.endswith(".png"):
+        raise ConfigError(f"--png={bench.png}: the name must end in .png")
     if bench.what == "curves":
         plot_curves(bench)
         return 0
@@ -384,18 +390,17 @@ def main(argv):
     print(f"{runtime}; {versions}")
     if bench.what == "quality":
         bench_quality(bench, runtime)
-    elif bench.what == "ops":
+        return 0
+    if bench.what == "ops":
         bench_operators(bench, runtime)
-    elif bench.what == "decode":
-        shape = dict(NANOGPT_SHAPES[2]) if not given else dict(vocab_size=256)
-        shape.pop("batch_size", None)
-        explicit = {k: getattr(model_config, k) for k in given if hasattr(model_config, k)}
+        return 0
+    explicit = {k: getattr(model_config, k) for k in given if hasattr(model_config, k)}
+    own = explicit.keys() - {"attention_type"}  # a shape of the user's, or nanoGPT's
+    if bench.what == "decode":
+        shape = dict(vocab_size=256) if own else {k: v for k, v in NANOGPT_SHAPES[2].items() if k != "batch_size"}
         bench_decode(config.build(GPTConfig, shape | explicit), bench, runtime)
     else:
-        explicit = {k: getattr(model_config, k) for k in given if hasattr(model_config, k)}
-        shapes = NANOGPT_SHAPES
-        if explicit.keys() - {"attention_type"}:
-            shapes = [dict(vocab_size=256, batch_size=bench.batch_size)]
+        shapes = [dict(vocab_size=256, batch_size=bench.batch_size)] if own else NANOGPT_SHAPES
         for shape in shapes:
             bench_step(shape | explicit, bench, runtime)
     return 0

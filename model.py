@@ -642,7 +642,7 @@ def sample_token(logits, temperature, top_k, top_p):
     """Draw ids (B, 1) from logits (B, V); see GPT.stream."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-6)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)

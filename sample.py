@@ -60,7 +60,7 @@ def load(cfg):
         if model.config.vocab_size < 50257:
             raise ConfigError(f"no {path} to name the codec: write --dataset=NAME") from None
         meta = {"codec": "gpt2"}
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{path} is damaged: write --dataset=NAME to name the codec") from None
     return model, get_codec(meta)
 
@@ -91,14 +91,16 @@ def main(argv):
     runtime = config.resolve_device(cfg.device, cfg.dtype)
     model, codec = load(cfg)
     model.to(runtime.device).eval()
-    prompt = read_prompt(cfg.start)
-    ids = codec.encode(prompt)
+    ids = codec.encode(read_prompt(cfg.start))
     if not ids:
         raise ConfigError("--start is empty: write at least one token")
     if max(ids) >= model.config.vocab_size:
         raise ConfigError(f"--start: token {max(ids)} is beyond the model's vocabulary of {model.config.vocab_size}")
+    prompt = codec.decode_bytes(ids).decode("utf-8", errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     torch.manual_seed(cfg.seed)
-    idx = torch.tensor([ids] * cfg.num_samples, device=runtime.device)
+    idx = torch.tensor([ids], device=runtime.device).expand(cfg.num_samples, -1)
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, vocab_size=codec.vocab_size)
     with torch.no_grad(), runtime.autocast():
         tokens = model.stream(idx, cfg.max_new_tokens, use_cache=cfg.use_cache, **options)

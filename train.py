@@ -85,6 +85,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}")
+        if not self.out_dir:
+            raise ValueError("out_dir is empty: name a folder")
         if self.eval_stride > self.eval_context > 0:
             raise ValueError(f"eval_stride={self.eval_stride} would skip tokens: eval_context is {self.eval_context}")
 
@@ -201,8 +203,17 @@ def is_training_folder(folder):
     if any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "best.pt")):
         return True
     with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-        return "train" in json.load(f)
+        resolved = json.load(f)
+        return isinstance(resolved, dict) and "train" in resolved
     return False
+
+
+def source_folder(cfg):
+    """The folder of the checkpoint that the run starts from."""
+    folder = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
+    if not is_training_folder(folder):
+        raise ConfigError(f"--dry_run adds up a new model or a run's: {folder} holds no checkpoint of train.py")
+    return folder
 
 
 def resume_model(cfg, explicit, given):
@@ -363,6 +374,8 @@ def print_scores(scores, label, seconds):
 def full_evaluation(model, dataset, cfg, runtime, world):
     """The full pass over val and test, printed; returns the rows."""
     context = cfg.eval_context or model.config.block_size
+    if cfg.eval_stride > context:
+        raise ConfigError(f"eval_stride={cfg.eval_stride} would skip tokens: the context is {context}")
     if model.config.pos_emb == "learned" and context > model.config.block_size:
         raise ConfigError(f"eval_context={context}: learned positions end at block_size={model.config.block_size}")
     rows = []
@@ -396,14 +409,12 @@ class Log:
     """log.jsonl, and W&B when asked. On resume the file is cut where the checkpoint was written."""
 
     def __init__(self, cfg, progress, size, resolved):
+        self.wandb = start_wandb(cfg, progress, resolved) if cfg.wandb_log else None
         path = os.path.join(cfg.out_dir, "log.jsonl")
         self.file = open(path, "r+b" if size is not None and os.path.exists(path) else "wb")
         if size is not None:
             self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
             self.file.seek(0, os.SEEK_END)
-        self.wandb = None
-        if cfg.wandb_log:
-            self.wandb = start_wandb(cfg, progress, resolved)
 
     def write(self, **entry):
         self.file.write((json.dumps(entry) + "\n").encode())
@@ -480,6 +491,20 @@ def export(model, out_dir):
     if model.config.embedding == "tied":
         del weights["lm_head.weight"]
     write_atomically(os.path.join(out_dir, "model.safetensors"), lambda f: f.write(save(weights)))
+
+
+def lock_folder(out_dir):
+    """An open file that keeps a second run out of the folder; None where the system has no flock."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    lock = open(os.path.join(out_dir, ".lock"), "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise TrainError(f"{out_dir}: another run is writing there; take another --out_dir") from None
+    return lock
 
 
 def discard_earlier_run(out_dir):
@@ -635,6 +660,8 @@ class Run:
     def evaluate(self):
         """The cheap estimate, logged; best.pt when validation improves."""
         losses = estimate_loss(self.model, self.batches, self.cfg, self.runtime, self.world)
+        if self.progress.iter_num == 0 and self.world.master:  # not before the new run is known to start
+            discard_earlier_run(self.cfg.out_dir)
         self.say(f"iteration {self.progress.iter_num}: " + ", ".join(f"{k} loss {v:.4f}" for k, v in losses.items()))
         if "val" in losses and losses["val"] < self.progress.best_val_loss:
             self.progress.best_val_loss = losses["val"]
@@ -642,10 +669,13 @@ class Run:
                 extra = dict(iter_num=self.progress.iter_num, best_val_loss=losses["val"])
                 save_checkpoint(os.path.join(self.cfg.out_dir, "best.pt"), self.model, **extra)
         for split, value in losses.items() if self.log else ():
-            self.log.write(iter=self.progress.iter_num, split=split, **{f"{split}_loss": value})
+            entry = {"iter": self.progress.iter_num, "split": split, f"{split}_loss": value}
+            self.log.write(**entry, wall_s=self.progress.seconds)
 
     def save(self):
         """ckpt.pt: all that `restore` reads."""
+        if self.bad_steps:  # the weights may be what made the steps bad: the checkpoint before stays
+            return
         rng = {"cpu": torch.get_rng_state()}
         if self.runtime.device_type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state()
@@ -697,6 +727,8 @@ class Run:
                     self.save()
                 if progress.iter_num % cfg.eval_interval == 0:
                     since, steps = time.perf_counter(), 0
+        if self.bad_steps:
+            raise TrainError(f"the last {self.bad_steps} steps were not finite and were skipped; lower learning_rate")
         if stop > 0:
             self.say(
                 f"{signal.Signals(stop).name}: stopped after iteration {progress.iter_num}, saved to {cfg.out_dir}"
@@ -774,6 +806,9 @@ def train(model_config, cfg, given, world, device):
     runtime = config.resolve_device(device, cfg.dtype, cfg.compile)
     dataset = Dataset(cfg.dataset)
     if cfg.dry_run:
+        explicit = {k: getattr(model_config, k) for k in given if hasattr(model_config, k)}
+        if cfg.init_from != "scratch":
+            model_config = stored_config(read_checkpoint(source_folder(cfg)), **explicit)
         dry_run(model_config, cfg, dataset)
         return 0
     torch.manual_seed(cfg.seed)
@@ -787,8 +822,7 @@ def train(model_config, cfg, given, world, device):
     if world.master:
         print(f"{what}\n{runtime}\ndata: {dataset.meta['label']}", flush=True)
     os.makedirs(cfg.out_dir, exist_ok=True)
-    if stored is None and world.master and not cfg.eval_only:
-        discard_earlier_run(cfg.out_dir)
+    lock = lock_folder(cfg.out_dir) if world.master else None  # held until the process ends
     if cfg.eval_only:
         full_evaluation(model, dataset, cfg, runtime, world)
         export(model, cfg.out_dir) if cfg.export and world.master else None
@@ -809,6 +843,8 @@ def train(model_config, cfg, given, world, device):
     finally:
         if run.log is not None:
             run.log.close(status)
+        if lock is not None:
+            lock.close()
     if cfg.export and world.master and status == 0:
         export(model, cfg.out_dir)
     return status

@@ -276,7 +276,7 @@ def resolve_device(device, dtype, compile=False):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         why = {"cuda": "CUDA found", "mps": "MPS found, no CUDA", "cpu": "no GPU found"}[device]
     kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
+    if kind not in ("cpu", "cuda", "mps") or (kind != "cuda" and device != kind):
         raise ConfigError(f"device must be auto, cpu, cuda, cuda:N or mps, not {device!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={device}: this PyTorch sees no CUDA device; write --device=cpu")

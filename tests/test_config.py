@@ -917,7 +917,11 @@ def processes(text_dataset, checkpoint, tmp_path_factory):
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment)
-    return [(c, subprocess.Popen([sys.executable, os.path.join(ROOT, c[0] + ".py"), *c[1]], **pipes)) for c in cases]
+    started = [(c, subprocess.Popen([sys.executable, os.path.join(ROOT, c[0] + ".py"), *c[1]], **pipes)) for c in cases]
+    yield started
+    for _, process in started:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("seed, count", [(0, 200), (None, 60)], ids=["fixed", "fresh"])
@@ -945,7 +949,7 @@ def test_mutations_end_in_one_line(monkeypatch, tmp_path, text_dataset, checkpoi
 
 def test_mutations_in_true_processes(processes):
     for (script, argv, names, status), process in processes:
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=300)[1]
         assert complaint(script, argv, names, status, process.returncode, err) is None, (argv, err)
 
 

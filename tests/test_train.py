@@ -465,3 +465,27 @@ def test_wandb(tiny, tmp_path, mode):
     assert len(read_log(tmp_path / "run", "iter", "loss")) == 6
     if mode == "offline":
         assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_a_run_that_fails_to_start_leaves_the_earlier_one_whole(tiny, tmp_path):
+    train.main(tiny(max_iters=2))
+    before = {n: (tmp_path / "run" / n).read_bytes() for n in ("ckpt.pt", "best.pt")}
+    with pytest.raises(DataError, match="too short"):
+        train.main(tiny(block_size=1000))  # more than the validation split has
+    assert {n: (tmp_path / "run" / n).read_bytes() for n in before} == before
+
+
+def test_one_run_a_folder(tiny, tmp_path):
+    train.main(tiny(max_iters=1))
+    lock = train.lock_folder(str(tmp_path / "run"))
+    with pytest.raises(TrainError, match="another run"):
+        train.main(tiny(max_iters=1))
+    lock.close()
+    assert train.main(tiny(max_iters=1)) == 0
+
+
+def test_weights_of_bad_steps_are_not_saved(tiny, tmp_path, monkeypatch):
+    poison(monkeypatch, {9, 10, 11})
+    with pytest.raises(TrainError, match="last 3 steps"):
+        train.main(tiny(max_iters=12))  # an evaluation with its checkpoint falls on step 10
+    assert read_checkpoint(str(tmp_path / "run"), "ckpt.pt")["iter_num"] == 0
