@@ -913,8 +913,9 @@ def check(q, k, v, s, g, hk, hv, backend):
 
 
 def choose(backend, q, v, s):
-    """triton or torch. A wish that cannot be met is answered with its reason, once."""
-    if backend == "torch" or (backend == "auto" and not q.is_cuda):
+    """triton or torch. A wish that cannot be met is answered with its reason, once. `auto` does not take the kernels
+    yet: they are right under the interpreter, but spill, and no GPU has run them."""
+    if backend in ("torch", "auto"):
         return "torch"
     reason = obstacle(q, v, s)
     if reason:

@@ -407,7 +407,7 @@ def test_triton_under_the_interpreter(which):
         sys.executable,
         "-m",
         "pytest",
-        "-q",
+        "-v",
         "-p",
         "no:cacheprovider",
         "-k",

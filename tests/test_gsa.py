@@ -443,7 +443,9 @@ def interpret(T, widths, gate):
 
 
 @triton_only
-@pytest.mark.parametrize("case", range(len(INTERPRETED)))
+@pytest.mark.parametrize(
+    "case", [pytest.param(i, marks=pytest.mark.slow if i > 1 else ()) for i in range(len(INTERPRETED))]
+)
 def test_triton_interpreted(case):
     result = subprocess.run(
         [sys.executable, __file__, "interpret", str(case)],
