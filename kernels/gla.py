@@ -173,7 +173,7 @@ def small_bmm(a, b, new):
 
 
 def cumulate(x, block=8):
-    """The cumulative sum of x (N, C, D) along C, in place: within blocks, then over them. Far faster than torch.cumsum."""
+    """The cumulative sum of x (N, C, D) along C, in place: within blocks, then over them. Faster than torch.cumsum."""
     N, C, D = x.shape
     blocks = x.view(N, C // block, block, D)
     for i in range(1, block):
