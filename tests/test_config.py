@@ -26,7 +26,7 @@ import sample
 import train
 from config import ConfigError, Runtime, build, key, load, override, read_file, resolve_device
 from data import DataError
-from model import GPT, GPTConfig, ModelError
+from model import ATTENTION, GPT, GPTConfig, ModelError
 from train import TrainConfig, TrainError
 
 sys.path.insert(0, ROOT)
@@ -218,6 +218,8 @@ def values_of(field, kinds):
         choices.append(st.none())
     if meta["choices"]:
         choices.append(st.sampled_from(meta["choices"]))
+    elif field.name == "attention_type":  # every type in use, so that every type's keys may be given
+        choices.append(st.permutations(list(ATTENTION)).map(",".join))
     elif bool in kinds:
         choices.append(st.booleans())
     elif int in kinds:
@@ -252,8 +254,9 @@ def test_defaults_and_bounds_are_themselves_valid(record):
     for f in dataclasses.fields(record):
         kinds, meta = config._kinds(hints[f.name]), f.metadata
         edges = [f.default, *(meta["choices"] or ()), *(v for v in (meta["low"], meta["high"]) if v is not None)]
+        types = [f"--attention_type={','.join(meta['owners'])}"] if meta["owners"] else []
         for value in edges:
-            assert getattr(load([f"--{f.name}={value}"], plain(record))[0], f.name) == value
+            assert getattr(load([*types, f"--{f.name}={value}"], plain(record))[0], f.name) == value
         assert type(f.default) in kinds and meta["help"]
         for bound, beyond in ((meta["low"], -1), (meta["high"], 1)):
             if bound is not None:
