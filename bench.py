@@ -380,7 +380,7 @@ def plot_curves(bench):
 
 def main(argv):
     model_config, bench, given = config.load(argv, GPTConfig, BenchConfig)
-    if not bench.png.endswith(".png"):
+    if not os.path.basename(bench.png)[1:].endswith(".png"):
         raise ConfigError(f"--png={bench.png}: the name must end in .png")
     if bench.what == "curves":
         plot_curves(bench)
