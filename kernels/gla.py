@@ -52,8 +52,8 @@ def gla_recurrent(q, k, v, g=None, scale=None, gate_min=None, initial_state=None
 #     o  = scale * ((q e^b) S + A v)          A_ij = sum_d q_id k_jd e^(b_id - b_jd),  j <= i
 #     S' = e^B S + (k e^(B-b))^T v            B = b at the last token
 #
-# Bounded gates make A one product (`Factorised`), others one product per level of a binary tree (`Tree`). Only the
-# states at segment borders are kept; the backward recomputes the rest.
+# Bounded gates make A one product (`Factorised`), others one product per level of a binary tree (`Tree`). The states at
+# the start of each chunk are kept; the backward recomputes the rest.
 
 
 class Workspace:
@@ -92,11 +92,12 @@ class Factorised:
     def __init__(self, q, k, g, new):
         self.new = new
         C = g.shape[1]
-        b = cumulate(g)
+        b = torch.cumsum(g, 1, out=new(*g.shape))
         self.decay = b[:, -1].exp()  # (N, K)
         mid = b[:, C // 2 - 1 : C // 2].clone()  # (N, 1, K)
         self.e = b.sub_(mid).exp_()  # (N, C, K)
-        self.q, self.k = torch.mul(q, self.e, out=new(*q.shape)), torch.div(k, self.e, out=new(*k.shape))
+        e = self.e.view(q.shape)  # (n, B, H, C, K)
+        self.q, self.k = torch.mul(q, e, out=new(*q.shape)).view_as(g), torch.div(k, e, out=new(*k.shape)).view_as(g)
         self.read, self.write = mid.exp_().mT, self.e[:, -1, :, None]  # (N, K, 1)
 
     def scores(self):
@@ -123,9 +124,10 @@ class Tree:
         N, C, K = g.shape
         self.new, self.levels = new, []
         self.alpha = g.exp_()
-        self.q, self.k = torch.mul(q, self.alpha, out=new(N, C, K)), new(N, C, K).copy_(k)
-        self.A = new.square(q).zero_()
-        self.A.diagonal(dim1=1, dim2=2).copy_(torch.mul(q, k, out=new(N, C, K)).sum(-1))
+        self.q = torch.mul(q, self.alpha.view(q.shape), out=new(*q.shape)).view_as(g)
+        self.k = new(*k.shape).copy_(k).view_as(g)
+        self.A = new.square(g).zero_()
+        self.A.diagonal(dim1=1, dim2=2).copy_(torch.mul(q, k, out=new(*q.shape)).sum(-1).view(N, C))
         total, h = self.alpha, 1  # the decay over each block of h
         while h < C:  # q is decayed from its block's first token, k to its block's last
             left, right = total.view(-1, 2, 1, K).unbind(1)
@@ -172,17 +174,6 @@ def small_bmm(a, b, new):
     return out if h == 1 else out.addcmul_(a[:, :, 1:], b[:, 1:])
 
 
-def cumulate(x, block=8):
-    """The cumulative sum of x (N, C, D) along C, in place: within blocks, then over them. Faster than torch.cumsum."""
-    N, C, D = x.shape
-    blocks = x.view(N, C // block, block, D)
-    for i in range(1, block):
-        blocks[:, :, i].add_(blocks[:, :, i - 1])
-    for i in range(1, C // block):
-        blocks[:, i].add_(blocks[:, i - 1, -1:])
-    return x
-
-
 def below(A, h):
     """The h x h blocks of A left of the diagonal inside its diagonal blocks of 2h: (N * C / 2h, h, h)."""
     N, C, _ = A.shape
@@ -211,129 +202,158 @@ def segments(q, chunk):
     return [(lo, min(T, lo + n * chunk), min(n, -(-(T - lo) // chunk))) for lo in range(0, T, n * chunk)]
 
 
-def load(x, segment, chunk, new):
-    """A segment of x (B, T, H, D) as (N, C, D): chunks outermost, padded with zeros."""
+def chunked(x, segment, chunk):
+    """A segment of x (B, T, H, D) as (n, B, H, C, D): a view, or a copy padded with zeros where the last is ragged."""
     lo, hi, n = segment
-    B, _, H, D = x.shape
     x = x[:, lo:hi]
     if hi - lo < n * chunk:
         x = F.pad(x, (0, 0, 0, 0, 0, n * chunk - (hi - lo)))
-    out = new(n, B, H, chunk, D).copy_(x.unflatten(1, (n, chunk)).permute(1, 0, 3, 2, 4))
-    return out.view(-1, chunk, D)
+    return x.unflatten(1, (n, chunk)).permute(1, 0, 3, 2, 4)
 
 
-def store(out, x, segment):
-    """The inverse: x (N, C, D) into its segment of out (B, T, H, D), without the padding."""
+def load(x, segment, chunk, new):
+    """The same side by side: (N, C, D)."""
+    x = chunked(x, segment, chunk)
+    return new(*x.shape).copy_(x).flatten(0, 2)
+
+
+def store(out, segment, chunk, write):
+    """Calls write(place), place (n, B, H, C, D) being the segment of out (B, T, H, D), or a stand-in with padding."""
     lo, hi, n = segment
+    if hi - lo == n * chunk:
+        write(chunked(out, segment, chunk))
+        return
     B, _, H, D = out.shape
-    out[:, lo:hi].copy_(x.view(n, B, H, -1, D).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : hi - lo])
+    padded = out.new_empty(B, n * chunk, H, D)
+    write(chunked(padded, (0, n * chunk, n), chunk))
+    out[:, lo:hi].copy_(padded[:, : hi - lo])
 
 
 def prepare(q, k, g, segment, chunk, gate_min, new):
-    q, k, g = (load(x, segment, chunk, new) for x in (q, k, g))
-    raw = g
-    if gate_min is not None:
-        g = torch.clamp(raw, min=gate_min, out=new(*raw.shape))
-    return q, k, raw, (Factorised if is_factorised(gate_min, chunk) else Tree)(q, k, g, new)
+    """q, k, g (n, B, H, C, K), and the form of their products."""
+    q, k, g = (chunked(x, segment, chunk) for x in (q, k, g))
+    gates = new(*g.shape)
+    gates.copy_(g) if gate_min is None else torch.clamp(g, min=gate_min, out=gates)
+    form = Factorised if is_factorised(gate_min, chunk) else Tree
+    return q, k, g, form(q, k, gates.flatten(0, 2), new)
 
 
 def scaled(x, factor):
     return x if factor is None else x.mul_(factor)
 
 
-def scan(x, decay, carry, new, reverse=False):
-    """States handed from chunk to chunk: y[0] = carry, y[i+1] = decay[i] y[i] + x[i]. Returns y; the last one in carry.
+def scan(x, decay, carry, out, reverse=False):
+    """States handed from chunk to chunk: out[0] = carry, out[i+1] = decay[i] out[i] + x[i]. The last one into carry.
 
-    x (N, K, V), decay (N, K), carry (B, H, K, V) -> y (N, K, V)
+    x, out (N, K, V), decay (N, K), carry (B, H, K, V)
     """
     shape = carry.shape
-    x, decay, y = x.view(-1, *shape), decay.view(-1, *shape[:3], 1), new(*x.shape).view(-1, *shape)
+    x, decay = x.view(-1, *shape).unbind(), decay.view(-1, *shape[:3], 1).unbind()
+    y = out.view(-1, *shape).unbind()
     order = range(len(x) - 1, -1, -1) if reverse else range(len(x))
     y[order[0]].copy_(carry)
     for i, j in zip(order, order[1:]):
         torch.addcmul(x[i], y[i], decay[i], out=y[j])
     i = order[-1]
     torch.addcmul(x[i], y[i], decay[i], out=carry)
-    return y.flatten(0, 2)
+    return out
+
+
+def pieces(q, chunk):
+    """What is worked on at a time: batch rows, segment, and the places of its N states among all of them."""
+    todo, start = [], 0
+    for rows in row_groups(q, chunk):
+        for segment in segments(q, chunk):
+            size = len(range(*rows.indices(q.shape[0]))) * q.shape[2] * segment[2]
+            todo.append((rows, segment, slice(start, start + size)))
+            start += size
+    return todo
 
 
 def chunk_forward(q, k, v, g, state, scale, gate_min, chunk=CHUNK):
-    """o (B, T, H, V), the last state (B, H, K, V), and the states at the start of each segment."""
-    todo, new = segments(q, chunk), Workspace(state)
-    o, state = v.new_empty(v.shape), state.clone()
-    borders = state.new_empty(len(todo), *state.shape)
-    for rows in row_groups(q, chunk):
-        xs = q[rows], k[rows], v[rows], g[rows]
-        for border, segment in zip(borders[:, rows], todo):
-            border.copy_(state[rows])
-            forward_segment(*xs, o[rows], state[rows], segment, scale, gate_min, chunk, new)
-    return o, state, borders
+    """o (B, T, H, V), the last state (B, H, K, V), and those at the start of each chunk (B * H * T / C, K, V)."""
+    o, state, new = v.new_empty(v.shape), state.clone(), Workspace(state)
+    states = state.new_empty(states_kept(q, state, "torch", chunk))
+    for rows, segment, here in pieces(q, chunk):
+        xs = q[rows], k[rows], v[rows], g[rows], o[rows]
+        forward_segment(*xs, state[rows], states[here], segment, scale, gate_min, chunk, new)
+    return o, state, states
 
 
-def forward_segment(q, k, v, g, o, state, segment, scale, gate_min, chunk, new):
-    """Writes the segment of o; state becomes the one after it."""
+def forward_segment(q, k, v, g, o, state, states, segment, scale, gate_min, chunk, new):
+    """Writes the segment of o and its states; state becomes the one after it."""
     new.taken = 0
     _, _, _, form = prepare(q, k, g, segment, chunk, gate_min, new)
     v = load(v, segment, chunk, new)
-    S = scan(scaled(new.bmm(form.k.mT, v), form.write), form.decay, state, new)
+    x = scaled(new.bmm(form.k.mT, v), form.write)
+    S = scan(x, form.decay, state, states)
+    if form.read is not None:
+        S = torch.mul(S, form.read, out=x)
     out = new(*v.shape)
-    torch.baddbmm(out, form.q, scaled(S, form.read), beta=0, alpha=scale, out=out)
-    store(o, out.baddbmm_(form.scores(), v, alpha=scale), segment)
+    torch.baddbmm(out, form.q, S, beta=0, alpha=scale, out=out)
+    out.baddbmm_(form.scores(), v, alpha=scale)
+    store(o, segment, chunk, lambda place: place.copy_(out.view(place.shape)))
 
 
-def chunk_backward(q, k, v, g, borders, do, dstate, scale, gate_min, chunk=CHUNK):
+def chunk_backward(q, k, v, g, states, do, dstate, scale, gate_min, chunk=CHUNK):
     """Gradients of q, k, v, g and the initial state. dstate: gradient of the last state."""
-    todo, new, dstate = segments(q, chunk), Workspace(borders), dstate.clone()
+    new, dstate = Workspace(states), dstate.clone()
     grads = [x.new_empty(x.shape) for x in (q, k, v, g)]
-    for rows in row_groups(q, chunk):
+    for rows, segment, here in reversed(pieces(q, chunk)):
         xs = [x[rows] for x in (q, k, v, g, do, *grads)]
-        for border, segment in zip(borders[:, rows].flip(0), reversed(todo)):
-            backward_segment(*xs, border, dstate[rows], segment, scale, gate_min, chunk, new)
+        backward_segment(*xs, states[here], dstate[rows], segment, scale, gate_min, chunk, new)
     return *grads, dstate
 
 
-def backward_segment(q, k, v, g, do, dq, dk, dv, dg, state, dstate, segment, scale, gate_min, chunk, new):
+def backward_segment(q, k, v, g, do, dq, dk, dv, dg, S, dstate, segment, scale, gate_min, chunk, new):
     """Writes the segment of dq, dk, dv, dg; dstate becomes the gradient of the state before it."""
     new.taken = 0
     q, k, g, form = prepare(q, k, g, segment, chunk, gate_min, new)
     v, do = load(v, segment, chunk, new), load(do, segment, chunk, new).mul_(scale)
-    S = scan(scaled(new.bmm(form.k.mT, v), form.write), form.decay, state.clone(), new)
-    dS = scan(scaled(new.bmm(form.q.mT, do), form.read), form.decay, dstate, new, reverse=True)
-    first = decay_gradient(S, dS, dstate, new)
-    scaled(S, form.read), scaled(dS, form.write)
+    x = scaled(new.bmm(form.q.mT, do), form.read)
+    dS = scan(x, form.decay, dstate, new(*x.shape), reverse=True)
+    first = decay_gradient(S, dS, dstate, out=x)
+    if form.read is not None:
+        S, dS = torch.mul(S, form.read, out=x), dS.mul_(form.write)
     dA = torch.bmm(do, v.mT, out=new.square(v))
-    own = dA.diagonal(dim1=1, dim2=2).unsqueeze(-1).clone()  # (N, C, 1): a token's pair with itself, which has no decay
+    own = dA.diagonal(dim1=1, dim2=2).clone().view(*q.shape[:-1], 1)  # a token's pair with itself, which has no decay
     dA.tril_(-1)
-    store(dv, new.bmm(form.k, dS).baddbmm_(form.scores().mT, do), segment)
-    dqs, dks = form.dq(dA, new.bmm(do, S.mT)), form.dk(dA, new.bmm(v, dS.mT))
-    store(dg, gate_gradient(q, k, dqs, dks, first, g, gate_min, new), segment)
-    store(dq, dqs.addcmul_(k, own), segment)
-    store(dk, dks.addcmul_(q, own), segment)
+    dvs = new.bmm(form.k, dS).baddbmm_(form.scores().mT, do)
+    store(dv, segment, chunk, lambda place: place.copy_(dvs.view(place.shape)))
+    dqs, dks = form.dq(dA, new.bmm(do, S.mT)).view(q.shape), form.dk(dA, new.bmm(v, dS.mT)).view(k.shape)
+    dgs = gate_gradient(q, k, dqs, dks, first, new)
+    store(dg, segment, chunk, lambda place: where_open(dgs, g, gate_min, place))
+    store(dq, segment, chunk, lambda place: torch.addcmul(dqs, k, own, out=place))
+    store(dk, segment, chunk, lambda place: torch.addcmul(dks, q, own, out=place))
 
 
-def decay_gradient(S, dS, dstate, new):
+def where_open(dg, g, gate_min, place):
+    """dg into its place, without gradient where the gate was clamped."""
+    if gate_min is None:
+        place.copy_(dg)
+    else:
+        torch.mul(dg, g >= gate_min, out=place)
+
+
+def decay_gradient(S, dS, dstate, out):
     """sum_v S dS (N, K) at the start of each chunk. The gradient there is what the chunk before it received."""
     first, N = dstate.flatten(0, 1), dstate.shape[0] * dstate.shape[1]
-    prod = new(*S.shape)
-    torch.mul(S[:N], first, out=prod[:N])
-    torch.mul(S[N:], dS[:-N], out=prod[N:])
-    return prod.sum(-1)
+    torch.mul(S[:N], first, out=out[:N])
+    torch.mul(S[N:], dS[:-N], out=out[N:])
+    return out.sum(-1)
 
 
-def gate_gradient(q, k, dq, dk, first, g, gate_min, new):
-    """dg (N, C, K), as a sum of products that never cancel, however strong the gates.
+def gate_gradient(q, k, dq, dk, first, new):
+    """dg (n, B, H, C, K), as a sum of products that never cancel, however strong the gates.
 
     The first token's is that of the decay of the incoming state; each token adds k dk - q dq to the next one's. The
     pair of a token with itself would enter k dk and q dq alike: it is left out of both.
     """
     out = new(*q.shape)
-    torch.mul(k[:, :-1], dk[:, :-1], out=out[:, 1:]).addcmul_(q[:, :-1], dq[:, :-1], value=-1)
-    out[:, 0] = first
-    cumulate(out)
-    if gate_min is None:
-        return out
-    below_min = torch.nextafter(g.new_tensor(gate_min), g.new_tensor(-math.inf)).item()
-    return torch.ops.aten.threshold_backward.grad_input(out, g, below_min, grad_input=out)
+    later = out[..., 1:, :]
+    torch.mul(k[..., :-1, :], dk[..., :-1, :], out=later).addcmul_(q[..., :-1, :], dq[..., :-1, :], value=-1)
+    out[..., 0, :] = first.view(out[..., 0, :].shape)
+    return torch.cumsum(out, -2, out=new(*q.shape))
 
 
 # ----------------------------------------------------------------------------- Triton
@@ -688,13 +708,13 @@ def aot_specs():
 
 # ----------------------------------------------------------------------------- op
 #
-# Custom ops return tensors only and no input among them: `borders` is empty where a backend keeps none.
+# Custom ops return tensors only and no input among them: `states` is empty where a backend keeps none.
 
 
-def states_kept(q, state, backend):
-    if backend == "triton":
-        return (0,)
-    return (-(-q.shape[1] // (blocking(q, CHUNK)[1] * CHUNK)), *state.shape)
+def states_kept(q, state, backend, chunk=CHUNK):
+    """The shape of the states that the backward pass finds: those at the start of each chunk, or none."""
+    B, T, H, _ = q.shape
+    return (0,) if backend == "triton" else (B * H * -(-T // chunk), *state.shape[2:])
 
 
 @torch.library.custom_op(
@@ -717,17 +737,17 @@ def _(q, k, v, g, state, scale, gate_min, backend):
 @torch.library.custom_op(
     "nanoattention::gla_backward",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor state, Tensor borders, Tensor do, Tensor dstate,"
+    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor state, Tensor states, Tensor do, Tensor dstate,"
     " float scale, float? gate_min, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def gla_backward_op(q, k, v, g, state, borders, do, dstate, scale, gate_min, backend):
+def gla_backward_op(q, k, v, g, state, states, do, dstate, scale, gate_min, backend):
     if backend == "triton":
         return gla_bwd(q, k, v, g, state, do, dstate, scale, gate_min)
-    return chunk_backward(q, k, v, g, borders, do, dstate, scale, gate_min)
+    return chunk_backward(q, k, v, g, states, do, dstate, scale, gate_min)
 
 
 @gla_backward_op.register_fake
-def _(q, k, v, g, state, borders, do, dstate, scale, gate_min, backend):
+def _(q, k, v, g, state, states, do, dstate, scale, gate_min, backend):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, g, state))
 
 
@@ -737,10 +757,10 @@ def setup_context(ctx, inputs, output):
 
 
 def backward(ctx, do, dstate, _):
-    q, k, v, g, state, borders = ctx.saved_tensors
+    q, k, v, g, state, states = ctx.saved_tensors
     do = v.new_zeros(v.shape) if do is None else do
     dstate = torch.zeros_like(state) if dstate is None else dstate
-    grads = gla_backward_op(q, k, v, g, state, borders, do, dstate, ctx.scale, ctx.gate_min, ctx.backend)
+    grads = gla_backward_op(q, k, v, g, state, states, do, dstate, ctx.scale, ctx.gate_min, ctx.backend)
     return *grads, None, None, None
 
 
