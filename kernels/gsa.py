@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import interpreting, jit, tl, triton, warn_once
+from .gla import LOG2E, double_sums, tree_masks
 
 CHUNK = 64  # tokens a chunk, in every backend
 SEGMENT = 8192  # token-heads that the chunked form works on at a time, so that its blocks stay in cache
@@ -275,32 +276,19 @@ def gate_gradient(x, carried, through):
 
 # ----------------------------------------------------------------------------- Triton
 #
-# Five launches. Forward: one program per (batch, head) walks time in tiles of 16 tokens, both states in registers.
-# Backward: `scan_kernel` recomputes the states at the chunk borders; `logit_kernel` redoes each chunk from its state,
-# for the softmax and dq; `scan_kernel` runs again, in reverse, for the gradients of the states; `input_kernel` walks
-# each chunk backwards for all that is left. States and their gradients at chunk borders: (B, H, NT, K + V, M) fp32.
+# Seven launches, each parallel over chunks or over columns of the states:
 #
-# The decay from token j to token i inside a tile of 16 is a running product over columns j, from the last to the first;
-# everything further apart passes through a state. No exponent is positive and no two sums are subtracted.
-
-
-@jit
-def decay_column(b_f, p_g, p_s, t, j, n, stride, o_c, o_m, m_m):
-    """From the decays after column j + 1 of a tile of n tokens from t on, those after column j [BC, BM]; and s_j [BM].
-    The loops over columns run to n, not to a constant, so that the compiler does not unroll them out of registers."""
-    m_next = m_m & (j + 1 < n)
-    b_a = tl.exp(tl.load(p_g + (t + j + 1) * stride + o_m, mask=m_next, other=0.0).to(tl.float32))
-    b_s = tl.load(p_s + (t + j) * stride + o_m, mask=m_m, other=0.0).to(tl.float32)
-    b_f = tl.where(o_c[:, None] > j, b_f * b_a[None, :], tl.where(o_c[:, None] == j, 1.0, 0.0))
-    return b_f, b_s
-
-
-@jit
-def tile_tail(p_g, o_t, stride, o_m, m_m, T, end):
-    """The decay from after each token of o_t to the one before `end` [len(o_t), BM]."""
-    m_next = ((o_t + 1 < T) & (o_t + 1 < end))[:, None] & m_m[None, :]
-    b_next = tl.load(p_g + (o_t + 1)[:, None] * stride + o_m[None, :], mask=m_next, other=0.0).to(tl.float32)
-    return tl.exp(tl.cumsum(b_next, 0, reverse=True))
+#     scan     hk and hv at the start of each chunk, and at the end
+#     read     from them and one chunk: logits, softmax, output. The forward ends here, and keeps the logits
+#     scan     the same states, in fp32
+#     logit    the softmax again, the gradient dy of its logits, and x, what the gates see of both
+#     scan     REVERSE: the gradients of the states at the end of each chunk
+#     write    ds and dg of one chunk
+#     input    dq, dk and dv of one chunk
+#
+# The states and their gradients: (B, H, NT, K + V, M). Decays inside a chunk follow the tree of `Decay`, in a loop of
+# its own over the levels: unrolled, all of them want their registers at once. Gates are loaded in log2 units. A product
+# and its transpose are two products, because some versions of Triton transpose an accumulator wrongly.
 
 
 @jit
@@ -324,83 +312,75 @@ def masked_softmax(b_y, m_m):
 
 
 @jit
-def fwd_kernel(
-    p_q,  # (B, T, H, K)
-    p_k,  # (B, T, H, K)
-    p_v,  # (B, T, H, V)
-    p_s,  # (B, T, H, M)
-    p_g,  # (B, T, H, M)
-    p_hk,  # (B, H, K, M) initial states
-    p_hv,  # (B, H, M, V)
-    p_o,  # (B, T, H, V)
-    p_z,  # (B, T, H, M) logits without their own token
-    p_fk,  # (B, H, K, M) final states
-    p_fv,  # (B, H, M, V)
-    scale,
-    T,
-    H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    M: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    INIT: tl.constexpr,
-):
-    i_bh = tl.program_id(0).to(tl.int64)
-    i_row = (i_bh // H) * T * H + i_bh % H
-    p_q, p_k, p_v, p_o = p_q + i_row * K, p_k + i_row * K, p_v + i_row * V, p_o + i_row * V
-    p_s, p_g, p_z = p_s + i_row * M, p_g + i_row * M, p_z + i_row * M
-    o_k, o_v, o_m, o_c = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BM), tl.arange(0, BC)
-    m_k, m_v, m_m = o_k < K, o_v < V, o_m < M
-    if INIT:
-        b_hk = load_tile(p_hk + i_bh * K * M, o_k, M, m_k, o_m, 1, m_m)  # [BK, BM]
-        b_hv = load_tile(p_hv + i_bh * M * V, o_m, V, m_m, o_v, 1, m_v)  # [BM, BV]
-    else:
-        b_hk, b_hv = tl.zeros([BK, BM], tl.float32), tl.zeros([BM, BV], tl.float32)
-    for t in range(0, T, BC):
-        o_t = t + o_c
-        m_t = o_t < T
-        n = tl.minimum(BC, T - t)
-        b_q = load_tile(p_q, o_t, H * K, m_t, o_k, 1, m_k)  # [BC, BK]
-        b_kt = load_tile(p_k, o_k, 1, m_k, o_t, H * K, m_t)  # [BK, BC]
-        b_v = load_tile(p_v, o_t, H * V, m_t, o_v, 1, m_v)  # [BC, BV]
-        b_s = load_tile(p_s, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)  # [BC, BM]
-        b_g = load_tile(p_g, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)
-        b_head = tl.exp(tl.cumsum(b_g, 0))
-        b_total = tl.exp(tl.sum(b_g, 0))  # [BM]
-        b_w = b_s * tile_tail(p_g, o_t, H * M, o_m, m_m, T, t + BC)
-        b_p = scale * tl.dot(b_q, b_kt, input_precision="ieee")  # [BC, BC]
-        b_z = scale * b_head * tl.dot(b_q, b_hk.to(b_q.dtype), input_precision="ieee")  # [BC, BM]
-        b_f = tl.zeros([BC, BM], tl.float32)
-        for i in range(0, n):
-            j = n - 1 - i
-            b_f, b_sj = decay_column(b_f, p_g, p_s, t, j, n, H * M, o_c, o_m, m_m)
-            b_pj = tl.sum(tl.where((o_c[None, :] == j) & (o_c[:, None] > j), b_p, 0.0), 1)  # [BC]
-            b_z += b_pj[:, None] * b_f * b_sj[None, :]
-        store_tile(p_z, b_z, o_t, H * M, m_t, o_m, 1, m_m)
-        b_own = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_p, 0.0), 1)
-        b_y = masked_softmax(b_z + b_own[:, None] * b_s, m_m)
-        b_a, b_f = tl.zeros([BC, BC], tl.float32), tl.zeros([BC, BM], tl.float32)
-        for i in range(0, n):
-            j = n - 1 - i
-            b_f, b_sj = decay_column(b_f, p_g, p_s, t, j, n, H * M, o_c, o_m, m_m)
-            b_a = tl.where(o_c[None, :] == j, tl.sum(b_y * b_f * b_sj[None, :], 1)[:, None], b_a)
-        b_o = tl.dot(b_a.to(b_v.dtype), b_v, input_precision="ieee")  # [BC, BV]
-        b_o += tl.dot((b_y * b_head).to(b_v.dtype), b_hv.to(b_v.dtype), input_precision="ieee")
-        store_tile(p_o, b_o, o_t, H * V, m_t, o_v, 1, m_v)
-        b_hk = b_hk * b_total[None, :] + tl.dot(b_kt, b_w.to(b_kt.dtype), input_precision="ieee")
-        b_hv = b_hv * b_total[:, None] + tl.dot(tl.trans(b_w).to(b_v.dtype), b_v, input_precision="ieee")
-    store_tile(p_fk + i_bh * K * M, b_hk, o_k, M, m_k, o_m, 1, m_m)
-    store_tile(p_fv + i_bh * M * V, b_hv, o_m, V, m_m, o_v, 1, m_v)
+def diagonal(b_A, C: tl.constexpr):
+    o_c = tl.arange(0, C)
+    return tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_A, 0.0), 1)[:, None]  # [C, 1]
+
+
+@jit
+def tree_level(b_r, b_l, h, C: tl.constexpr):
+    """Decays from the middle of a block of 2h to the rows of its right half, and from those of its left half to the
+    middle, zero elsewhere [C, BM]; and which pairs of rows share a block [C, C]."""
+    m_r, m_same = tree_masks(h, C)
+    b_e = tl.exp2(tl.where(m_r, b_r, b_l))
+    return tl.where(m_r, b_e, 0.0), tl.where(m_r, 0.0, b_e), m_same
+
+
+@jit
+def tree_gather(b_P, b_s, b_g, C: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr):
+    """sum_{j<i} P_ij e^(b_i - b_j) s_j [C, BM]; and the gates from the chunk's start through each token."""
+    b_out, b_r, b_l = tl.zeros([C, BM], tl.float32), b_g, tl.zeros([C, BM], tl.float32)
+    h = 1
+    while h < C:
+        b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
+        b_Ph = tl.where(m_same, b_P, 0.0).to(DOT)
+        b_out += b_er * tl.dot(b_Ph, (b_s * b_el).to(DOT), input_precision="ieee")
+        b_r, b_l = double_sums(b_r, b_l, h, C, BM)
+        h *= 2
+    return b_out, b_r
+
+
+@jit
+def tree_scores(b_x, b_s, b_g, C: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """A_ij = sum_m x_im s_jm e^(b_i - b_j) for j <= i, else 0 [C, C], or its transpose."""
+    o_c = tl.arange(0, C)
+    b_A = tl.where(o_c[:, None] == o_c[None, :], tl.sum(b_x * b_s, 1)[:, None], 0.0)
+    b_r, b_l = b_g, tl.zeros([C, BM], tl.float32)
+    h = 1
+    while h < C:
+        b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
+        b_i, b_j = (b_x * b_er).to(DOT), (b_s * b_el).to(DOT)
+        if TRANSPOSED:
+            b_Ah = tl.dot(b_j, tl.trans(b_i), input_precision="ieee")
+        else:
+            b_Ah = tl.dot(b_i, tl.trans(b_j), input_precision="ieee")
+        b_A += tl.where(m_same, b_Ah, 0.0)
+        b_r, b_l = double_sums(b_r, b_l, h, C, BM)
+        h *= 2
+    return b_A
+
+
+@jit
+def tree_scatter(b_PT, b_x, b_QT, b_y, b_g, C: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr):
+    """sum_{i>j} e^(b_i - b_j) (P_ij x_i + Q_ij y_i) [C, BM], P and Q given transposed; and the gates from after each
+    token to the chunk's end."""
+    b_out, b_r, b_l = tl.zeros([C, BM], tl.float32), b_g, tl.zeros([C, BM], tl.float32)
+    h = 1
+    while h < C:
+        b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
+        b_sum = tl.dot(tl.where(m_same, b_PT, 0.0).to(DOT), (b_x * b_er).to(DOT), input_precision="ieee")
+        b_sum += tl.dot(tl.where(m_same, b_QT, 0.0).to(DOT), (b_y * b_er).to(DOT), input_precision="ieee")
+        b_out += b_el * b_sum
+        b_r, b_l = double_sums(b_r, b_l, h, C, BM)
+        h *= 2
+    return b_out, b_l
 
 
 @jit
 def scan_side(
     p_x, p_w, p_g, p_h, p_first, p_last, scale, T, stride_x, stride_g, o_d, m_d, state_d, state_m,
     M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, stride_h: tl.constexpr,
-    FIRST: tl.constexpr, REVERSE: tl.constexpr,
+    DOT: tl.constexpr, FIRST: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Columns o_d of x: h <- h * (decay of chunk c) + x_c^T w_c for c from the first to the last, or in REVERSE. The h
     before chunk c goes to p_h, the one after all to p_last. w_c is decayed towards where h goes."""
@@ -420,40 +400,33 @@ def scan_side(
         m_t = o_t < T
         b_xt = load_tile(p_x, o_d, 1, m_d, o_t, stride_x, m_t)  # [BD, C]
         b_w = load_tile(p_w, o_t, stride_g, m_t, o_m, 1, m_m).to(tl.float32)  # [C, BM]
-        b_g = load_tile(p_g, o_t, stride_g, m_t, o_m, 1, m_m).to(tl.float32)
+        b_g = load_tile(p_g, o_t, stride_g, m_t, o_m, 1, m_m).to(tl.float32) * LOG2E
         if REVERSE:
-            b_w *= scale * tl.exp(tl.cumsum(b_g, 0))
-        else:
-            b_w *= tile_tail(p_g, o_t, stride_g, o_m, m_m, T, c * C + C)
-        b_h = b_h * tl.exp(tl.sum(b_g, 0))[None, :] + tl.dot(b_xt, b_w.to(b_xt.dtype), input_precision="ieee")
+            b_w *= scale * tl.exp2(tl.cumsum(b_g, 0))
+        else:  # the decay from after each token to the chunk's end
+            m_next = (o_c + 1 < C) & (o_t + 1 < T)
+            b_next = load_tile(p_g, o_t + 1, stride_g, m_next, o_m, 1, m_m).to(tl.float32) * LOG2E
+            b_w *= tl.exp2(tl.cumsum(b_next, 0, reverse=True))
+        b_h = b_h * tl.exp2(tl.sum(b_g, 0))[None, :]
+        b_h += tl.dot(b_xt.to(DOT), b_w.to(DOT), input_precision="ieee")
     store_tile(p_last, b_h, o_d, state_d, m_d, o_m, state_m, m_m)
 
 
 @jit
-def scan_kernel(
+def gsa_scan_kernel(
     p_xk,  # (B, T, H, K) k, or q in REVERSE
     p_xv,  # (B, T, H, V) v, or do
     p_wk,  # (B, T, H, M) s, or dy
     p_wv,  # (B, T, H, M) s, or p
     p_g,  # (B, T, H, M)
     p_h,  # (B, H, NT, K + V, M)
-    p_fk,  # (B, H, K, M) where to start, if FIRST_K
-    p_fv,  # (B, H, M, V)
-    p_lk,  # (B, H, K, M) what is left at the end
-    p_lv,  # (B, H, M, V)
-    scale,
-    T,
-    H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    M: tl.constexpr,
-    BM: tl.constexpr,
-    C: tl.constexpr,
-    FIRST_K: tl.constexpr,
-    FIRST_V: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BD: tl.constexpr,
-):
+    p_fk, p_fv,  # (B, H, K, M), (B, H, M, V) where to start, if FIRST_K, FIRST_V
+    p_lk, p_lv,  # (B, H, K, M), (B, H, M, V) what is left at the end
+    scale, T, H,
+    K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+    FIRST_K: tl.constexpr, FIRST_V: tl.constexpr, REVERSE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One tile of BD columns of keys or of values walks over the chunks."""
     i_d, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_row = (i_bh // H) * T * H + i_bh % H
     p_g, p_wk, p_wv = p_g + i_row * M, p_wk + i_row * M, p_wv + i_row * M
@@ -461,242 +434,255 @@ def scan_kernel(
     o_d = i_d * BD + tl.arange(0, BD)
     if i_d < tl.cdiv(K, BD):
         scan_side(p_xk + i_row * K, p_wk, p_g, p_h, p_fk + i_bh * K * M, p_lk + i_bh * K * M, scale, T, H * K, H * M,
-                  o_d, o_d < K, M, 1, M, BD, BM, C, (K + V) * M, FIRST_K, REVERSE)  # fmt: skip
+                  o_d, o_d < K, M, 1, M, BD, BM, C, (K + V) * M, DOT, FIRST_K, REVERSE)  # fmt: skip
     else:
         o_d -= tl.cdiv(K, BD) * BD
         scan_side(p_xv + i_row * V, p_wv, p_g, p_h + K * M, p_fv + i_bh * M * V, p_lv + i_bh * M * V, 1.0, T, H * V,
-                  H * M, o_d, o_d < V, 1, V, M, BD, BM, C, (K + V) * M, FIRST_V, REVERSE)  # fmt: skip
+                  H * M, o_d, o_d < V, 1, V, M, BD, BM, C, (K + V) * M, DOT, FIRST_V, REVERSE)  # fmt: skip
 
 
 @jit
-def logit_kernel(
-    p_q,  # (B, T, H, K)
-    p_k,  # (B, T, H, K)
-    p_v,  # (B, T, H, V)
-    p_s,  # (B, T, H, M)
-    p_g,  # (B, T, H, M)
-    p_z,  # (B, T, H, M)
-    p_do,  # (B, T, H, V)
-    p_h,  # (B, H, NT, K + V, M) states at the start of each chunk
-    p_p,  # (B, T, H, M) -> softmax
-    p_dy,  # (B, T, H, M) -> gradient of the logits
-    p_x,  # (B, T, H, M) -> z * dy + p * dp, both without their own token
-    p_dq,  # (B, T, H, K)
-    scale,
-    T,
-    H,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    M: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    C: tl.constexpr,
-):
-    i_t, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_row = (i_bh // H) * T * H + i_bh % H
-    p_q, p_k, p_v, p_do, p_dq = p_q + i_row * K, p_k + i_row * K, p_v + i_row * V, p_do + i_row * V, p_dq + i_row * K
-    p_s, p_g, p_z, p_p = p_s + i_row * M, p_g + i_row * M, p_z + i_row * M, p_p + i_row * M
-    p_dy, p_x = p_dy + i_row * M, p_x + i_row * M
-    o_k, o_v, o_m, o_c = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BM), tl.arange(0, BC)
-    m_k, m_v, m_m = o_k < K, o_v < V, o_m < M
-    p_h += (i_bh * tl.cdiv(T, C) + i_t) * (K + V) * M
-    b_hk = load_tile(p_h, o_m, 1, m_m, o_k, M, m_k)  # [BM, BK]
-    b_hv = load_tile(p_h + K * M, o_v, M, m_v, o_m, 1, m_m)  # [BV, BM]
-    for t in range(i_t * C, tl.minimum(T, i_t * C + C), BC):
-        o_t = t + o_c
-        m_t = o_t < T
-        n = tl.minimum(BC, T - t)
-        b_q = load_tile(p_q, o_t, H * K, m_t, o_k, 1, m_k)  # [BC, BK]
-        b_k = load_tile(p_k, o_t, H * K, m_t, o_k, 1, m_k)
-        b_vt = load_tile(p_v, o_v, 1, m_v, o_t, H * V, m_t)  # [BV, BC]
-        b_do = load_tile(p_do, o_t, H * V, m_t, o_v, 1, m_v)  # [BC, BV]
-        b_s = load_tile(p_s, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)  # [BC, BM]
-        b_g = load_tile(p_g, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)
-        b_z = load_tile(p_z, o_t, H * M, m_t, o_m, 1, m_m)
-        b_head = tl.exp(tl.cumsum(b_g, 0))
-        b_total = tl.exp(tl.sum(b_g, 0))  # [BM]
-        b_w = b_s * tile_tail(p_g, o_t, H * M, o_m, m_m, T, t + BC)
-        b_da = tl.dot(b_do, b_vt, input_precision="ieee")  # [BC, BC]
-        b_dp = b_head * tl.dot(b_do, b_hv.to(b_do.dtype), input_precision="ieee")  # [BC, BM]
-        b_f = tl.zeros([BC, BM], tl.float32)
-        for i in range(0, n):
-            j = n - 1 - i
-            b_f, b_sj = decay_column(b_f, p_g, p_s, t, j, n, H * M, o_c, o_m, m_m)
-            b_daj = tl.sum(tl.where((o_c[None, :] == j) & (o_c[:, None] > j), b_da, 0.0), 1)  # [BC]
-            b_dp += b_daj[:, None] * b_f * b_sj[None, :]
-        b_own = scale * tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)
-        b_p = masked_softmax(b_z + b_own[:, None] * b_s, m_m)
-        b_x = b_p * b_dp
-        b_dp += tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_da, 0.0), 1)[:, None] * b_s
-        b_dy = b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None])
-        store_tile(p_p, b_p, o_t, H * M, m_t, o_m, 1, m_m)
-        store_tile(p_dy, b_dy, o_t, H * M, m_t, o_m, 1, m_m)
-        store_tile(p_x, b_x + b_z * b_dy, o_t, H * M, m_t, o_m, 1, m_m)
-        b_ds, b_f = tl.zeros([BC, BC], tl.float32), tl.zeros([BC, BM], tl.float32)  # the gradient of q k^T
-        for i in range(0, n):
-            j = n - 1 - i
-            b_f, b_sj = decay_column(b_f, p_g, p_s, t, j, n, H * M, o_c, o_m, m_m)
-            b_ds = tl.where(o_c[None, :] == j, tl.sum(b_dy * b_f * b_sj[None, :], 1)[:, None], b_ds)
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee")  # [BC, BK]
-        b_dq += tl.dot((b_dy * b_head).to(b_k.dtype), b_hk.to(b_k.dtype), input_precision="ieee")
-        store_tile(p_dq, scale * b_dq, o_t, H * K, m_t, o_k, 1, m_k)
-        b_hk = b_hk * b_total[:, None] + tl.dot(tl.trans(b_w).to(b_k.dtype), b_k, input_precision="ieee")
-        b_hv = b_hv * b_total[None, :] + tl.dot(b_vt, b_w.to(b_vt.dtype), input_precision="ieee")
-
-
-@jit
-def chunk_gates(
-    p_k, p_v, p_s, p_g, p_h, p_dh, t, T, stride_k, stride_v, stride_m, o_k, o_v, o_m, m_k, m_v, m_m,
-    KM: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """What dg has of later chunks: from before this chunk [BM], and from each of its tiles [C / BC, BM]."""
-    o_t = t + tl.arange(0, C)
-    m_t = o_t < T
-    b_s = load_tile(p_s, o_t, stride_m, m_t, o_m, 1, m_m).to(tl.float32)  # [C, BM]
-    b_g = load_tile(p_g, o_t, stride_m, m_t, o_m, 1, m_m).to(tl.float32)
-    b_w = b_s * tile_tail(p_g, o_t, stride_m, o_m, m_m, T, t + C)
-    b_dh = load_tile(p_dh, o_k, M, m_k, o_m, 1, m_m)  # [BK, BM]
-    b_through = tl.sum(b_dh * load_tile(p_h, o_k, M, m_k, o_m, 1, m_m), 0)
-    b_k = load_tile(p_k, o_t, stride_k, m_t, o_k, 1, m_k)  # [C, BK]
-    b_far = tl.dot(b_k, b_dh.to(b_k.dtype), input_precision="ieee")  # [C, BM]
-    b_dh = load_tile(p_dh + KM, o_v, M, m_v, o_m, 1, m_m)  # [BV, BM]
-    b_through += tl.sum(b_dh * load_tile(p_h + KM, o_v, M, m_v, o_m, 1, m_m), 0)
-    b_v = load_tile(p_v, o_t, stride_v, m_t, o_v, 1, m_v)  # [C, BV]
-    b_far += tl.dot(b_v, b_dh.to(b_v.dtype), input_precision="ieee")
-    return tl.exp(tl.sum(b_g, 0)) * b_through, tl.sum(tl.reshape(b_w * b_far, [C // BC, BC, BM]), 1)
-
-
-@jit
-def tile_pairs(p_g, p_s, t, n, stride, o_c, o_m, m_m, b_qk, b_dov, b_dy, b_p, BC: tl.constexpr, BM: tl.constexpr):
-    """Pairs inside a tile. b_qk = (q k^T)^T and b_dov = (do v^T)^T [BC, BC] -> the gradient of q k^T and the weights
-    of the values [BC, BC], and ds without each token's own pair [BC, BM]."""
-    b_ds, b_f = tl.zeros([BC, BM], tl.float32), tl.zeros([BC, BM], tl.float32)
-    b_dqk, b_a = tl.zeros([BC, BC], tl.float32), tl.zeros([BC, BC], tl.float32)
-    for i in range(0, n):
-        j = n - 1 - i
-        b_f, b_sj = decay_column(b_f, p_g, p_s, t, j, n, stride, o_c, o_m, m_m)
-        m_j = (o_c[:, None] == j) & (o_c[None, :] > j)
-        b_dyj, b_pj = b_f * b_dy, b_f * b_p
-        b_dqk = tl.where(o_c[None, :] == j, tl.sum(b_dyj * b_sj[None, :], 1)[:, None], b_dqk)
-        b_a = tl.where(o_c[None, :] == j, tl.sum(b_pj * b_sj[None, :], 1)[:, None], b_a)
-        b_dyj *= tl.sum(tl.where(m_j, b_qk, 0.0), 0)[:, None]
-        b_pj *= tl.sum(tl.where(m_j, b_dov, 0.0), 0)[:, None]
-        b_ds = tl.where(o_c[:, None] == j, tl.sum(b_dyj + b_pj, 0)[None, :], b_ds)
-    return b_dqk, b_a, b_ds
-
-
-@jit
-def input_kernel(
+def gsa_read_kernel(
     p_q, p_k,  # (B, T, H, K)
     p_v,  # (B, T, H, V)
     p_s, p_g,  # (B, T, H, M)
+    p_h,  # (B, H, NT, K + V, M) states at the start of each chunk
+    p_o,  # (B, T, H, V)
+    p_z,  # (B, T, H, M) logits without their own token
+    scale, T, H,
+    K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """z = scale * (head * (q hk) + gather(q k^T)), p = softmax(z + own * s), o = scores(p) v + (p * head) hv."""
+    i_t, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_row = (i_bh // H) * T * H + i_bh % H
+    o_t, o_m = i_t * C + tl.arange(0, C), tl.arange(0, BM)
+    m_t, m_m = o_t < T, o_m < M
+    p_h += (i_bh * tl.cdiv(T, C) + i_t) * (K + V) * M
+    b_s = load_tile(p_s + i_row * M, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)  # [C, BM]
+    b_g = load_tile(p_g + i_row * M, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32) * LOG2E
+    b_P, b_qh = tl.zeros([C, C], tl.float32), tl.zeros([C, BM], tl.float32)
+    for i in range(0, tl.cdiv(K, BK)):
+        o_k = i * BK + tl.arange(0, BK)
+        m_k = o_k < K
+        b_q = load_tile(p_q + i_row * K, o_t, H * K, m_t, o_k, 1, m_k).to(DOT)  # [C, BK]
+        b_kt = load_tile(p_k + i_row * K, o_k, 1, m_k, o_t, H * K, m_t).to(DOT)  # [BK, C]
+        b_h = load_tile(p_h, o_k, M, m_k, o_m, 1, m_m).to(DOT)  # [BK, BM]
+        b_P += tl.dot(b_q, b_kt, input_precision="ieee")
+        b_qh += tl.dot(b_q, b_h, input_precision="ieee")
+    b_z, b_r = tree_gather(b_P, b_s, b_g, C, BM, DOT)
+    b_head = tl.exp2(b_r)
+    b_z = scale * (b_z + b_head * b_qh)
+    store_tile(p_z + i_row * M, b_z, o_t, H * M, m_t, o_m, 1, m_m)
+    b_p = masked_softmax(b_z + scale * diagonal(b_P, C) * b_s, m_m)
+    b_A = tree_scores(b_p, b_s, b_g, C, BM, DOT, False).to(DOT)
+    b_p = (b_p * b_head).to(DOT)
+    for i in range(0, tl.cdiv(V, BV)):
+        o_v = i * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        b_v = load_tile(p_v + i_row * V, o_t, H * V, m_t, o_v, 1, m_v).to(DOT)  # [C, BV]
+        b_h = load_tile(p_h + K * M, o_m, 1, m_m, o_v, M, m_v).to(DOT)  # [BM, BV]
+        b_o = tl.dot(b_A, b_v, input_precision="ieee")
+        b_o += tl.dot(b_p, b_h, input_precision="ieee")
+        store_tile(p_o + i_row * V, b_o, o_t, H * V, m_t, o_v, 1, m_v)
+
+
+@jit
+def gsa_logit_kernel(
+    p_q, p_k,  # (B, T, H, K)
+    p_v,  # (B, T, H, V)
+    p_s, p_g, p_z,  # (B, T, H, M)
     p_do,  # (B, T, H, V)
-    p_p, p_dy, p_x,  # (B, T, H, M)
+    p_h,  # (B, H, NT, K + V, M)
+    p_p,  # (B, T, H, M) -> softmax
+    p_dy,  # (B, T, H, M) -> gradient of its logits
+    p_x,  # (B, T, H, M) -> z * dy + p * dp, both without their own token
+    scale, T, H,
+    K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """dp = head * (do hv^T) + gather(do v^T), dy = p * (dp - sum p dp)."""
+    i_t, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_row = (i_bh // H) * T * H + i_bh % H
+    o_t, o_m = i_t * C + tl.arange(0, C), tl.arange(0, BM)
+    m_t, m_m = o_t < T, o_m < M
+    p_h += (i_bh * tl.cdiv(T, C) + i_t) * (K + V) * M + K * M
+    b_s = load_tile(p_s + i_row * M, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)  # [C, BM]
+    b_g = load_tile(p_g + i_row * M, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32) * LOG2E
+    b_dA, b_dh = tl.zeros([C, C], tl.float32), tl.zeros([C, BM], tl.float32)
+    for i in range(0, tl.cdiv(V, BV)):
+        o_v = i * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        b_do = load_tile(p_do + i_row * V, o_t, H * V, m_t, o_v, 1, m_v).to(DOT)  # [C, BV]
+        b_vt = load_tile(p_v + i_row * V, o_v, 1, m_v, o_t, H * V, m_t).to(DOT)  # [BV, C]
+        b_h = load_tile(p_h, o_v, M, m_v, o_m, 1, m_m).to(DOT)  # [BV, BM]
+        b_dA += tl.dot(b_do, b_vt, input_precision="ieee")
+        b_dh += tl.dot(b_do, b_h, input_precision="ieee")
+    b_dp, b_r = tree_gather(b_dA, b_s, b_g, C, BM, DOT)
+    b_dp += tl.exp2(b_r) * b_dh
+    b_own = tl.zeros([C], tl.float32)
+    for i in range(0, tl.cdiv(K, BK)):
+        o_k = i * BK + tl.arange(0, BK)
+        b_q = load_tile(p_q + i_row * K, o_t, H * K, m_t, o_k, 1, o_k < K).to(tl.float32)
+        b_own += tl.sum(b_q * load_tile(p_k + i_row * K, o_t, H * K, m_t, o_k, 1, o_k < K).to(tl.float32), 1)
+    b_z = load_tile(p_z + i_row * M, o_t, H * M, m_t, o_m, 1, m_m)
+    b_p = masked_softmax(b_z + scale * b_own[:, None] * b_s, m_m)
+    b_x = b_p * b_dp
+    b_dp += diagonal(b_dA, C) * b_s
+    b_dy = b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None])
+    store_tile(p_p + i_row * M, b_p, o_t, H * M, m_t, o_m, 1, m_m)
+    store_tile(p_dy + i_row * M, b_dy, o_t, H * M, m_t, o_m, 1, m_m)
+    store_tile(p_x + i_row * M, b_x + b_z * b_dy, o_t, H * M, m_t, o_m, 1, m_m)
+
+
+@jit
+def gsa_write_kernel(
+    p_q, p_k,  # (B, T, H, K)
+    p_v, p_do,  # (B, T, H, V)
+    p_s, p_g, p_p, p_dy, p_x,  # (B, T, H, M)
     p_h,  # (B, H, NT, K + V, M) states at the start of each chunk
     p_dh,  # (B, H, NT, K + V, M) gradients of the states at the end of each chunk
-    p_dk,  # (B, T, H, K)
-    p_dv,  # (B, T, H, V)
     p_ds, p_dg,  # (B, T, H, M)
     scale, T, H,
-    K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
-    BC: tl.constexpr, C: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
+    """ds = scatter(do v^T, p, q k^T, dy) + tail * (k dhk + v dhv) + the own token's; dg as in `gate_gradient`."""
     i_t, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_row = (i_bh // H) * T * H + i_bh % H
     p_q, p_k, p_v, p_do = p_q + i_row * K, p_k + i_row * K, p_v + i_row * V, p_do + i_row * V
     p_s, p_g, p_p, p_dy, p_x = p_s + i_row * M, p_g + i_row * M, p_p + i_row * M, p_dy + i_row * M, p_x + i_row * M
-    p_dk, p_dv, p_ds, p_dg = p_dk + i_row * K, p_dv + i_row * V, p_ds + i_row * M, p_dg + i_row * M
-    o_k, o_v, o_m, o_c = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BM), tl.arange(0, BC)
-    m_k, m_v, m_m = o_k < K, o_v < V, o_m < M
+    o_t, o_m = i_t * C + tl.arange(0, C), tl.arange(0, BM)
+    m_t, m_m = o_t < T, o_m < M
     p_h += (i_bh * tl.cdiv(T, C) + i_t) * (K + V) * M
     p_dh += (i_bh * tl.cdiv(T, C) + i_t) * (K + V) * M
-    b_through, b_tiles = chunk_gates(p_k, p_v, p_s, p_g, p_h, p_dh, i_t * C, T, H * K, H * V, H * M, o_k, o_v, o_m,
-                                     m_k, m_v, m_m, K * M, M, BM, BC, C)  # fmt: skip
-    o_n = tl.arange(0, C // BC)
-    m_before = tl.where(o_c[:, None] > o_c[None, :], 1.0, 0.0)  # [BC, BC]
-    b_ek, b_ev = tl.zeros([BK, BM], tl.float32), tl.zeros([BV, BM], tl.float32)  # as dh, from inside this chunk only
-    b_rest = tl.zeros([BM], tl.float32)  # log-decay from this tile's end to the chunk's end
-    b_carry = tl.zeros([BM], tl.float32)
-    for i in range(0, C // BC):
-        t = i_t * C + C - BC - i * BC
-        o_t = t + o_c
-        m_t = o_t < T
-        n = tl.minimum(BC, T - t)
-        b_k = load_tile(p_k, o_t, H * K, m_t, o_k, 1, m_k)  # [BC, BK]
-        b_v = load_tile(p_v, o_t, H * V, m_t, o_v, 1, m_v)  # [BC, BV]
-        b_q = load_tile(p_q, o_k, 1, m_k, o_t, H * K, m_t)  # [BK, BC]
-        b_do = load_tile(p_do, o_v, 1, m_v, o_t, H * V, m_t)  # [BV, BC]
-        b_s = load_tile(p_s, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)  # [BC, BM]
-        b_g = load_tile(p_g, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)
-        b_p = load_tile(p_p, o_t, H * M, m_t, o_m, 1, m_m)
-        b_dy = load_tile(p_dy, o_t, H * M, m_t, o_m, 1, m_m)
-        b_tail = tile_tail(p_g, o_t, H * M, o_m, m_m, T, t + BC)
-        b_total, b_delta = tl.exp(tl.sum(b_g, 0)), tl.exp(b_rest)  # [BM]
-        b_qk = scale * tl.dot(b_k, b_q, input_precision="ieee")  # [BC, BC], transposed
-        b_dov = tl.dot(b_v, b_do, input_precision="ieee")
-        b_dqk, b_a, b_ds = tile_pairs(p_g, p_s, t, n, H * M, o_c, o_m, m_m, b_qk, b_dov, b_dy, b_p, BC, BM)
-        # ds from the rest of the chunk, and from later chunks
-        b_near = tl.dot(b_k, b_ek.to(b_k.dtype), input_precision="ieee")  # [BC, BM]
-        b_ds += b_tail * (b_near + tl.dot(b_v, b_ev.to(b_v.dtype), input_precision="ieee"))
-        b_w = tl.trans(b_s * b_tail)  # [BM, BC]
+    b_PT, b_dAT = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    b_carried, b_through = tl.zeros([C, BM], tl.float32), tl.zeros([BM], tl.float32)
+    for i in range(0, tl.cdiv(K, BK)):
+        o_k = i * BK + tl.arange(0, BK)
+        m_k = o_k < K
+        b_k = load_tile(p_k, o_t, H * K, m_t, o_k, 1, m_k).to(DOT)  # [C, BK]
+        b_PT += tl.dot(b_k, load_tile(p_q, o_k, 1, m_k, o_t, H * K, m_t).to(DOT), input_precision="ieee")
         b_dh = load_tile(p_dh, o_k, M, m_k, o_m, 1, m_m)  # [BK, BM]
-        b_far = tl.dot(b_k, b_dh.to(b_k.dtype), input_precision="ieee")
-        b_dk = tl.dot((b_ek + b_delta[None, :] * b_dh).to(b_k.dtype), b_w.to(b_k.dtype), input_precision="ieee")
-        b_dk += scale * tl.dot(b_q, b_dqk.to(b_q.dtype), input_precision="ieee")  # [BK, BC]
-        store_tile(p_dk, b_dk, o_k, 1, m_k, o_t, H * K, m_t)
+        b_through += tl.sum(b_dh * load_tile(p_h, o_k, M, m_k, o_m, 1, m_m), 0)
+        b_carried += tl.dot(b_k, b_dh.to(DOT), input_precision="ieee")
+    for i in range(0, tl.cdiv(V, BV)):
+        o_v = i * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        b_v = load_tile(p_v, o_t, H * V, m_t, o_v, 1, m_v).to(DOT)  # [C, BV]
+        b_dAT += tl.dot(b_v, load_tile(p_do, o_v, 1, m_v, o_t, H * V, m_t).to(DOT), input_precision="ieee")
         b_dh = load_tile(p_dh + K * M, o_v, M, m_v, o_m, 1, m_m)  # [BV, BM]
-        b_far += tl.dot(b_v, b_dh.to(b_v.dtype), input_precision="ieee")
-        b_dv = tl.dot((b_ev + b_delta[None, :] * b_dh).to(b_v.dtype), b_w.to(b_v.dtype), input_precision="ieee")
-        b_dv += tl.dot(b_do, b_a.to(b_do.dtype), input_precision="ieee")  # [BV, BC]
-        store_tile(p_dv, b_dv, o_v, 1, m_v, o_t, H * V, m_t)
-        b_far *= b_tail * b_delta[None, :]
-        b_y = load_tile(p_x, o_t, H * M, m_t, o_m, 1, m_m) - b_s * b_ds
-        b_earlier = b_through + tl.sum(tl.where(o_n[:, None] < C // BC - 1 - i, b_tiles, 0.0), 0)  # [BM]
-        b_dg = tl.cumsum(b_y, 0, reverse=True) + (b_carry + b_earlier)[None, :]
-        b_dg += tl.dot(m_before, b_s * b_far, input_precision="ieee")
-        store_tile(p_dg, b_dg, o_t, H * M, m_t, o_m, 1, m_m)
-        b_carry += tl.sum(b_y, 0)
-        m_own = o_c[:, None] == o_c[None, :]
-        b_ds += b_far + tl.sum(tl.where(m_own, b_qk, 0.0), 1)[:, None] * b_dy
-        b_ds += tl.sum(tl.where(m_own, b_dov, 0.0), 1)[:, None] * b_p
-        store_tile(p_ds, b_ds, o_t, H * M, m_t, o_m, 1, m_m)
-        b_head = tl.exp(tl.cumsum(b_g, 0))
-        b_ek = b_ek * b_total[None, :] + scale * tl.dot(b_q, (b_dy * b_head).to(b_q.dtype), input_precision="ieee")
-        b_ev = b_ev * b_total[None, :] + tl.dot(b_do, (b_p * b_head).to(b_do.dtype), input_precision="ieee")
-        b_rest += tl.sum(b_g, 0)
+        b_through += tl.sum(b_dh * load_tile(p_h + K * M, o_v, M, m_v, o_m, 1, m_m), 0)
+        b_carried += tl.dot(b_v, b_dh.to(DOT), input_precision="ieee")
+    b_PT *= scale
+    b_g = load_tile(p_g, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32) * LOG2E  # [C, BM]
+    b_p = load_tile(p_p, o_t, H * M, m_t, o_m, 1, m_m)
+    b_dy = load_tile(p_dy, o_t, H * M, m_t, o_m, 1, m_m)
+    b_ds, b_l = tree_scatter(b_PT, b_dy, b_dAT, b_p, b_g, C, BM, DOT)
+    b_s = load_tile(p_s, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)
+    b_carried *= tl.exp2(b_l)
+    b_y = load_tile(p_x, o_t, H * M, m_t, o_m, 1, m_m) - b_s * b_ds
+    b_before = b_s * b_carried
+    b_dg = tl.cumsum(b_y, 0, reverse=True) + tl.cumsum(b_before, 0) - b_before
+    b_dg += (tl.exp2(tl.sum(b_g, 0)) * b_through)[None, :]
+    store_tile(p_dg + i_row * M, b_dg, o_t, H * M, m_t, o_m, 1, m_m)
+    b_ds += b_carried + diagonal(b_PT, C) * b_dy + diagonal(b_dAT, C) * b_p
+    store_tile(p_ds + i_row * M, b_ds, o_t, H * M, m_t, o_m, 1, m_m)
 
 
-# (num_warps, num_stages) of each kernel, the default first; BD is the scan's tile of columns.
-CONFIGS = {
-    "fwd": [dict(num_warps=8, num_stages=1), dict(num_warps=4, num_stages=1), dict(num_warps=4, num_stages=2)],
-    "scan": [
-        dict(BD=64, num_warps=4, num_stages=2),
-        dict(BD=32, num_warps=4, num_stages=2),
-        dict(BD=32, num_warps=2, num_stages=2),
-        dict(BD=64, num_warps=4, num_stages=3),
-    ],
-    "logit": [dict(num_warps=8, num_stages=1), dict(num_warps=4, num_stages=1)],
-    "input": [dict(num_warps=8, num_stages=1), dict(num_warps=4, num_stages=1)],
+@jit
+def gsa_input_kernel(
+    p_q, p_k,  # (B, T, H, K)
+    p_do,  # (B, T, H, V)
+    p_s, p_g, p_p, p_dy,  # (B, T, H, M)
+    p_h, p_dh,  # (B, H, NT, K + V, M) as above
+    p_dq, p_dk,  # (B, T, H, K)
+    p_dv,  # (B, T, H, V)
+    scale, T, H,
+    K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """With dP = scores(dy) and A = scores(p): dq = scale * (dP k + (dy * head) hk^T), dk = scale * dP^T q + (s * tail)
+    dhk^T, dv = A^T do + (s * tail) dhv^T."""
+    i_t, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_row = (i_bh // H) * T * H + i_bh % H
+    o_t, o_m = i_t * C + tl.arange(0, C), tl.arange(0, BM)
+    m_t, m_m = o_t < T, o_m < M
+    p_h += (i_bh * tl.cdiv(T, C) + i_t) * (K + V) * M
+    p_dh += (i_bh * tl.cdiv(T, C) + i_t) * (K + V) * M
+    b_s = load_tile(p_s + i_row * M, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)  # [C, BM]
+    b_g = load_tile(p_g + i_row * M, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32) * LOG2E
+    m_next = (tl.arange(0, C) + 1 < C) & (o_t + 1 < T)
+    b_next = load_tile(p_g + i_row * M, o_t + 1, H * M, m_next, o_m, 1, m_m).to(tl.float32) * LOG2E
+    b_w = (b_s * tl.exp2(tl.cumsum(b_next, 0, reverse=True))).to(DOT)
+    b_p = load_tile(p_p + i_row * M, o_t, H * M, m_t, o_m, 1, m_m)
+    b_AT = tree_scores(b_p, b_s, b_g, C, BM, DOT, True).to(DOT)
+    for i in range(0, tl.cdiv(V, BV)):
+        o_v = i * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        b_dv = tl.dot(b_AT, load_tile(p_do + i_row * V, o_t, H * V, m_t, o_v, 1, m_v).to(DOT), input_precision="ieee")
+        b_dh = load_tile(p_dh + K * M, o_m, 1, m_m, o_v, M, m_v).to(DOT)  # [BM, BV]
+        b_dv += tl.dot(b_w, b_dh, input_precision="ieee")
+        store_tile(p_dv + i_row * V, b_dv, o_t, H * V, m_t, o_v, 1, m_v)
+    b_dy = load_tile(p_dy + i_row * M, o_t, H * M, m_t, o_m, 1, m_m)
+    b_dP = tree_scores(b_dy, b_s, b_g, C, BM, DOT, False).to(DOT)
+    b_dPT = tree_scores(b_dy, b_s, b_g, C, BM, DOT, True).to(DOT)
+    b_dy = (b_dy * tl.exp2(tl.cumsum(b_g, 0))).to(DOT)
+    for i in range(0, tl.cdiv(K, BK)):
+        o_k = i * BK + tl.arange(0, BK)
+        m_k = o_k < K
+        b_k = load_tile(p_k + i_row * K, o_t, H * K, m_t, o_k, 1, m_k).to(DOT)  # [C, BK]
+        b_dq = tl.dot(b_dP, b_k, input_precision="ieee")
+        b_h = load_tile(p_h, o_m, 1, m_m, o_k, M, m_k).to(DOT)  # [BM, BK]
+        b_dq += tl.dot(b_dy, b_h, input_precision="ieee")
+        store_tile(p_dq + i_row * K, scale * b_dq, o_t, H * K, m_t, o_k, 1, m_k)
+        b_q = load_tile(p_q + i_row * K, o_t, H * K, m_t, o_k, 1, m_k).to(DOT)
+        b_dk = scale * tl.dot(b_dPT, b_q, input_precision="ieee")
+        b_dh = load_tile(p_dh, o_m, 1, m_m, o_k, M, m_k).to(DOT)
+        b_dk += tl.dot(b_w, b_dh, input_precision="ieee")
+        store_tile(p_dk + i_row * K, b_dk, o_t, H * K, m_t, o_k, 1, m_k)
+
+
+# The default first; with AUTOTUNE all are tried, once per head size. BD, BK, BV: tiles of columns of the states.
+AUTOTUNE = False
+CHUNK_CONFIGS = [
+    dict(BK=64, BV=64, num_warps=8, num_stages=1),
+    dict(BK=64, BV=64, num_warps=4, num_stages=1),
+    dict(BK=32, BV=32, num_warps=8, num_stages=2),
+    dict(BK=32, BV=32, num_warps=4, num_stages=1),
+]
+SCAN_CONFIGS = [
+    dict(BD=64, num_warps=4, num_stages=2),
+    dict(BD=32, num_warps=4, num_stages=2),
+    dict(BD=32, num_warps=2, num_stages=3),
+    dict(BD=64, num_warps=8, num_stages=2),
+]
+KERNELS = {
+    "scan": (gsa_scan_kernel, SCAN_CONFIGS),
+    "read": (gsa_read_kernel, CHUNK_CONFIGS),
+    "logit": (gsa_logit_kernel, CHUNK_CONFIGS),
+    "write": (gsa_write_kernel, CHUNK_CONFIGS),
+    "input": (gsa_input_kernel, CHUNK_CONFIGS),
 }
-KERNELS = {"fwd": fwd_kernel, "scan": scan_kernel, "logit": logit_kernel, "input": input_kernel}
-AUTOTUNE = False  # True: all configurations are tried, once per head size
-TILE = 16  # tokens that a kernel takes at a time inside a chunk
-STATE_MAX = 64 * 512  # numbers of both states, padded to powers of two, that a program can hold
+MAX_SLOTS = 256
 
 
 def power(n):
     return max(16, 1 << (n - 1).bit_length())
 
 
+def chunk(M):
+    """Tokens a chunk of the kernels. With 64, a tile of 64 slots and its decays do not fit into the registers."""
+    return 32 if M <= 64 else 16
+
+
 @functools.cache
 def tuned(name):
     """The kernel with its autotuner."""
-    configs = [dict(c) for c in CONFIGS[name]]
+    kernel, configs = KERNELS[name][0], [dict(c) for c in KERNELS[name][1]]
     configs = [triton.Config(c, num_warps=c.pop("num_warps"), num_stages=c.pop("num_stages")) for c in configs]
     prune = {"early_config_prune": fitting}
-    return triton.autotune(configs, key=["K", "V", "M"], prune_configs_by=prune)(KERNELS[name])
+    return triton.autotune(configs, key=["K", "V", "M"], prune_configs_by=prune)(kernel)
 
 
 def fitting(configs, arguments, **constants):
@@ -707,93 +693,88 @@ def fitting(configs, arguments, **constants):
 
 
 def shared_bytes(config, known):
-    """An estimate: the states as operands of a product, and the tiles of tokens that each stage of the loop holds."""
+    """An estimate: the tiles of a chunk that a stage of the loop holds, and the operands of a product over slots."""
     size = known["p_q" if "p_q" in known else "p_xk"].element_size()
-    rows = known["C"] if "BD" in config.kwargs else TILE
-    width = config.kwargs["BD"] if "BD" in config.kwargs else known["BK"] + known["BV"]
-    return size * (known["BM"] * (rows + width) + config.num_stages * rows * (width + 2 * known["BM"]))
+    width = max(config.kwargs.values())
+    return size * (2 * known["C"] * known["BM"] + config.num_stages * width * (2 * known["C"] + known["BM"]))
 
 
 def launch(name, grid, *args, **constants):
     if AUTOTUNE:
         tuned(name)[grid](*args, **constants)
     else:
-        KERNELS[name][grid](*args, **constants, **CONFIGS[name][0])
+        kernel, configs = KERNELS[name]
+        kernel[grid](*args, **constants, **configs[0])
 
 
-def widths(q, v, s):
-    K, V, M = q.shape[-1], v.shape[-1], s.shape[-1]
-    return dict(K=K, V=V, M=M), dict(BK=power(K), BV=power(V), BM=power(M))
+def scan_launch(xk, xv, wk, wv, g, dtype, first_k, first_v, scale, sizes, reverse=False):
+    """States (B * H, NT, K + V, M) on arrival at each chunk, and the two last ones."""
+    (B, T, H, K), V, M, C = xk.shape, xv.shape[-1], g.shape[-1], sizes["C"]
+    h = xk.new_empty(B * H, -(-T // C), K + V, M, dtype=dtype)
+    last = xk.new_empty(B, H, K, M, dtype=torch.float32), xk.new_empty(B, H, M, V, dtype=torch.float32)
+    firsts = [y if x is None else x.contiguous() for x, y in zip((first_k, first_v), last)]
+    given = dict(FIRST_K=first_k is not None, FIRST_V=first_v is not None, REVERSE=reverse)
 
+    def grid(meta):
+        return -(-K // meta["BD"]) + -(-V // meta["BD"]), B * H
 
-def gsa_fwd(q, k, v, s, g, hk, hv, scale):
-    B, T, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
-    o, z = v.new_empty(v.shape), s.new_empty(s.shape, dtype=torch.float32)
-    q, k, v, s, g = alike(q, k, v, s, g)
-    sizes, blocks = widths(q, v, s)
-    init = hk is not None
-    fk, fv = z.new_empty(B, H, K, M), z.new_empty(B, H, M, V)
-    hk, hv = (hk.contiguous(), hv.contiguous()) if init else (fk, fv)
-    args = (q, k, v, s, g, hk, hv, o, z, fk, fv, scale, T, H)
-    launch("fwd", lambda meta: (B * H,), *args, **sizes, **blocks, BC=TILE, INIT=init)
-    return o, fk, fv, z, z.new_empty(0)
+    launch("scan", grid, xk, xv, wk, wv, g, h, *firsts, *last, scale, T, H, **sizes, **given)
+    return h, *last
 
 
 def alike(q, k, v, s, g, *more):
-    """Contiguous, and those that meet in matrix products in one type."""
+    """Contiguous, those that meet in matrix products in one type; and the constants of every kernel."""
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v, *more)))
+    dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # decayed gradients need its range
     q, k, v, *more = (x.to(dtype).contiguous() for x in (q, k, v, *more))
-    return q, k, v, s.contiguous(), g.contiguous(), *more
+    K, V, M = q.shape[-1], v.shape[-1], s.shape[-1]
+    dot = tl.float32 if dtype == torch.float32 else tl.bfloat16
+    return dict(K=K, V=V, M=M, BM=power(M), C=chunk(M), DOT=dot), q, k, v, s.contiguous(), g.contiguous(), *more
+
+
+def gsa_fwd(q, k, v, s, g, hk, hv, scale):
+    B, T, H, _ = q.shape
+    o, z = v.new_empty(v.shape), s.new_empty(s.shape, dtype=torch.float32)
+    sizes, q, k, v, s, g = alike(q, k, v, s, g)
+    h, *last = scan_launch(k, v, s, s, g, q.dtype, hk, hv, 1.0, sizes)
+    launch("read", (h.shape[1], B * H), q, k, v, s, g, h, o, z, scale, T, H, **sizes)
+    return o, *last, z, z.new_empty(0)
 
 
 def gsa_bwd(do, dhk, dhv, q, k, v, s, g, hk, hv, z, scale):
-    B, T, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
-    grads = [x.new_empty(x.shape) for x in (q, k, v, s, g)]
-    q, k, v, s, g, do = alike(q, k, v, s, g, do)
-    sizes, blocks = widths(q, v, s)
-    h, dh = (z.new_empty(B * H, -(-T // CHUNK), K + V, M) for _ in range(2))
-    lk, lv = z.new_empty(B, H, K, M), z.new_empty(B, H, M, V)
+    B, T, H, _ = q.shape
+    dq, dk, dv, ds, dg = (x.new_empty(x.shape) for x in (q, k, v, s, g))
     p, dy, x = (torch.empty_like(z) for _ in range(3))
-
-    def scan(xk, xv, wk, wv, out, first_k, first_v, reverse):
-        firsts = lk if first_k is None else first_k.contiguous(), lv if first_v is None else first_v.contiguous()
-        given = dict(FIRST_K=first_k is not None, FIRST_V=first_v is not None, REVERSE=reverse)
-        args = (xk, xv, wk, wv, g, out, *firsts, lk, lv, scale if reverse else 1.0, T, H)
-        launch("scan", tiles, *args, **sizes, BM=blocks["BM"], C=CHUNK, **given)
-
-    def tiles(meta):
-        return -(-K // meta["BD"]) + -(-V // meta["BD"]), B * H
-
-    def chunks(meta):
-        return -(-T // CHUNK), B * H
-
-    scan(k, v, s, s, h, hk, hv, False)
-    args = (q, k, v, s, g, z, do, h, p, dy, x, grads[0], scale, T, H)
-    launch("logit", chunks, *args, **sizes, **blocks, BC=TILE, C=CHUNK)
-    scan(q, do, dy, p, dh, dhk, dhv, True)
-    args = (q, k, v, s, g, do, p, dy, x, h, dh, *grads[1:], scale, T, H)
-    launch("input", chunks, *args, **sizes, **blocks, BC=TILE, C=CHUNK)
-    return *grads, lk, lv
+    sizes, q, k, v, s, g, do = alike(q, k, v, s, g, do)
+    h, *_ = scan_launch(k, v, s, s, g, torch.float32, hk, hv, 1.0, sizes)
+    chunks = (h.shape[1], B * H)
+    launch("logit", chunks, q, k, v, s, g, z, do, h, p, dy, x, scale, T, H, **sizes)
+    dh, *first = scan_launch(q, do, dy, p, g, torch.float32, dhk, dhv, scale, sizes, reverse=True)
+    launch("write", chunks, q, k, v, do, s, g, p, dy, x, h, dh, ds, dg, scale, T, H, **sizes)
+    launch("input", chunks, q, k, do, s, g, p, dy, h, dh, dq, dk, dv, scale, T, H, **sizes)
+    return dq, dk, dv, ds, dg, *first
 
 
 def aot_specs():
     """(name, kernel, signature, constants) of every kernel and configuration, for the report. Default first."""
+    first = dict(FIRST_K=True, FIRST_V=True)
     forms = [
-        ("gsa_fwd", "fwd", dict(BC=TILE, INIT=True)),
-        ("gsa_scan", "scan", dict(C=CHUNK, FIRST_K=True, FIRST_V=True, REVERSE=False)),
-        ("gsa_scan reverse", "scan", dict(C=CHUNK, FIRST_K=True, FIRST_V=True, REVERSE=True)),
-        ("gsa_logit", "logit", dict(BC=TILE, C=CHUNK)),
-        ("gsa_input", "input", dict(BC=TILE, C=CHUNK)),
+        ("gsa_scan", "scan", dict(first, REVERSE=False)),
+        ("gsa_scan reverse", "scan", dict(first, REVERSE=True)),
+        ("gsa_read", "read", {}),
+        ("gsa_logit", "logit", {}),
+        ("gsa_write", "write", {}),
+        ("gsa_input", "input", {}),
     ]
     low = {"p_q", "p_k", "p_v", "p_o", "p_do", "p_xk", "p_xv", "p_dq", "p_dk", "p_dv"}
     specs = []
     for title, name, flags in forms:
-        kernel = KERNELS[name]
+        kernel, configs = KERNELS[name]
         for width in (64, 128):
-            for i, config in enumerate(CONFIGS[name]):
-                constants = dict(K=width, V=width, M=64, BK=width, BV=width, BM=64, **flags, **config)
-                constants = {x: y for x, y in constants.items() if x in kernel.arg_names or x[:4] == "num_"}
-                signature = {x: "*bf16" if x in low else "*fp32" for x in kernel.arg_names if x[:2] == "p_"}
+            for i, config in enumerate(configs):
+                constants = dict(K=width, V=width, M=64, BM=64, C=chunk(64), DOT=tl.bfloat16, **flags, **config)
+                half = low | ({"p_h"} if title in ("gsa_scan", "gsa_read") else set())
+                signature = {x: "*bf16" if x in half else "*fp32" for x in kernel.arg_names if x[:2] == "p_"}
                 signature |= {"scale": "fp32", "T": "i32", "H": "i32"}
                 specs.append((f"{title} {width} #{i}", kernel, signature, constants))
     return specs
@@ -913,9 +894,8 @@ def check(q, k, v, s, g, hk, hv, backend):
 
 
 def choose(backend, q, v, s):
-    """triton or torch. A wish that cannot be met is answered with its reason, once. `auto` does not take the kernels
-    yet: they are right under the interpreter, but spill, and no GPU has run them."""
-    if backend in ("torch", "auto"):
+    """triton or torch. A wish that cannot be met is answered with its reason, once."""
+    if backend == "torch" or (backend == "auto" and not q.is_cuda):
         return "torch"
     reason = obstacle(q, v, s)
     if reason:
@@ -931,6 +911,6 @@ def obstacle(q, v, s):
         return f"Triton does not run on {q.device.type}"
     if q.dtype == torch.float64:
         return "the Triton kernels do not compute in fp64"
-    if power(s.shape[-1]) * (power(q.shape[-1]) + power(v.shape[-1])) > STATE_MAX:
-        return f"states of {q.shape[-1]} x {s.shape[-1]} and {s.shape[-1]} x {v.shape[-1]} do not fit into one program"
+    if s.shape[-1] > MAX_SLOTS:
+        return f"the Triton kernels take up to {MAX_SLOTS} slots"
     return None
