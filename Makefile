@@ -10,7 +10,7 @@ PY = $(BIN)/python
 SOURCES = *.py config data kernels tests .ci
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all format check-format bench-step bench-ops kernel-report clean
+.PHONY: help install demo test test-all format check-format bench-step bench-ops kernel-report gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -54,11 +54,17 @@ check-format: $(VENV)/dev.stamp  ## fail if format would change a file
 bench-step: $(VENV)/run.stamp  ## training speed against the matmul peak and a plain PyTorch stack
 	$(PY) bench.py --what=step
 
-bench-ops: $(VENV)/run.stamp  ## attention operators beside softmax attention, against time
-	$(PY) bench.py --what=ops --batch_size=2
+bench-ops: $(VENV)/dev.stamp  ## attention operators beside softmax attention and naive loops, against time
+	$(PY) bench.py --what=ops --peers=true
 
 kernel-report: $(VENV)/run.stamp  ## registers, spills, shared memory and tensor-core instructions of each Triton kernel
 	$(PY) -m kernels.report
+
+GPU_SHAPES = 8x1024x8x64x64,32x1024x6x64x128,4x4096x16x128x128,1x32768x16x128x128
+
+gpu: $(VENV)/dev.stamp  ## on a CUDA machine: every kernel configuration against the oracle, then times beside fla and SDPA
+	$(PY) -m pytest -m gpu
+	$(PY) bench.py --what=ops --device=cuda --dtype=bfloat16 --peers=true --autotune=true --shapes=$(GPU_SHAPES)
 
 clean:  ## remove the environment, caches and runs; prepared data stays
 	rm -rf $(VENV) out .pytest_cache .ruff_cache .hypothesis

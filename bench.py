@@ -10,7 +10,9 @@ Timings are medians over interleaved rounds (A B A B), with minimum and maximum,
 none of them.
 """
 
+import copy
 import functools
+import importlib.util
 import json
 import os
 import statistics
@@ -23,6 +25,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import config
+import kernels.gla
+import kernels.gsa
 from config import ConfigError, key
 from data import DataError, Dataset, SymbolsCodec, write_meta, write_split
 from kernels.gla import gla
@@ -44,13 +48,14 @@ class BenchConfig:
     what: str = key("step", "what to measure", choices=("step", "ops", "decode", "quality", "curves"))
     rounds: int = key(5, "interleaved rounds", low=1)
     seconds: float = key(2.0, "time for each measurement of a round", low=0.01)
-    batch_size: int = key(16, "sequences of a step, with a shape given; of ops", low=1)
+    batch_size: int = key(16, "sequences of a step, with a shape given", low=1)
     tokens: int = key(500, "tokens to sample (decode)", low=1)
     operators: str = key("", "operators, comma-separated; empty: all (ops)")
-    lengths: str = key("1024,4096,16384", "sequence lengths (ops)")
-    heads: int = key(4, "heads (ops)", low=1)
-    key_dim: int = key(64, "key size of a head (ops)", low=1)
-    value_dim: int = key(64, "value size of a head (ops)", low=1)
+    shapes: str = key(
+        "2x1024x4x64x64,2x4096x4x64x64,2x16384x4x64x64", "batch x time x heads x key size x value size, ... (ops)"
+    )
+    peers: bool = key(False, "other implementations beside ours, from fla-core (ops)")
+    autotune: bool = key(False, "try every configuration of the Triton kernels first (ops)")
     out_dir: str = key("", "folders of runs, comma-separated (quality, curves)")
     dataset: str = key("", "data set (quality); empty: the one that a checkpoint was trained on")
     split: str = key("val,test", "splits (quality)")
@@ -211,10 +216,39 @@ OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T
     "gla_exact": lambda q, k, v, g, s: gla(q, k, v, g)[0],
     "gsa": lambda q, k, v, g, s: gsa(q, k, v, -torch.expm1(s), s, scale=1.0)[0],
 }
+PEERS = {  # name: ours, device, module of fla-core, function, how it is called
+    "gla, fla naive": ("gla", "cpu", "gla/naive", "naive_recurrent_gla", lambda f, q, k, v, g, s: f(q, k, v, g)[0]),
+    "gsa, fla naive": (
+        "gsa", "cpu", "gsa/naive", "naive_recurrent_gsa",
+        lambda f, q, k, v, g, s: f(q, k, v, -torch.expm1(s), s, 1.0)[0],
+    ),
+    "gla, fla chunk": ("gla", "cuda", "gla", "chunk_gla", lambda f, q, k, v, g, s: f(q, k, v, g)[0]),
+    "gsa, fla chunk": (
+        "gsa", "cuda", "gsa", "chunk_gsa",
+        lambda f, q, k, v, g, s: f(q, k, v, -torch.expm1(s), s, scale=1.0)[0],
+    ),
+}  # fmt: skip
+NAIVE_LIMIT = 1024  # tokens; a loop over time takes a second for these already
 
 
-def operator_inputs(B, T, bench, runtime):
-    H, K, V = bench.heads, bench.key_dim, bench.value_dim
+def peer(name):
+    """The operator of fla-core as one of OPERATORS. Its naive files are read by path: the package wants a GPU."""
+    _, device, module, function, call = PEERS[name]
+    spec = importlib.util.find_spec("fla")
+    if spec is None:
+        raise ConfigError("--peers needs fla-core: pip install -r requirements-dev.txt -c requirements.txt")
+    if device == "cuda":
+        found = importlib.import_module("fla.ops." + module)
+    else:
+        path = os.path.join(spec.submodule_search_locations[0], "ops", module + ".py")
+        file = importlib.util.spec_from_file_location(module.replace("/", "_"), path)
+        found = importlib.util.module_from_spec(file)
+        file.loader.exec_module(found)
+    return functools.partial(call, getattr(found, function))
+
+
+def operator_inputs(shape, runtime):
+    B, T, H, K, V = shape
     options = dict(device=runtime.device, dtype=getattr(torch, runtime.dtype))
     q, k, v = (torch.randn(B, T, H, d, **options) for d in (K, K, V))
     g, s = (F.logsigmoid(torch.randn(B, T, H, d, device=runtime.device)) / 16 for d in (K, 64))
@@ -226,31 +260,65 @@ def operator_step(call, inputs):
     return torch.autograd.grad(o, inputs, torch.ones_like(o), allow_unused=True)
 
 
+def peak_memory(step, device_type):
+    """MiB that a forward and backward pass takes at its peak beyond its inputs, gradients included. CUDA only."""
+    if device_type != "cuda":
+        return "-"
+    synchronize(device_type)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    synchronize(device_type)
+    return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:,.0f}"
+
+
+def parse_shapes(text):
+    try:
+        shapes = [tuple(int(n) for n in shape.split("x")) for shape in text.split(",")]
+    except ValueError:
+        shapes = [()]
+    if any(len(shape) != 5 or min(shape) < 1 for shape in shapes):
+        raise ConfigError(f"--shapes={text}: write batch x time x heads x key size x value size, as 2x1024x4x64x64")
+    return shapes
+
+
 def bench_operators(bench, runtime):
-    """Forward, and forward and backward, of each operator at each length, with the ratio to SDPA of the same round."""
+    """Forward, and forward and backward, of each operator at each shape, with the ratio to SDPA of the same round."""
     names = [n.strip() for n in bench.operators.split(",") if n.strip()] or list(OPERATORS)
     unknown = [n for n in names if n not in OPERATORS]
     if unknown:
         raise ConfigError(f"--operators: no {unknown[0]!r}; write some of {', '.join(OPERATORS)}")
     names = ["softmax"] + [n for n in names if n != "softmax"]
-    H, K, V = bench.heads, bench.key_dim, bench.value_dim
-    print(f"batch {bench.batch_size}, {H} heads, keys {K}, values {V}, 64 slots, {bench.rounds} rounds")
-    print("| operator | T | forward ms | forward + backward ms | of softmax | us a token |\n" + "|---" * 6 + "|")
-    for T in (int(t) for t in bench.lengths.split(",")):
-        inputs = operator_inputs(bench.batch_size, T, bench, runtime)
-        calls = {name: functools.partial(OPERATORS[name], *inputs) for name in names}
-        steps = {name: functools.partial(operator_step, calls[name], inputs) for name in names}
-        forward, both = {n: [] for n in names}, {n: [] for n in names}
+    others = [n for n in PEERS if bench.peers and PEERS[n][0] in names and PEERS[n][1] == runtime.device_type]
+    functions = OPERATORS | {name: peer(name) for name in others}
+    kernels.gla.AUTOTUNE = kernels.gsa.AUTOTUNE = bench.autotune
+    print(f"slots 64, {bench.rounds} rounds; memory beyond the inputs, in MiB, forward + backward")
+    print("| operator | B x T x H x K x V | forward ms | forward + backward ms | of softmax | ns a token | memory |")
+    print("|---" * 7 + "|")
+    checked = []
+    for shape in parse_shapes(bench.shapes):
+        inputs = operator_inputs(shape, runtime)
+        here = names + [n for n in others if shape[1] <= NAIVE_LIMIT or "naive" not in n]
+        calls = {name: functools.partial(functions[name], *inputs) for name in here}
+        steps = {name: functools.partial(operator_step, calls[name], inputs) for name in here}
+        for name in here[len(names) :]:
+            with torch.no_grad():
+                ours, theirs = calls[PEERS[name][0]]().double(), calls[name]().double()
+            error = (ours - theirs).norm() / theirs.norm()
+            checked.append(f"{name} at {shape}: its output differs from ours by {error:.1e} of its norm")
+        forward, both = {n: [] for n in here}, {n: [] for n in here}
         for i in range(bench.rounds):
-            for name in names if i % 2 == 0 else names[::-1]:
+            for name in here if i % 2 == 0 else here[::-1]:
                 with torch.no_grad():
                     forward[name].append(1000 * timed(calls[name], bench.seconds / 4, runtime.device_type))
                 both[name].append(1000 * timed(steps[name], bench.seconds, runtime.device_type))
-        for name in names:
+        for name in here:
             ratio = spread([a / b for a, b in zip(both[name], both["softmax"])], 3)
-            each = 1000 * statistics.median(both[name]) / (bench.batch_size * T)
-            row = (name, T, spread(forward[name], 2), spread(both[name], 2), ratio, f"{each:.2f}")
+            each = 1e6 * statistics.median(both[name]) / (shape[0] * shape[1])
+            row = (name, " x ".join(map(str, shape)), spread(forward[name], 2), spread(both[name], 2), ratio)
+            row += (f"{each:,.0f}", peak_memory(steps[name], runtime.device_type))
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    print("\n".join(checked))
 
 
 # -----------------------------------------------------------------------------
@@ -279,6 +347,39 @@ def bench_decode(c, bench, runtime):
     print(f"  recomputed  {spread(rates[False], 0)} tokens/s")
     print(f"  cached / recomputed {spread([a / b for a, b in zip(times[False], times[True])])}")
     print(f"  same greedy text: {torch.equal(texts[True], texts[False])}", flush=True)
+    if c.pos_emb != "learned":  # learned positions end with the block
+        bench_positions(model, bench, runtime)
+
+
+@torch.inference_mode()
+def bench_positions(model, bench, runtime):
+    """The cost of one token early and late in a text, in the same rounds, and the bytes that the state holds."""
+    positions = (10, 10_000)
+    states, times = [], {pos: [] for pos in positions}
+    with runtime.autocast():
+        for pos in positions:
+            state = model.init_state(1)
+            for piece in torch.randint(model.config.vocab_size, (1, pos), device=runtime.device).split(1024, 1):
+                state = model.step(piece, state)[1]
+            states.append(state)
+        token = torch.randint(model.config.vocab_size, (1, 1), device=runtime.device)
+        for i in range(4 * bench.rounds):
+            for pos, state in list(zip(positions, states))[:: 1 if i % 2 == 0 else -1]:
+                run = functools.partial(model.step, token, copy.deepcopy(state))
+                times[pos].append(1e6 * timed(run, bench.seconds / 8, runtime.device_type))
+    for pos, state in zip(positions, states):
+        print(f"  a token at position {pos:,}: {spread(times[pos], 0)} us, state {state_bytes(state.layers):,} bytes")
+    early, late = (times[pos] for pos in positions)
+    print(f"  late / early {spread([b / a for a, b in zip(early, late)], 3)}", flush=True)
+
+
+def state_bytes(state):
+    """Bytes of all tensors in a decoding state."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, (list, tuple)):
+        return sum(state_bytes(s) for s in state)
+    return sum(state_bytes(s) for s in vars(state).values()) if hasattr(state, "__dict__") else 0
 
 
 # -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from . import interpreting, jit, tl, triton, warn_once
 from .gla import LOG2E, double_sums, tree_masks
 
 CHUNK = 64  # tokens a chunk, in every backend
-SEGMENT = 8192  # token-heads that the chunked form works on at a time, so that its blocks stay in cache
+SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its blocks stay in cache
 FACTOR_MIN = -1.25  # gates at or above this, with at most e^FACTOR_SUM of decay over a chunk, may be factorised
 FACTOR_SUM = -60.0
 
@@ -155,9 +155,13 @@ def store(out, x):
 
 def segments(B, T, H):
     """(first token, tokens, chunks, chunk length) of each segment; a segment is a whole number of chunks."""
-    C = min(CHUNK, 1 << (T - 1).bit_length())
+    C = chunk_length(T)
     step = segment_length(B, H)
     return [(t, min(step, T - t), -(-min(step, T - t) // C), C) for t in range(0, T, step)]
+
+
+def chunk_length(T):
+    return min(CHUNK, 1 << (T - 1).bit_length())
 
 
 def segment_length(B, H):
@@ -165,25 +169,23 @@ def segment_length(B, H):
 
 
 def chunk_fwd(q, k, v, s, g, hk, hv, scale):
-    """-> o, the final states, and for the backward pass the logits without their own token, and states at borders."""
+    """-> o, the final states, and for the backward pass the logits without their own token, and the states at the
+    chunk borders, keys and values side by side (chunks + 1, B * H, M, K + V)."""
     B, T, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
     acc = accumulator(q)
     o, z = v.new_empty(v.shape), s.new_empty(s.shape, dtype=acc)
-    parts = segments(B, T, H)
-    borders = z.new_empty(len(parts) + 1, B * H, M, K + V)
+    borders = z.new_empty(borders_shape(q, v, s))
     borders[0].zero_()
     if hk is not None:
         borders[0, ..., :K].copy_(hk.mT.flatten(0, 1))
         borders[0, ..., K:].copy_(hv.flatten(0, 1))
-    for i, (t, size, n, C) in enumerate(parts):
+    for t, size, n, C in segments(B, T, H):
         here = slice(t, t + size)
         qc = load(n, C, acc, q[:, here]).mul_(scale)
         kv = load(n, C, acc, k[:, here], v[:, here])
         sc, gc = load(n, C, acc, s[:, here]), load(n, C, acc, g[:, here])
         decay = Decay(gc, sc)
-        S = states(borders[i], decay, kv, n)
-        borders[i + 1].copy_(S[n])
-        S = S[:n].flatten(0, 1)  # (N, M, K + V)
+        S = walk(borders[t // C : t // C + n + 1], decay, kv)
         P, own = causal_scores(qc, kv[..., :K])
         zc = decay.gather(P, torch.bmm(qc, S[..., :K].mT))
         store(z[:, here], zc)
@@ -194,15 +196,18 @@ def chunk_fwd(q, k, v, s, g, hk, hv, scale):
     return o, last[..., :K].mT.contiguous(), last[..., K:].contiguous(), z, borders
 
 
-def states(first, decay, kv, n):
-    """The states at the n + 1 chunk borders of a segment, keys and values side by side: (n + 1, BH, M, K + V)."""
-    S = first.new_empty(n + 1, *first.shape)
-    S[0].copy_(first)
-    U = torch.bmm((decay.s * decay.tail).mT, kv).view(n, *first.shape)
-    total = decay.head[:, -1].view(n, -1, S.shape[2], 1)
-    for c in range(n):
+def borders_shape(q, v, s):
+    (B, T, H, K), C = q.shape, chunk_length(q.shape[1])
+    return -(-T // C) + 1, B * H, s.shape[-1], K + v.shape[-1]
+
+
+def walk(S, decay, kv):
+    """From the state S[0] the others of S (n + 1, BH, M, K + V), at the borders of n chunks. -> S[:n] (N, M, K + V)"""
+    U = torch.bmm((decay.s * decay.tail).mT, kv).view(-1, *S.shape[1:])
+    total = decay.head[:, -1].view(len(U), -1, S.shape[2], 1)
+    for c in range(len(U)):
         torch.addcmul(U[c], total[c], S[c], out=S[c + 1])
-    return S
+    return S[:-1].flatten(0, 1)
 
 
 def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale):
@@ -215,12 +220,12 @@ def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale):
         dS[..., :K].copy_(dhk.mT.flatten(0, 1))
     if dhv is not None:
         dS[..., K:].copy_(dhv.flatten(0, 1))
-    for i, (t, size, n, C) in reversed(list(enumerate(segments(B, T, H)))):
+    for t, size, n, C in reversed(segments(B, T, H)):
         here = slice(t, t + size)
         q_, k_, v_, s_, g_, z_, do_ = (x[:, here] for x in (q, k, v, s, g, z, do))
         qc, kv = load(n, C, acc, q_).mul_(scale), load(n, C, acc, k_, v_)
         sc, gc, zc, dc = (load(n, C, acc, x) for x in (s_, g_, z_, do_))
-        *parts, dS = segment_bwd(qc, kv, sc, gc, zc, dc, borders[i], dS)
+        *parts, dS = segment_bwd(qc, kv, sc, gc, zc, dc, borders[t // C : t // C + n], dS)
         parts[0].mul_(scale)
         for grad, part in zip(grads, parts):
             store(grad[:, here], part)
@@ -228,13 +233,13 @@ def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale):
     return *grads, dS[..., :K].mT.contiguous(), dS[..., K:].contiguous()
 
 
-def segment_bwd(q, kv, s, g, z, do, first, last):
-    """One segment of n chunks; every block is (N, C, its width), q scaled. `first` is the state at its start, `last`
-    the gradient of the state at its end. -> the gradients of scaled q, k, v, s, g, and of the first state."""
-    K, n = q.shape[-1], len(q) // len(first)
+def segment_bwd(q, kv, s, g, z, do, S, last):
+    """One segment of n chunks; every block is (N, C, its width), q scaled. S are the states at the chunks' starts, `last`
+    is the gradient of the state at the segment's end. -> the gradients of scaled q, k, v, s, g, and of the first state."""
+    K, n = q.shape[-1], len(S)
     k, v = kv[..., :K], kv[..., K:]
     decay = Decay(g, s)
-    S = states(first, decay, kv, n)[:n].flatten(0, 1)  # (N, M, K + V)
+    S = S.flatten(0, 1)  # (N, M, K + V)
     # second pass: o = A v + (p * head) S, then the softmax
     P, own = causal_scores(q, k)
     p = torch.softmax(torch.addcmul(z, own, s), -1)
@@ -244,11 +249,11 @@ def segment_bwd(q, kv, s, g, z, do, first, last):
     dy = torch._softmax_backward_data(dp.addcmul_(dA_own, s), p, -1, p.dtype)
     x.addcmul_(z, dy)
     # the gradient of the state, from the last chunk to the first
-    U, dS = torch.empty_like(S), first.new_empty(n + 1, *first.shape)
+    U, dS = torch.empty_like(S), last.new_empty(n + 1, *last.shape)
     U[..., :K] = torch.bmm((dy * decay.head).mT, q)
     U[..., K:] = torch.bmm((p * decay.head).mT, do)
     dS[n] = last
-    U, total = U.view(n, *first.shape), decay.head[:, -1].view(n, -1, s.shape[-1], 1)
+    U, total = U.view(n, *last.shape), decay.head[:, -1].view(n, -1, s.shape[-1], 1)
     for c in reversed(range(n)):
         torch.addcmul(U[c], total[c], dS[c + 1], out=dS[c])
     end = dS[1:].flatten(0, 1)  # (N, M, K + V), at the end of each chunk
@@ -262,7 +267,7 @@ def segment_bwd(q, kv, s, g, z, do, first, last):
     ds = decay.scatter(dA, p, P, dy)
     x.addcmul_(s, ds, value=-1)
     carried = torch.bmm(kv, end.mT).mul_(decay.tail)
-    dg = gate_gradient(x, carried * s, S.mul_(end).sum(-1).mul_(decay.head[:, -1]))
+    dg = gate_gradient(x, carried * s, torch.mul(S, end, out=U.flatten(0, 1)).sum(-1).mul_(decay.head[:, -1]))
     ds.add_(carried).addcmul_(own, dy).addcmul_(dA_own, p)
     return dq, dk, dv, ds, dg, dS[0]
 
@@ -270,8 +275,8 @@ def segment_bwd(q, kv, s, g, z, do, first, last):
 def gate_gradient(x, carried, through):
     """dg_t = sum of x from t to the chunk's end + sum of `carried` before t + what passes `through` the whole chunk."""
     C = x.shape[1]
-    both = torch.cat((lower(C, x).mT, lower(C, x, -1)), 1)  # (C, 2C)
-    return torch.bmm(both.expand(len(x), C, 2 * C), torch.cat((x, carried), 1)).add_(through.unsqueeze(1))
+    from_here, before = (m.expand(len(x), C, C) for m in (lower(C, x).mT, lower(C, x, -1)))
+    return torch.bmm(from_here, x).baddbmm_(before, carried).add_(through.unsqueeze(1))
 
 
 # ----------------------------------------------------------------------------- Triton
@@ -799,8 +804,7 @@ def fwd_op(q, k, v, s, g, hk, hv, scale, backend):
 def _(q, k, v, s, g, hk, hv, scale, backend):
     B, T, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
     acc = accumulator(q)
-    parts = 1 + -(-T // segment_length(B, H))
-    borders = (0,) if backend == "triton" else (parts, B * H, M, K + V)
+    borders = (0,) if backend == "triton" else borders_shape(q, v, s)
     return (
         v.new_empty(v.shape),
         q.new_empty(B, H, K, M, dtype=acc),

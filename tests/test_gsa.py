@@ -467,6 +467,37 @@ def test_at_most_eight_launches(monkeypatch):
     assert 0 < len(launched) <= 8
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("gate", ["normaliser 8", "mixed", "decades"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, "triton fp32"), (torch.bfloat16, "bf16")])
+@pytest.mark.parametrize("T, widths", [(1, (16, 16, 16)), (100, (64, 64, 64)), (1000, (128, 128, 64)),
+                                       (200, (60, 96, 33)), (130, (256, 192, 128)), (70, (64, 64, 256))])  # fmt: skip
+def test_on_a_gpu(T, widths, dtype, tolerance, gate):
+    on_gpu(T, widths, dtype, tolerance, gate)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name, i", [(name, i) for name in module.KERNELS for i in range(len(module.KERNELS[name][1]))])
+def test_every_configuration_on_a_gpu(name, i, width, monkeypatch):
+    kernel, configs = module.KERNELS[name]
+    monkeypatch.setitem(module.KERNELS, name, (kernel, [configs[i]]))
+    on_gpu(200, (width, width, 64), torch.bfloat16, "bf16", "mixed")
+
+
+def on_gpu(T, widths, dtype, tolerance, gate):
+    ins, outs = draw(T, *widths, gate, B=2)
+    ins[:3] = [x.to(dtype).double() for x in ins[:3]]  # q, k, v; slots and gates stay fp32
+    want = run(ins, outs, "recurrent")
+    leaves = [x.to("cuda", dtype if i < 3 else torch.float32).requires_grad_() for i, x in enumerate(ins)]
+    o, state = gsa(*leaves[:5], None, tuple(leaves[5:]), True, "triton")
+    loss = sum((x.double() * y.cuda()).sum() for x, y in zip((o, *state), outs))
+    have = [x.detach().double().cpu() for x in (o, *state, *torch.autograd.grad(loss, leaves))]
+    assert_close(have, want, TOLERANCE[tolerance])
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "memory":
         measure_memory(int(sys.argv[2]))
