@@ -234,8 +234,8 @@ def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale):
 
 
 def segment_bwd(q, kv, s, g, z, do, S, last):
-    """One segment of n chunks; every block is (N, C, its width), q scaled. S are the states at the chunks' starts, `last`
-    is the gradient of the state at the segment's end. -> the gradients of scaled q, k, v, s, g, and of the first state."""
+    """One segment of n chunks; every block is (N, C, its width), q scaled. S: the states at the chunks' starts, `last`:
+    the gradient of the state at the segment's end. -> the gradients of scaled q, k, v, s, g, and of the first state."""
     K, n = q.shape[-1], len(S)
     k, v = kv[..., :K], kv[..., K:]
     decay = Decay(g, s)
@@ -802,7 +802,7 @@ def fwd_op(q, k, v, s, g, hk, hv, scale, backend):
 
 @fwd_op.register_fake
 def _(q, k, v, s, g, hk, hv, scale, backend):
-    B, T, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
+    B, _, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
     acc = accumulator(q)
     borders = (0,) if backend == "triton" else borders_shape(q, v, s)
     return (
