@@ -495,7 +495,7 @@ def main(argv):
     if bench.what == "ops":
         bench_operators(bench, runtime)
         return 0
-    explicit = {k: getattr(model_config, k) for k in given if hasattr(model_config, k)}
+    explicit = config.explicit(model_config, given)
     own = explicit.keys() - {"attention_type"}  # a shape of the user's, or nanoGPT's
     if bench.what == "decode":
         shape = dict(vocab_size=256) if own else {k: v for k, v in NANOGPT_SHAPES[2].items() if k != "batch_size"}

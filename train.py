@@ -184,7 +184,7 @@ def make_model(cfg, model_config, given, dataset):
 
     A checkpoint or GPT-2 decides the shape; keys given explicitly replace its values, except on resume, where a
     different model is an error."""
-    explicit = {k: getattr(model_config, k) for k in given if hasattr(model_config, k)}
+    explicit = config.explicit(model_config, given)
     if cfg.init_from == "scratch":
         size = model_config.vocab_size or dataset.vocab_size
         model = GPT(config.override(model_config, vocab_size=size))
@@ -806,7 +806,7 @@ def train(model_config, cfg, given, world, device):
     runtime = config.resolve_device(device, cfg.dtype, cfg.compile)
     dataset = Dataset(cfg.dataset)
     if cfg.dry_run:
-        explicit = {k: getattr(model_config, k) for k in given if hasattr(model_config, k)}
+        explicit = config.explicit(model_config, given)
         if cfg.init_from != "scratch":
             model_config = stored_config(read_checkpoint(source_folder(cfg)), **explicit)
         dry_run(model_config, cfg, dataset)

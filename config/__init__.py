@@ -68,6 +68,11 @@ def build(record, values):
         raise ConfigError(str(error)) from None
 
 
+def explicit(record, given):
+    """The values of a record that were written in a file or on the command line, by `load`'s third answer."""
+    return {name: getattr(record, name) for name in given if hasattr(record, name)}
+
+
 def override(record, **values):
     """`record` with some values replaced and checked again."""
     return build(type(record), dataclasses.asdict(record) | values)

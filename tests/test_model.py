@@ -294,3 +294,9 @@ def test_foreign_checkpoints_are_named(tmp_path, stored, said):
 def test_missing_checkpoint(tmp_path):
     with pytest.raises(ModelError, match="train one"):
         GPT.from_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_damaged_weights_are_named(temperature):
+    with pytest.raises(ModelError, match="not a number"):
+        sample_token(torch.tensor([[0.0, float("nan")]]), temperature, None, None)

@@ -107,6 +107,28 @@ def test_step_and_decode_print_their_figures(capsys):
     assert "same greedy text: True" in capsys.readouterr().out
 
 
+def test_operators_beside_softmax_and_the_naive_loops(capsys):
+    options = ["--shapes=1x40x2x16x24,2x33x1x16x16", "--rounds=1", "--seconds=0.01", "--device=cpu", "--peers=true"]
+    assert bench.main(["--what=ops", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")][1:]
+    assert [row[0] for row in rows[: len(rows) // 2]] == [*bench.OPERATORS, "gla, fla naive", "gsa, fla naive"]
+    assert rows[0][4].startswith("1.000") and all(float(row[3].split()[0].replace(",", "")) > 0 for row in rows)
+    errors = [float(re.search(r"by (\S+) of its norm", line)[1]) for line in lines if "differs" in line]
+    assert len(errors) == 4 and max(errors) < 1e-5
+    with pytest.raises(config.ConfigError, match="--shapes"):
+        bench.main(["--what=ops", "--shapes=2x3"])
+
+
+def test_decoding_costs_by_position_and_state_size(capsys):
+    tiny = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--rounds=1", "--device=cpu"]
+    options = ["--what=decode", "--attention_type=gla", "--pos_emb=none", "--tokens=5", "--seconds=0.05"]
+    assert bench.main([*options, *tiny]) == 0
+    out = capsys.readouterr().out
+    assert out.count(f"state {2 * 16 * 32 * 4:,} bytes") == 2  # two layers of one head, 16 x 32 floats
+    assert "late / early" in out
+
+
 def test_curves_write_a_picture(checkpoint, tmp_path):
     assert bench.main(["--what=curves", checkpoint, f"--png={tmp_path / 'a' / 'curves.png'}"]) == 0
     assert (tmp_path / "a" / "curves.png").read_bytes()[:4] == b"\x89PNG"
