@@ -15,6 +15,7 @@ The attention protocol, the same for each type:
 import json
 import math
 import os
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -126,7 +127,8 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.d_head = config.n_head, config.d_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * self.n_head * self.d_head, bias=config.bias)
+        self.parts = dict.fromkeys("qkv", self.n_head * self.d_head)  # the rows of c_attn
+        self.c_attn = nn.Linear(config.n_embd, sum(self.parts.values()), bias=config.bias)
         self.c_proj = nn.Linear(self.n_head * self.d_head, config.n_embd, bias=config.bias)
         self.resid_dropout = make_dropout(config)
         self.dropout = config.dropout
@@ -216,8 +218,9 @@ class GatedLinearAttention(nn.Module):
         self.n_head = config.gla_n_head or max(1, config.n_embd // 128)  # few, wide heads: 4 do better than 8 or 16
         self.d_k = round(config.n_embd * config.gla_expand_k / self.n_head)
         self.d_v = round(config.n_embd * config.gla_expand_v / self.n_head)
-        self.widths = [self.n_head * d for d in (self.d_k, self.d_k, self.d_v, self.d_v)] + [config.gla_gate_rank]
-        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=False)  # q, k, v, r and the gate's first factor
+        widths = [self.n_head * d for d in (self.d_k, self.d_k, self.d_v, self.d_v)] + [config.gla_gate_rank]
+        self.parts = dict(zip("qkvrz", widths))  # the rows of c_attn; z is the first factor of the gate
+        self.c_attn = nn.Linear(config.n_embd, sum(widths), bias=False)
         self.c_gate = nn.Linear(config.gla_gate_rank, self.n_head * self.d_k)
         self.ln_o = nn.RMSNorm(self.d_v, eps=1e-5)
         self.c_proj = nn.Linear(self.n_head * self.d_v, config.n_embd, bias=config.bias)
@@ -256,7 +259,7 @@ class GatedLinearAttention(nn.Module):
         return {"decay": g.exp().mean((0, 1, 3)), "state_norm": state.norm(dim=(2, 3)).mean(0)}
 
     def _inputs(self, x):
-        q, k, v, r, z = self.c_attn(x).split(self.widths, -1)
+        q, k, v, r, z = self.c_attn(x).split(list(self.parts.values()), -1)
         q, k, v = (t.unflatten(-1, (self.n_head, -1)) for t in (q, k, v))  # (B, T, H, K), (B, T, H, K), (B, T, H, V)
         z = self.c_gate(z)
         z = z if z.dtype == torch.float64 else z.float()  # a decay near 1 needs the digits
@@ -282,8 +285,8 @@ class GatedSlotAttention(nn.Module):
         self.n_head, self.n_slot = config.gsa_n_head or max(1, config.n_embd // 128), config.gsa_slots
         self.d_head = config.n_embd // self.n_head
         inner = self.n_head * self.d_head
-        self.widths = [inner, inner, inner, self.n_head * self.n_slot]
-        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=False)  # q, k, v and the forget gates
+        self.parts = dict(q=inner, k=inner, v=inner, f=self.n_head * self.n_slot)  # the rows of c_attn; f forgets
+        self.c_attn = nn.Linear(config.n_embd, sum(self.parts.values()), bias=False)
         self.ln_o = nn.RMSNorm(inner, eps=1e-5)
         self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
         self.resid_dropout = make_dropout(config)
@@ -318,7 +321,8 @@ class GatedSlotAttention(nn.Module):
         return {"decay": decay.mean(-1), "slot_decay": decay}
 
     def _inputs(self, x):
-        q, k, v, f = (t.unflatten(-1, (self.n_head, -1)) for t in self.c_attn(x).split(self.widths, -1))
+        parts = self.c_attn(x).split(list(self.parts.values()), -1)
+        q, k, v, f = (t.unflatten(-1, (self.n_head, -1)) for t in parts)
         f = f if f.dtype == torch.float64 else f.float()  # (B, T, H, M)
         g = F.logsigmoid(f) / self.normalizer
         s = -torch.expm1(g)  # 1 - a without cancellation: a nearly closed slot still learns
@@ -431,13 +435,13 @@ class Block(nn.Module):
 
     def forward(self, x):
         y, penalty = self.attn(self.ln_1(x))
-        return self._add_mlp(x + y), penalty
+        return self.add_mlp(x + y), penalty
 
     def step(self, x, state):
         y, state = self.attn.step(self.ln_1(x), state)
-        return self._add_mlp(x + y), state
+        return self.add_mlp(x + y), state
 
-    def _add_mlp(self, x):
+    def add_mlp(self, x):
         return x if self.mlp is None else x + self.mlp(self.ln_2(x))
 
 
@@ -526,8 +530,9 @@ class GPT(nn.Module):
         x, seen = self.embed(idx, 0), []
         for block in self.transformer.h:
             entry = block.ln_1(x)
-            seen.append((entry, block.attn(entry)[0]))
-            x, _ = block(x)
+            y, _ = block.attn(entry)
+            seen.append((entry, y))
+            x = block.add_mlp(x + y)
         return seen
 
     # decoding
@@ -684,19 +689,29 @@ class LoadReport:
     left: list
 
     def __str__(self):
+        in_part = [name for name in self.copied if "[" in name]
+        lists = {"in part": in_part, "new (not in the file)": self.new, "left (not in the model)": self.left}
         parts = [f"copied {len(self.copied)} tensors"]
-        parts += [f"new (not in the file): {', '.join(self.new)}"] if self.new else []
-        parts += [f"left (not in the model): {', '.join(self.left)}"] if self.left else []
+        for title, names in lists.items():
+            layers = dict.fromkeys(re.sub(r"\.h\.\d+\.", ".h.*.", name) for name in names)
+            parts += [f"{title}: {', '.join(layers)}"] if names else []
         return "; ".join(parts)
 
 
 @torch.no_grad()
 def load_weights(model, weights):
     """Copy into `model` each tensor of `weights` that fits by name and shape; report the rest. A longer position table
-    gives its first block_size rows."""
+    gives its first block_size rows; of softmax attention the rows of q, k and v go where the attention has as many."""
     own = model.state_dict()  # shares storage with the parameters
-    copied, left = [], []
+    copied, left, partly = [], [], {}
     for name, value in weights.items():
+        if name in own and name.endswith("attn.c_attn.weight") and own[name].shape != value.shape:
+            taken = copy_projections(model.get_submodule(name.removesuffix(".c_attn.weight")), value, weights, name)
+            copied += [f"{name}[{','.join(taken)}]"] if taken else []
+            missing = [part for part in "qkv" if part not in taken]
+            left += [f"{name}[{','.join(missing)}]"] if missing else []
+            partly[name] = taken
+            continue
         if name in own and name.endswith("wpe.weight") and value.size(0) > own[name].size(0):
             value = value[: own[name].size(0)]
         if name in own and own[name].shape == value.shape:
@@ -707,7 +722,27 @@ def load_weights(model, weights):
     done = set(copied)
     if model.config.embedding == "tied" and done & {"lm_head.weight", "transformer.wte.weight"}:
         done |= {"lm_head.weight", "transformer.wte.weight"}
-    return LoadReport(copied, [name for name in own if name not in done], left)
+    new = [name for name in own if name not in done and not partly.get(name)]
+    for name, taken in partly.items():
+        parts = model.get_submodule(name.removesuffix(".c_attn.weight")).parts
+        new += [f"{name}[{','.join(part for part in parts if part not in taken)}]"] if taken else []
+    return LoadReport(copied, new, left)
+
+
+def copy_projections(attn, value, weights, name):
+    """The rows of q, k, v in a softmax layer's c_attn (3 H D, C) into `attn`, where it has parts of that size under
+    these names. Returns the names copied."""
+    layer = name.removesuffix("c_attn.weight")
+    owned = {other.removeprefix(layer).split(".")[0] for other in weights if other.startswith(layer)}
+    parts = getattr(attn, "parts", {})
+    if owned != {"c_attn", "c_proj"} or value.size(1) != attn.c_attn.weight.size(1):
+        return []
+    source, taken = dict(zip("qkv", value.chunk(3))), []
+    for part, rows in zip(parts, attn.c_attn.weight.split(list(parts.values()))):
+        if part in source and source[part].shape == rows.shape:
+            rows.copy_(source[part])
+            taken.append(part)
+    return taken
 
 
 def gpt2_names(weights):

@@ -3,14 +3,20 @@
     python sample.py --out_dir=out --start="The history of" --max_new_tokens=300
     python sample.py --out_dir=out --start=FILE:prompt.txt --num_samples=4 --temperature=0.7 --top_p=0.9
     python sample.py --init_from=gpt2 --start="Once upon a time"
+    python sample.py --compare=out/teacher,out/student --start=FILE:prompts.txt --out=compared.md
 
-One sample is printed as it is drawn; several are drawn in one batch and printed one after the other.
+One sample is printed as it is drawn; several are drawn in one batch and printed one after the other. With --compare
+several checkpoints continue the same prompts, the lines of a prompt file, from the same seed, side by side.
 """
 
 import codecs
+import html
+import itertools
 import json
 import os
+import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +34,8 @@ class SampleConfig:
     out_dir: str = key("out", "folder of the run")
     init_from: str = key("checkpoint", "checkpoint (of out_dir), or gpt2, gpt2-medium, ..., or a Hugging Face folder")
     checkpoint: str = key("", "file in out_dir; empty: best.pt, else ckpt.pt, else model.safetensors")
+    compare: str = key("", "folders of runs, or gpt2, ..., comma-separated: their continuations side by side")
+    out: str = key("", "Markdown file to write them to (compare)")
     dataset: str = key("", "data set whose codec to use; empty: the one of the run")
     start: str = key("\n", "the prompt, or FILE:path")
     num_samples: int = key(1, "continuations, drawn in one batch", low=1)
@@ -43,16 +51,14 @@ class SampleConfig:
     dtype: str = key("auto", "autocast precision", choices=("auto", "float32", "bfloat16", "float16"))
 
 
-def load(cfg):
+def load(cfg, folder):
     """(model, codec): the codec is the data set's, as the run's config.json describes it."""
-    if cfg.init_from != "checkpoint":
-        return GPT.from_pretrained(cfg.init_from), get_codec({"codec": "gpt2"})
-    model = GPT.from_checkpoint(cfg.out_dir, cfg.checkpoint or None)
+    model = GPT.from_checkpoint(folder, cfg.checkpoint or None)
     if model.loaded.new:
-        raise ModelError(f"{cfg.out_dir}: the checkpoint lacks {', '.join(model.loaded.new)}")
+        raise ModelError(f"{folder}: the checkpoint lacks {', '.join(model.loaded.new)}")
     if cfg.dataset:
         return model, Dataset(cfg.dataset).codec
-    path = os.path.join(cfg.out_dir, "config.json")
+    path = os.path.join(folder, "config.json")
     try:
         with open(path, encoding="utf-8") as f:
             meta = json.load(f)["data"]
@@ -63,6 +69,10 @@ def load(cfg):
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{path} is damaged: write --dataset=NAME to name the codec") from None
     return model, get_codec(meta)
+
+
+def load_gpt2(source):
+    return GPT.from_pretrained(source), get_codec({"codec": "gpt2"})
 
 
 def read_prompt(start):
@@ -86,31 +96,79 @@ def print_stream(prompt, tokens, codec):
     sys.stdout.write(decoder.decode(b"", final=True) + "\n")
 
 
-def main(argv):
-    cfg, _ = config.load(argv, SampleConfig)
-    runtime = config.resolve_device(cfg.device, cfg.dtype)
-    model, codec = load(cfg)
-    model.to(runtime.device).eval()
-    ids = codec.encode(read_prompt(cfg.start))
+def stream(cfg, model, codec, prompt, runtime):
+    """The prompt as the codec gives it back, and the tokens (num_samples, 1) that follow, one at a time."""
+    ids = codec.encode(prompt)
     if not ids:
         raise ConfigError("--start is empty: write at least one token")
     if max(ids) >= model.config.vocab_size:
         raise ConfigError(f"--start: token {max(ids)} is beyond the model's vocabulary of {model.config.vocab_size}")
-    prompt = codec.decode_bytes(ids).decode("utf-8", errors="replace")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     torch.manual_seed(cfg.seed)
     idx = torch.tensor([ids], device=runtime.device).expand(cfg.num_samples, -1)
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, vocab_size=codec.vocab_size)
+    tokens = model.stream(idx, cfg.max_new_tokens, use_cache=cfg.use_cache, **options)
+    return codec.decode_bytes(ids).decode("utf-8", errors="replace"), tokens
+
+
+def compare(cfg, runtime):
+    """The continuations of each prompt by each model, in columns on the terminal, and as Markdown tables in cfg.out."""
+    names = [name.strip() for name in cfg.compare.split(",") if name.strip()]
+    prompts = [line for line in read_prompt(cfg.start).splitlines() if line] or [cfg.start]
+    columns = []
+    for name in names:
+        from_hub = name.startswith("gpt2") and not os.path.isdir(name)
+        model, codec = load_gpt2(name) if from_hub else load(cfg, name)
+        model.to(runtime.device).eval()
+        for prompt in prompts:
+            _, tokens = stream(cfg, model, codec, prompt, runtime)
+            columns.append([codec.decode(row) for row in torch.cat(list(tokens), 1).tolist()])
+    width = max(20, (shutil.get_terminal_size().columns - 3 * (len(names) - 1)) // len(names))
+    markdown = []
+    for i, prompt in enumerate(prompts):
+        rows = list(zip(*columns[i :: len(prompts)]))  # one a sample, one text a model
+        print(f"{prompt}\n{side_by_side(names, width)}\n" + "-" * (width * len(names) + 3 * (len(names) - 1)))
+        print("\n\n".join(side_by_side(row, width) for row in rows) + "\n")
+        markdown += [f"## {cell(prompt)}\n", "| " + " | ".join(map(cell, names)) + " |", "|---" * len(names) + "|"]
+        markdown += ["| " + " | ".join(map(cell, row)) + " |" for row in rows] + [""]
+    if cfg.out:
+        os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
+        with open(cfg.out, "w", encoding="utf-8") as f:
+            f.write("\n".join(markdown))
+        print(f"wrote {cfg.out}")
+
+
+def side_by_side(texts, width):
+    """Texts wrapped into columns of `width` characters."""
+    columns = [[part for line in t.splitlines() or [""] for part in textwrap.wrap(line, width) or [""]] for t in texts]
+    lines = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join(" | ".join(part.ljust(width) for part in line).rstrip() for line in lines)
+
+
+def cell(text):
+    """Text that a Markdown table holds as it is."""
+    text = html.escape(text, quote=False).replace("|", "&#124;").replace("`", "&#96;").replace("*", "&#42;")
+    return text.replace("\n", "<br>")
+
+
+def main(argv):
+    cfg, _ = config.load(argv, SampleConfig)
+    runtime = config.resolve_device(cfg.device, cfg.dtype)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     with torch.no_grad(), runtime.autocast():
-        tokens = model.stream(idx, cfg.max_new_tokens, use_cache=cfg.use_cache, **options)
+        if cfg.compare:
+            compare(cfg, runtime)
+            return 0
+        ours = cfg.init_from == "checkpoint"
+        model, codec = load(cfg, cfg.out_dir) if ours else load_gpt2(cfg.init_from)
+        model.to(runtime.device).eval()
+        prompt, tokens = stream(cfg, model, codec, read_prompt(cfg.start), runtime)
         if cfg.num_samples == 1:
             print_stream(prompt, tokens, codec)
             return 0
-        out = torch.cat(list(tokens), 1)
-    for row in out.tolist():
-        print(prompt + codec.decode(row))
-        print("-" * 80)
+        for row in torch.cat(list(tokens), 1).tolist():
+            print(prompt + codec.decode(row))
+            print("-" * 80)
     return 0
 
 

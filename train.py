@@ -75,6 +75,14 @@ class TrainConfig:
     wandb_project: str = key("nanoattention", "project there")
     wandb_run_name: str = key("", "name there; empty: out_dir")
     wandb_mode: str = key("online", "mode there", choices=("online", "offline", "disabled"))
+    teacher: str = key("", "model to distil: a run's folder, gpt2, ..., or a Hugging Face folder")
+    distill: str = key(
+        "none", "what to learn of it: its predictions, or each layer's attention", choices=("none", "kl", "attention")
+    )
+    distill_attention_iters: int = key(0, "steps of distill=attention before those of distill=kl", low=0)
+    distill_ce: float = key(0.0, "weight of cross-entropy beside the divergence", low=0.0)
+    distill_temperature: float = key(1.0, "softens both distributions of the divergence", low=0.1)
+    train_only: str = key("all", "parameters that move", choices=("all", "attention", "masks"))
     seed: int = key(1337, "seed of weights, batches and dropout", low=0, high=2**31 - 1)
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = key("auto", "autocast precision", choices=("auto", "float32", "bfloat16", "float16"))
@@ -89,24 +97,59 @@ class TrainConfig:
             raise ValueError("out_dir is empty: name a folder")
         if self.eval_stride > self.eval_context > 0:
             raise ValueError(f"eval_stride={self.eval_stride} would skip tokens: eval_context is {self.eval_context}")
+        if (self.distill == "none") != (not self.teacher):
+            raise ValueError("distill=kl or distill=attention needs teacher=FOLDER, and a teacher needs one of them")
+        if self.distill == "attention" and self.train_only == "all":
+            raise ValueError("distill=attention moves attention alone: write train_only=attention, or masks")
+        if self.distill_attention_iters and self.distill != "kl":
+            raise ValueError("distill_attention_iters are steps before those of distill=kl")
 
 
 class Objective(nn.Module):
-    """What a step minimises: cross-entropy in nats plus the attention's penalties. DDP and compile wrap this module, so
-    that nothing bypasses them. forward(batch) -> (loss, {"ce", "penalty"})."""
+    """What a step minimises, and its parts, all scalars. DDP and compile wrap this: nothing bypasses their hooks.
 
-    def __init__(self, model):
+        ce + penalty                                     cross-entropy in nats, and the attention's penalties
+        t^2 KL(teacher || student) + w ce + penalty      with a teacher: t softens both, at the same positions
+        error + penalty                                  matching: each layer's attention, fed what the teacher's is fed
+
+    The parts are detached by the reader: compiled, a detach here takes the loss's gradient too."""
+
+    def __init__(self, model, teacher=None, temperature=1.0, ce_weight=0.0):
         super().__init__()
-        self.model = model
+        self.model, self.teacher = model, teacher
+        self.temperature, self.ce_weight = temperature, ce_weight
 
-    def forward(self, batch):
+    def forward(self, batch, matching=False):
         idx, targets = batch  # (B, T) each
+        if matching:
+            error, penalty = self.attention_error(idx)
+            return error + penalty, {"attention_error": error, "penalty": penalty}
         x, penalty = self.model.hidden(idx)
-        ce = cross_entropy(self.model.lm_head(x), targets)
-        return ce + penalty, {
-            "ce": ce,
-            "penalty": penalty,
-        }  # detached by the reader: compiled, a detach here takes both
+        logits = self.model.lm_head(x)
+        ce = cross_entropy(logits, targets)
+        if self.teacher is None:
+            return ce + penalty, {"ce": ce, "penalty": penalty}
+        with torch.no_grad():
+            wanted = self.teacher.lm_head(self.teacher.hidden(idx)[0])
+        kl = kl_divergence(wanted, logits, targets, self.temperature)
+        loss = self.temperature**2 * kl + self.ce_weight * ce + penalty
+        return loss, {"ce": ce, "penalty": penalty, "kl": kl}
+
+    def attention_error(self, idx):
+        """Mean over the layers of |y - y_teacher|^2 / |y_teacher|^2, y the attention's output; and the penalties."""
+        error, penalty = 0.0, 0.0
+        for block, (x, wanted) in zip(self.model.transformer.h, self.teacher.trace(idx)):
+            y, p = block.attn(x)
+            error = error + (y - wanted).float().square().sum() / wanted.float().square().sum()
+            penalty = penalty + p
+        return error / len(self.model.transformer.h), penalty
+
+
+def kl_divergence(teacher_logits, logits, targets, temperature=1.0):
+    """KL(teacher || student) in nats, mean over the positions whose target is not -1. Logits (B, T, V)."""
+    p, q = ((x.float() / temperature).log_softmax(-1) for x in (teacher_logits, logits))
+    scored = targets >= 0
+    return ((p.exp() * (p - q)).sum(-1) * scored).sum() / scored.sum()
 
 
 @dataclass
@@ -198,6 +241,40 @@ def make_model(cfg, model_config, given, dataset):
     return model, None, f"{cfg.init_from}: {model.loaded}"
 
 
+def load_teacher(cfg, model):
+    """The frozen model that `teacher` names, in eval mode; it must read the student's tokens, at all its positions."""
+    ours = is_training_folder(cfg.teacher)
+    if not ours and not os.path.isdir(cfg.teacher) and not cfg.teacher.startswith("gpt2"):
+        raise ConfigError(f"teacher={cfg.teacher}: neither a folder nor gpt2...")
+    teacher = (GPT.from_checkpoint if ours else GPT.from_pretrained)(cfg.teacher).eval().requires_grad_(False)
+    if teacher.loaded.new:
+        raise ModelError(f"{cfg.teacher}: the checkpoint lacks {', '.join(teacher.loaded.new)}")
+    same = ["vocab_size"]
+    if cfg.distill == "attention" or cfg.distill_attention_iters:
+        same += ["n_layer", "n_embd"]
+    for name in same:
+        theirs, mine = getattr(teacher.config, name), getattr(model.config, name)
+        if theirs != mine:
+            raise ConfigError(f"teacher={cfg.teacher} has {name}={theirs}, the student {mine}: they must be equal")
+    if teacher.config.pos_emb == "learned" and teacher.config.block_size < model.config.block_size:
+        raise ConfigError(f"teacher={cfg.teacher} ends at block_size={teacher.config.block_size}: write that, or less")
+    return teacher
+
+
+def freeze(model, train_only):
+    """Only the attention, or only its masks, keep their gradients."""
+    if train_only == "all":
+        return
+    masks = {id(p) for _, p in param_groups(model)["mask"]}
+    chosen = (
+        masks if train_only == "masks" else {id(p) for block in model.transformer.h for p in block.attn.parameters()}
+    )
+    for p in model.parameters():
+        p.requires_grad_(id(p) in chosen)
+    if not chosen:
+        raise ConfigError(f"train_only={train_only}: attention_type={model.config.attention_type} has none to train")
+
+
 def is_training_folder(folder):
     """Whether a folder holds our checkpoints (ckpt.pt, or an export), not a Hugging Face model."""
     if any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "best.pt")):
@@ -234,10 +311,15 @@ def resume_model(cfg, explicit, given):
     return model, stored, f"resumed from {stored['path']} at iteration {stored.get('iter_num', 0)}: {report}"
 
 
+def trainable(model):
+    """The parameter groups without what is frozen."""
+    return {name: [p for _, p in members if p.requires_grad] for name, members in param_groups(model).items()}
+
+
 def make_optimizers(model, cfg, device_type):
     """AdamW over the parameter groups, or with optimizer=muon Muon for the blocks' matrices and AdamW for the rest.
     Each group remembers its peak rate in `peak_lr`."""
-    groups = {name: [p for _, p in members] for name, members in param_groups(model).items()}
+    groups = trainable(model)
     optimizers = []
     if not any(groups.values()):
         raise ModelError("the model has no parameters to train")
@@ -309,6 +391,36 @@ def estimate_loss(model, batches, cfg, runtime, world):
 
 
 @torch.no_grad()
+def compare_with_teacher(model, teacher, batches, runtime, world, chunk=2**24):
+    """Means over the scored tokens of `batches` of (x, y): KL(teacher || student) in nats, the cross-entropy of both,
+    and how often both find the same token likeliest."""
+    was_training = model.training
+    model.eval()
+    kl, ours, theirs, agreed, count = 0.0, 0.0, 0.0, 0.0, 0
+    for x, y in batches:
+        x, y = x.to(runtime.device), y.to(runtime.device)
+        with runtime.autocast():
+            hidden, wanted = (m.hidden(x)[0][y >= 0] for m in (model, teacher))  # (n, C)
+            y, rows = y[y >= 0], chunk // model.config.vocab_size + 1
+            for h, w, t in zip(hidden.split(rows), wanted.split(rows), y.split(rows)):
+                q, p = (m.lm_head(z).float().log_softmax(-1) for m, z in ((model, h), (teacher, w)))
+                kl += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
+                ours, theirs = (a - b.gather(1, t[:, None]).double().sum().item() for a, b in ((ours, q), (theirs, p)))
+                agreed += (q.argmax(-1) == p.argmax(-1)).sum().item()
+                count += len(t)
+    model.train(was_training)
+    *sums, count = world.sum([kl, ours, theirs, agreed, count])
+    return dict(zip(("kl", "student_ce", "teacher_ce", "agreement"), (s / count for s in sums)))
+
+
+def describe_comparison(c):
+    return (
+        f"KL from the teacher {c['kl']:.4f} nats a token, token perplexity {math.exp(c['student_ce']):.3f} (teacher "
+        f"{math.exp(c['teacher_ce']):.3f}), same likeliest token {100 * c['agreement']:.1f} %"
+    )
+
+
+@torch.no_grad()
 def evaluate(model, split, context, stride, batch_size, runtime, world=None, progress=None):
     """Score tokens 1 .. N-1 of a split once each, in eval mode: sum of nats over count.
 
@@ -371,8 +483,8 @@ def print_scores(scores, label, seconds):
     )
 
 
-def full_evaluation(model, dataset, cfg, runtime, world):
-    """The full pass over val and test, printed; returns the rows."""
+def full_evaluation(model, dataset, cfg, runtime, world, teacher=None):
+    """The full pass over val and test, printed; returns the rows. With a teacher, both compared on the same windows."""
     context = cfg.eval_context or model.config.block_size
     if cfg.eval_stride > context:
         raise ConfigError(f"eval_stride={cfg.eval_stride} would skip tokens: the context is {context}")
@@ -390,6 +502,13 @@ def full_evaluation(model, dataset, cfg, runtime, world):
                 )
             if world.master:
                 print_scores(rows[-1], dataset.meta["label"], time.perf_counter() - start)
+            if teacher is not None:
+                passes = windows(split, context, cfg.eval_stride or context, cfg.eval_batch_size)
+                mine = (w for i, w in enumerate(passes) if i % world.size == world.rank)
+                scored = ((x, y.masked_fill(~s, -1)) for x, y, s in mine)
+                comparison = compare_with_teacher(model, teacher, scored, runtime, world)
+                if world.master:
+                    print(f"  {describe_comparison(comparison)}")
     return rows
 
 
@@ -531,13 +650,12 @@ def git_commit():
 class Run:
     """The state of a training run and the steps it takes."""
 
-    def __init__(self, cfg, runtime, world, dataset, model, stored):
+    def __init__(self, cfg, runtime, world, dataset, model, stored, teacher=None):
         self.cfg, self.runtime, self.world, self.dataset, self.model = cfg, runtime, world, dataset, model
         self.batches = Batches(dataset, model.config.block_size, cfg.batch_size, cfg.seed, world.rank, world.size)
         self.optimizers = make_optimizers(model, cfg, runtime.device_type)
-        groups = param_groups(model)
-        self.masks = [p for _, p in groups["mask"]]
-        self.weights = [p for _, p in groups["matrix"] + groups["vector"]]
+        groups = trainable(model)
+        self.masks, self.weights = groups["mask"], groups["matrix"] + groups["vector"]
         self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == "float16")
         self.progress = Progress()
         self.log_size = None
@@ -546,7 +664,8 @@ class Run:
         self.signal = 0
         self.bad_steps = 0
         model.activation_checkpointing = cfg.activation_checkpointing
-        self.objective = Objective(model)
+        self.teacher = teacher
+        self.objective = Objective(model, teacher, cfg.distill_temperature, cfg.distill_ce)
         self.micro_steps = cfg.gradient_accumulation_steps // world.size
 
     def restore(self, stored):
@@ -595,7 +714,8 @@ class Run:
             self.say(note)
         if self.world.size > 1:
             ids = [self.runtime.device] if self.runtime.device_type == "cuda" else None
-            self.objective = DistributedDataParallel(self.objective, device_ids=ids)
+            unused = bool(self.cfg.distill_attention_iters)  # matching reaches the attention only
+            self.objective = DistributedDataParallel(self.objective, device_ids=ids, find_unused_parameters=unused)
         self.log = None
         if self.world.master:
             self.log = Log(self.cfg, self.progress, self.log_size, resolved)
@@ -605,7 +725,8 @@ class Run:
             print(text, flush=True)
 
     def step(self):
-        """One optimizer step. Returns (loss, ce, penalty, grad_norm), means over all its micro-batches."""
+        """One optimizer step. Returns its loss and parts, means over all its micro-batches, and the gradient norm."""
+        matching = self.cfg.distill == "attention" or self.progress.iter_num < self.cfg.distill_attention_iters
         for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * lr_factor(self.cfg, self.progress.iter_num)
         terms = []
@@ -614,16 +735,16 @@ class Run:
             if self.world.size > 1:  # gradients are exchanged once, with the last micro-batch
                 self.objective.require_backward_grad_sync = micro == self.micro_steps - 1
             with self.runtime.autocast():
-                loss, parts = self.objective(batch)
+                loss, parts = self.objective(batch, matching)
             self.scaler.scale(loss / self.micro_steps).backward()
-            terms.append(torch.stack((loss, parts["ce"], parts["penalty"])).detach())
+            terms.append(torch.stack((loss, *parts.values())).detach())
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = self.clip().item()
         means = torch.stack(terms).cpu().double().mean(0)  # read once a step: each reading waits for a GPU
-        loss, ce, penalty = (t / self.world.size for t in self.world.sum(means.tolist()))
-        self.update(loss, norm)
-        return loss, ce, penalty, norm
+        means = [t / self.world.size for t in self.world.sum(means.tolist())]
+        self.update(means[0], norm)
+        return dict(zip(("loss", *parts), means)) | {"grad_norm": norm}
 
     def clip(self):
         """Clip weights and masks apart; returns the norm of all gradients before."""
@@ -663,13 +784,20 @@ class Run:
         if self.progress.iter_num == 0 and self.world.master:  # not before the new run is known to start
             discard_earlier_run(self.cfg.out_dir)
         self.say(f"iteration {self.progress.iter_num}: " + ", ".join(f"{k} loss {v:.4f}" for k, v in losses.items()))
-        if "val" in losses and losses["val"] < self.progress.best_val_loss:
-            self.progress.best_val_loss = losses["val"]
+        comparison = {}
+        if self.teacher is not None and "val" in losses:
+            batches = self.batches.fixed("val", self.cfg.eval_iters)
+            comparison = compare_with_teacher(self.model, self.teacher, batches, self.runtime, self.world)
+            self.say(f"  {describe_comparison(comparison)}")
+        score = comparison.get("kl", losses.get("val", math.inf))  # a student is chosen by its distance to the teacher
+        if score < self.progress.best_val_loss:
+            self.progress.best_val_loss = score
             if self.world.master:
-                extra = dict(iter_num=self.progress.iter_num, best_val_loss=losses["val"])
+                extra = dict(iter_num=self.progress.iter_num, best_val_loss=score)
                 save_checkpoint(os.path.join(self.cfg.out_dir, "best.pt"), self.model, **extra)
         for split, value in losses.items() if self.log else ():
             entry = {"iter": self.progress.iter_num, "split": split, f"{split}_loss": value}
+            entry |= comparison if split == "val" else {}
             self.log.write(**entry, wall_s=self.progress.seconds)
 
     def save(self):
@@ -706,7 +834,7 @@ class Run:
             since, steps = time.perf_counter(), 0
             while progress.iter_num < cfg.max_iters and not stop:
                 start = time.perf_counter()
-                loss, ce, penalty, norm = self.step()
+                terms = self.step()
                 progress.seconds += time.perf_counter() - start
                 progress.iter_num, progress.tokens, steps = (
                     progress.iter_num + 1,
@@ -717,7 +845,7 @@ class Run:
                 stop = self.stop_reason()
                 if progress.iter_num % cfg.log_interval == 0 or progress.iter_num == cfg.max_iters:
                     ms = 1000 * (time.perf_counter() - since) / steps
-                    self.log_step(loss, ce, penalty, norm, ms, tokens_per_step, bar)
+                    self.log_step(terms, ms, tokens_per_step, bar)
                     since, steps = time.perf_counter(), 0
                 at_end = progress.iter_num == cfg.max_iters or stop == -1
                 if progress.iter_num % cfg.eval_interval == 0 or at_end:
@@ -736,16 +864,13 @@ class Run:
             return 128 + stop
         return 0
 
-    def log_step(self, loss, ce, penalty, norm, ms, tokens_per_step, bar):
+    def log_step(self, terms, ms, tokens_per_step, bar):
         if self.log is None:
             return
         rate, lr = tokens_per_step / ms * 1000, self.optimizers[0].param_groups[0]["lr"]
         self.log.write(
             iter=self.progress.iter_num,
-            loss=loss,
-            ce=ce,
-            penalty=penalty,
-            grad_norm=norm,
+            **terms,
             lr=lr,
             ms=ms,
             tokens_per_s=rate,
@@ -754,8 +879,10 @@ class Run:
             wall_s=self.progress.seconds,
             **memory(self.runtime.device_type),
         )
-        extra = f" (ce {ce:.4f}, penalty {penalty:.4f})" if penalty else ""
-        line = f"iter {self.progress.iter_num}: loss {loss:.4f}{extra}, grad norm {norm:.2f}, lr {lr:.2e}, "
+        parts = {k: v for k, v in terms.items() if k not in ("loss", "grad_norm") and (v or k != "penalty")}
+        extra = f" ({', '.join(f'{k} {v:.4f}' for k, v in parts.items())})" if len(parts) > 1 else ""
+        line = f"iter {self.progress.iter_num}: loss {terms['loss']:.4f}{extra}, grad norm {terms['grad_norm']:.2f}, "
+        line += f"lr {lr:.2e}, "
         line += f"{ms:.0f} ms, {rate:,.0f} tokens/s"
         bar.write(line) if not bar.disable else print(line, flush=True)
 
@@ -818,13 +945,15 @@ def train(model_config, cfg, given, world, device):
             f"vocab_size={model.config.vocab_size} is less than the {dataset.vocab_size} of {cfg.dataset}"
         )
     model.to(runtime.device)
+    freeze(model, cfg.train_only)
+    teacher = load_teacher(cfg, model).to(runtime.device) if cfg.teacher else None
     torch.manual_seed(cfg.seed + 1 + world.rank)  # dropout differs between processes, initial weights do not
     if world.master:
         print(f"{what}\n{runtime}\ndata: {dataset.meta['label']}", flush=True)
     os.makedirs(cfg.out_dir, exist_ok=True)
     lock = lock_folder(cfg.out_dir) if world.master else None  # held until the process ends
     if cfg.eval_only:
-        full_evaluation(model, dataset, cfg, runtime, world)
+        full_evaluation(model, dataset, cfg, runtime, world, teacher)
         export(model, cfg.out_dir) if cfg.export and world.master else None
         return 0
     resolved = {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(cfg)}
@@ -833,7 +962,7 @@ def train(model_config, cfg, given, world, device):
         write_atomically(
             os.path.join(cfg.out_dir, "config.json"), lambda f: f.write(json.dumps(resolved, indent=1).encode())
         )
-    run = Run(cfg, runtime, world, dataset, model, stored)
+    run = Run(cfg, runtime, world, dataset, model, stored, teacher)
     run.prepare(resolved)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, frame: setattr(run, "signal", received))

@@ -1,0 +1,269 @@
+"""Conversion and distillation: what is copied, what is compared, what moves."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from conftest import oracle
+from torch.nn import functional as F
+
+import config
+import sample
+import train
+from model import GPT, GPTConfig, load_weights, read_checkpoint
+from train import Objective, compare_with_teacher, kl_divergence
+
+TINY = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
+CPU = config.resolve_device("cpu", "auto")
+
+
+def make(**keys):
+    gpt = GPT(GPTConfig(**(TINY | keys))).eval()
+    for p in gpt.parameters():
+        if p.dim() >= 2:
+            torch.nn.init.normal_(p, std=0.3)
+    return gpt
+
+
+def tokens(B=3, T=16, V=40):
+    idx = torch.randint(V, (B, T + 1))
+    return idx[:, :-1], idx[:, 1:].clone()
+
+
+# the divergence
+
+
+def test_divergence_is_the_mean_over_scored_positions(fresh_rng):
+    p, q = torch.randn(2, 5, 7, dtype=torch.float64), 3 * torch.randn(2, 5, 7, dtype=torch.float64)
+    targets = torch.randint(7, (2, 5))
+    targets[0, 3] = targets[1, 0] = -1
+    for temperature in (1.0, 2.0):
+        want = []
+        for b in range(2):
+            for t in range(5):
+                if targets[b, t] >= 0:
+                    a, c = (torch.softmax(x[b, t] / temperature, 0) for x in (p, q))
+                    want.append(sum(a[i] * math.log(a[i] / c[i]) for i in range(7)))
+        have = kl_divergence(p, q, targets, temperature)
+        assert have.item() == pytest.approx(sum(want).item() / 8, rel=1e-5)
+    twice = kl_divergence(torch.cat((p, p)), torch.cat((q, q)), torch.cat((targets, targets)))
+    assert twice.item() == pytest.approx(kl_divergence(p, q, targets).item())  # a mean, not a sum
+    assert kl_divergence(q, p, targets) != kl_divergence(p, q, targets)
+
+
+def test_divergence_of_certain_teachers_is_finite():
+    p = torch.tensor([[[200.0, -200.0, -1e4]]], requires_grad=True)
+    q = torch.zeros(1, 1, 3, requires_grad=True)
+    kl = kl_divergence(p.detach(), q, torch.zeros(1, 1, dtype=torch.long))
+    assert kl.item() == pytest.approx(math.log(3), rel=1e-6)
+    kl.backward()
+    assert q.grad.isfinite().all() and q.grad.abs().sum() > 0
+
+
+def test_objective_compares_the_same_positions(fresh_rng):
+    """A copy of the teacher has divergence 0 and no gradient; one that predicts a position later has not."""
+    teacher, (idx, targets) = make(), tokens()
+    student = GPT(teacher.config)
+    load_weights(student, teacher.state_dict())
+    _, parts = Objective(student, teacher)((idx, targets))
+    assert abs(parts["kl"].item()) < 1e-6
+    logits = teacher(idx, targets)[0]
+    assert kl_divergence(logits[:, :-1], logits[:, 1:], targets[:, 1:]) > 0.1
+
+
+def test_objective_adds_what_its_line_says(fresh_rng):
+    teacher, student, (idx, targets) = make(), make(attention_type="gla"), tokens()
+    loss, parts = Objective(student, teacher, 2.0, 0.25)((idx, targets))
+    logits, ce = student(idx, targets)
+    torch.testing.assert_close(parts["ce"], ce)  # next token, shifted once
+    torch.testing.assert_close(ce, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    kl = kl_divergence(teacher(idx, targets)[0], logits, targets, 2.0)
+    torch.testing.assert_close(loss, 4 * kl + 0.25 * ce)
+    loss.backward()
+    assert all(p.grad is not None for p in student.parameters()) and all(p.grad is None for p in teacher.parameters())
+
+
+def test_attention_is_matched_on_the_teachers_inputs(fresh_rng):
+    teacher, student, (idx, targets) = make(), make(attention_type="gla"), tokens()
+    loss, parts = Objective(student, teacher)((idx, targets), matching=True)
+    errors, x = [], teacher.embed(idx, 0)
+    for mine, theirs in zip(student.transformer.h, teacher.transformer.h):
+        entry = theirs.ln_1(x)
+        want, have = theirs.attn(entry)[0], mine.attn(entry)[0]
+        errors.append((have - want).square().sum() / want.square().sum())
+        x, _ = theirs(x)
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
+    loss.backward()
+    moved = {name for name, p in student.named_parameters() if p.grad is not None}
+    assert moved == {name for name, _ in student.named_parameters() if ".attn." in name}
+    twin = make()
+    load_weights(twin, teacher.state_dict())
+    assert Objective(twin, teacher)((idx, targets), matching=True)[0] < 1e-10
+
+
+def test_comparison_equals_a_loop(fresh_rng):
+    teacher, student = make(), make(attention_type="gla")
+    batches = [tokens(3), tokens(2)]
+    batches[0][1][0, :5] = -1
+    have = compare_with_teacher(student, teacher, batches, CPU, train.World(0, 1, 0), chunk=40 * 7)
+    kl, ours, theirs, agreed, n = 0.0, 0.0, 0.0, 0, 0
+    for idx, targets in batches:
+        q, p = (m(idx, targets)[0].double().log_softmax(-1) for m in (student, teacher))
+        for b in range(len(idx)):
+            for t in range(16):
+                if (y := targets[b, t]) >= 0:
+                    kl, n = kl + (p[b, t].exp() * (p[b, t] - q[b, t])).sum().item(), n + 1
+                    ours, theirs = ours - q[b, t, y].item(), theirs - p[b, t, y].item()
+                    agreed += int(q[b, t].argmax() == p[b, t].argmax())
+    want = {"kl": kl / n, "student_ce": ours / n, "teacher_ce": theirs / n, "agreement": agreed / n}
+    assert n == 3 * 16 + 2 * 16 - 5 and have == pytest.approx(want, rel=1e-5)
+
+
+# what is copied
+
+
+@pytest.mark.parametrize("keys, taken", [({}, "v"), (dict(gla_expand_k=1.0), "q,k,v"), (dict(gla_n_head=2), "v")])
+def test_projections_go_where_they_fit(keys, taken):
+    teacher, student = make(), make(attention_type="gla", **keys)
+    before = student.state_dict()["transformer.h.1.attn.c_attn.weight"].clone()
+    report = load_weights(student, teacher.state_dict())
+    name = "transformer.h.{}.attn.c_attn.weight"
+    rest = [part for part in "qkv" if part not in taken]
+    assert [c for c in report.copied if "c_attn" in c] == [name.format(i) + f"[{taken}]" for i in range(2)]
+    left = [name.format(i) + f"[{','.join(rest)}]" for i in range(2) if rest]
+    assert [c for c in report.left if "c_attn" in c] == left
+    fresh = [f"transformer.h.{i}.attn.{n}" for i in range(2) for n in ("c_gate.weight", "c_gate.bias", "ln_o.weight")]
+    fresh += [name.format(i) + f"[{','.join([*rest, 'r', 'z'])}]" for i in range(2)]
+    assert sorted(report.new) == sorted(fresh)
+    attn, source = student.transformer.h[1].attn, teacher.state_dict()[name.format(1)]
+    rows = dict(zip(attn.parts, attn.c_attn.weight.split(list(attn.parts.values()))))
+    old = dict(zip(attn.parts, before.split(list(attn.parts.values()))))
+    for part, value in zip("qkv", source.chunk(3)):
+        assert torch.equal(rows[part], value) if part in taken else torch.equal(rows[part], old[part])
+    assert torch.equal(rows["r"], old["r"]) and torch.equal(rows["z"], old["z"])
+    for copied in ("transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.mlp.c_fc.weight"):
+        assert torch.equal(student.state_dict()[copied], teacher.state_dict()[copied])
+    assert torch.equal(attn.c_proj.weight, teacher.transformer.h[1].attn.c_proj.weight)
+
+
+def test_another_mechanisms_projections_are_not_taken_for_softmaxs():
+    """A layer of gla has more than c_attn and c_proj: its rows are not q, k and v of a third each."""
+    report = load_weights(make(), make(attention_type="gla").state_dict())
+    assert not any("c_attn" in name for name in report.copied) and sum("c_attn" in name for name in report.new) == 2
+
+
+# runs
+
+
+@pytest.fixture
+def teacher(tiny, tmp_path):
+    folder = str(tmp_path / "teacher")
+    train.main(tiny(out_dir=folder, max_iters=60, lr_decay_iters=60, learning_rate=3e-3, dropout=0.0))
+    return folder
+
+
+def read_log(folder):
+    with open(os.path.join(folder, "log.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def student(tiny, tmp_path, folder, **keys):
+    keys = dict(init_from=folder, teacher=folder, attention_type="gla", distill="kl", dropout=0.0) | keys
+    return tiny(out_dir=str(tmp_path / "student"), learning_rate=3e-3, max_iters=40, lr_decay_iters=40, **keys)
+
+
+def test_a_student_comes_closer(tiny, tmp_path, teacher, capsys):
+    capsys.readouterr()
+    train.main(student(tiny, tmp_path, teacher, distill_attention_iters=10))
+    out = capsys.readouterr().out
+    assert "copied" in out and "KL from the teacher" in out and "same likeliest token" in out
+    log = read_log(tmp_path / "student")
+    rows = [e for e in log if e.get("split") == "val"]
+    assert [e["iter"] for e in rows] == [0, 10, 20, 30, 40]  # the first is the student as converted
+    assert rows[-1]["kl"] < 0.5 * rows[0]["kl"] and 0 <= rows[-1]["agreement"] <= 1
+    assert len({e["teacher_ce"] for e in rows}) == 1  # the teacher does not move
+    steps = [e for e in log if "loss" in e]
+    assert all("attention_error" in e for e in steps[:10]) and all("kl" in e and "ce" in e for e in steps[10:])
+    capsys.readouterr()
+    train.main([*student(tiny, tmp_path, teacher, distill_attention_iters=10), "--init_from=resume", "--eval_only"])
+    assert capsys.readouterr().out.count("KL from the teacher") == 2  # val and test, by the full pass
+
+
+def test_resuming_a_distillation_is_exact(tiny, tmp_path, teacher):
+    whole, parts = (dict(distill_attention_iters=5, out_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    arguments = [*student(tiny, tmp_path, teacher), "--distill_attention_iters=5", "--eval_interval=4"]
+    train.main([*arguments, f"--out_dir={whole['out_dir']}", "--max_iters=12"])
+    for stop in (4, 12):
+        resume = ["--init_from=resume"] if stop == 12 else []
+        train.main([*arguments, f"--out_dir={parts['out_dir']}", f"--max_iters={stop}", *resume])
+    a, b = (read_checkpoint(folder["out_dir"], "ckpt.pt")["model"] for folder in (whole, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_only_attention_moves(tiny, tmp_path, teacher):
+    before = read_checkpoint(teacher)["model"]
+    train.main(student(tiny, tmp_path, teacher, distill="attention", train_only="attention"))
+    after = read_checkpoint(str(tmp_path / "student"), "ckpt.pt")["model"]
+    same = {name for name in before if name in after and torch.equal(before[name], after[name])}
+    assert same == {name for name in before if ".attn." not in name}
+    errors = [e["attention_error"] for e in read_log(tmp_path / "student") if "attention_error" in e]
+    assert sum(errors[-5:]) < 0.7 * sum(errors[:5])
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(distill="none"), "needs teacher"),
+        (dict(teacher=""), "needs teacher"),
+        (dict(distill="attention"), "train_only=attention"),
+        (dict(train_only="masks"), "has none to train"),
+        (dict(teacher="no/such/folder"), "neither a folder"),
+        (dict(init_from="scratch", n_layer=3, distill="attention", train_only="attention"), "n_layer=2"),
+        (dict(init_from="scratch", vocab_size=300), "vocab_size=256"),
+        (dict(init_from="scratch", block_size=32), "block_size=16"),
+    ],
+)
+def test_errors_say_what_to_write(tiny, tmp_path, teacher, keys, message):
+    with pytest.raises((config.ConfigError, ValueError), match=message) as error:
+        train.main(student(tiny, tmp_path, teacher, **keys))
+    assert "\n" not in str(error.value)
+
+
+def test_gpt2_is_converted_and_distilled(tiny, tmp_path, capsys):
+    transformers = oracle("transformers")
+    shape = dict(vocab_size=300, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    folder = str(tmp_path / "gpt2")
+    hf.save_pretrained(folder)
+    own = ("--n_layer", "--n_head", "--n_embd", "--max_iters")
+    base = [a for a in student(tiny, tmp_path, folder) if not a.startswith(own)]
+    train.main([*base, "--gla_expand_k=1.0", "--gla_n_head=2", "--distill_attention_iters=2", "--max_iters=4"])
+    out = capsys.readouterr().out
+    assert "in part: transformer.h.*.attn.c_attn.weight[q,k,v]" in out and "KL from the teacher" in out
+    assert GPT.from_checkpoint(str(tmp_path / "student")).config.attention_type == "gla"
+    start = GPT.from_pretrained(folder, attention_type="gla", gla_expand_k=1.0)
+    rows = start.transformer.h[0].attn.c_attn.weight[:32]
+    conv1d = hf.transformer.h[0].attn.c_attn.weight  # (in, out): turned, or silently wrong where it is square
+    assert torch.equal(rows, conv1d.t()[:32]) and not torch.equal(rows, conv1d[:, :32])
+    assert torch.equal(start.transformer.wte.weight, hf.transformer.wte.weight)
+
+
+# continuations side by side
+
+
+def test_compare_prints_and_writes_both(tiny, tmp_path, teacher, capsys):
+    train.main(student(tiny, tmp_path, teacher))
+    (tmp_path / "prompts.txt").write_text("word1 |\nword2\n")
+    options = [f"--compare={teacher},{tmp_path / 'student'}", f"--start=FILE:{tmp_path / 'prompts.txt'}"]
+    options += ["--max_new_tokens=8", "--num_samples=2", "--temperature=0", "--device=cpu"]
+    options += [f"--out={tmp_path / 'a' / 'b.md'}"]
+    capsys.readouterr()
+    assert sample.main(options) == 0
+    out = capsys.readouterr().out
+    assert "word1 |\n" in out and "word2\n" in out and " | " in out
+    written = (tmp_path / "a" / "b.md").read_text()
+    assert written.count("## ") == 2 and "word1 &#124;" in written
+    rows = [line for line in written.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 * 3 and all(row.count("|") == 3 for row in rows)  # a header and two samples a prompt
