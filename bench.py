@@ -13,6 +13,7 @@ none of them.
 import copy
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -446,8 +447,10 @@ def read_log(folder):
     return [e for e in entries if "split" not in e], [e for e in entries if "split" in e]
 
 
-def plot_curves(bench):
-    """Training and validation loss of each run against steps and against training time, in one PNG."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # safe for colour-blind eyes
+
+
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
@@ -456,27 +459,63 @@ def plot_curves(bench):
     plt.rcParams.update(
         {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     )
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # safe for colour-blind eyes
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for i, folder in enumerate(run_folders(bench)):
+    return plt
+
+
+def plot_curves(bench):
+    """Training and validation loss of each run against steps and training time, what it cost, and for students the
+    distance from the teacher, in one PNG."""
+    runs = {}
+    for folder in run_folders(bench):
         steps, evaluations = read_log(folder)
-        val = [e for e in evaluations if e["split"] == "val"]
+        name, val = os.path.basename(os.path.normpath(folder)), [e for e in evaluations if e["split"] == "val"]
         if not steps or not val:
             raise ConfigError(f"{folder}/log.jsonl has no training steps or no evaluations yet")
-        seconds = {e["iter"]: e["wall_s"] for e in steps + val}
-        name, colour = os.path.basename(os.path.normpath(folder)), colours[i % len(colours)]
-        for panel, x in zip(panels, ({i: i for i in seconds}, seconds)):
-            train = [x[e["iter"]] for e in steps], [e["ce"] for e in steps]
-            panel.plot(*train, color=colour, alpha=0.35, label=f"{name}, train")
-            val = [e for e in val if e["iter"] in x]
-            points = [x[e["iter"]] for e in val], [e["val_loss"] for e in val]
-            panel.plot(*points, color=colour, marker="o", markersize=4, label=f"{name}, validation")
-    panels[0].set(xlabel="optimizer steps", ylabel="cross-entropy (nats per token)")
-    panels[1].set(xlabel="training time (s)")
-    panels[0].legend(frameon=False)
+        runs[folder if name in runs else name] = steps, val
+    drawings = [functools.partial(draw_loss, against="iter"), functools.partial(draw_loss, against="wall_s")]
+    drawings += [draw_divergence] if any("kl" in e for _, val in runs.values() for e in val) else []
+    bars = {"wall_s": "training time (s)", "cpu_s": "processor time (s)", "rss_mb": "peak memory (MB)"}
+    drawings += [functools.partial(draw_bars, key, label) for key, label in bars.items()]
+    rows = -(-len(drawings) // 3)
+    figure, panels = pyplot().subplots(rows, 3, figsize=(15, 4.2 * rows), layout="constrained", squeeze=False)
+    for panel in panels.flat[len(drawings) :]:
+        panel.set_axis_off()
+    for draw, panel in zip(drawings, panels.flat):
+        draw(panel=panel, runs=runs)
+    panels[0][0].legend(frameon=False)
     os.makedirs(os.path.dirname(bench.png) or ".", exist_ok=True)
     figure.savefig(bench.png, dpi=110, facecolor="white")
     print(f"wrote {bench.png}")
+
+
+def draw_loss(panel, runs, against):
+    for (name, (steps, val)), colour in zip(runs.items(), itertools.cycle(COLOURS)):
+        steps = [e for e in steps if "ce" in e]  # steps that match a teacher's attention have no cross-entropy
+        points = [e[against] for e in steps], [e["ce"] for e in steps]
+        panel.plot(*points, color=colour, alpha=0.35, label=f"{name}, train")
+        points = [e[against] for e in val], [e["val_loss"] for e in val]
+        panel.plot(*points, color=colour, marker="o", markersize=4, label=f"{name}, validation")
+    panel.set(xlabel={"iter": "optimizer steps", "wall_s": "training time (s)"}[against])
+    panel.set(ylabel="cross-entropy (nats per token)")
+
+
+def draw_divergence(panel, runs):
+    for (name, (_, val)), colour in zip(runs.items(), itertools.cycle(COLOURS)):
+        points = [e["iter"] for e in val if "kl" in e], [e["kl"] for e in val if "kl" in e]
+        panel.plot(*points, color=colour, marker="o", markersize=4, label=name)
+    panel.set(xlabel="optimizer steps", ylabel="KL from the teacher (nats per token)", ylim=(0, None))
+
+
+def draw_bars(key, label, panel, runs):
+    """The last value of each run's steps."""
+    for i, (steps, _) in enumerate(runs.values()):
+        panel.barh(i, steps[-1][key], color=COLOURS[i % len(COLOURS)])
+        panel.annotate(f" {steps[-1][key]:,.0f}", (steps[-1][key], i), va="center")
+    panel.set_yticks(range(len(runs)), list(runs))
+    panel.set(xlabel=label)
+    panel.margins(x=0.2)
+    panel.grid(axis="y", visible=False)
+    panel.invert_yaxis()
 
 
 def main(argv):

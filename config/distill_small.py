@@ -1,15 +1,13 @@
-# A student of the model that train_enwik8_small.py trains: its weights around another attention. That is first fed the
+# A student of the model that train_enwik8_tiny.py trains: its weights around another attention. That is first fed the
 # teacher's inputs, to learn its attention layer by layer; then the whole student learns to predict as the teacher does.
-from config.train_enwik8_small import *
+from config.train_enwik8_tiny import *
 
 out_dir = "out/distill_small"
-init_from = "out/enwik8_small"
-teacher = "out/enwik8_small"
+init_from = teacher = "out/enwik8_tiny"
 distill = "kl"
 distill_attention_iters = 150
 
 learning_rate = 1e-3
 min_lr = 1e-4
-warmup_iters = 50
 max_iters = 500
 eval_interval = 50

@@ -1,0 +1,7 @@
+# The model of demo.py on enwik8: some minutes on one CPU core. The teacher of distill_small.py.
+from config.demo import *
+
+out_dir = "out/enwik8_tiny"
+dataset = "enwik8"
+max_iters = 2000
+max_seconds = 0.0
