@@ -394,10 +394,13 @@ def double_sums(b_r, b_l, h, C: tl.constexpr, BK: tl.constexpr):
 
 
 @jit
-def tree_masks(h, C: tl.constexpr):
-    """Which rows lie in the right half of their block of 2h, and which pairs share a block."""
+def tree_level(b_r, b_l, h, C: tl.constexpr):
+    """Decays from the middle of a block of 2h to the rows of its right half, and from those of its left half to the
+    middle, zero elsewhere (C, BK); and which pairs of rows share a block (C, C)."""
     o_c = tl.arange(0, C)
-    return ((o_c // h) % 2 == 1)[:, None], (o_c // (2 * h))[:, None] == (o_c // (2 * h))[None, :]
+    m_r, m_same = ((o_c // h) % 2 == 1)[:, None], (o_c // (2 * h))[:, None] == (o_c // (2 * h))[None, :]
+    b_e = tl.exp2(tl.where(m_r, b_r, b_l))
+    return tl.where(m_r, b_e, 0.0), tl.where(m_r, 0.0, b_e), m_same
 
 
 @jit
@@ -479,12 +482,12 @@ def gla_read_kernel(
             b_r, b_l = b_g, tl.zeros([C, BK], tl.float32)
             h = 1  # a loop of its own: unrolled, all levels want their registers at once
             while h < C:
-                m_r, m_same = tree_masks(h, C)
+                b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
                 if REVERSE:
-                    b_xe, b_ye = tl.where(m_r, 0.0, b_x * tl.exp2(b_l)), tl.where(m_r, b_y * tl.exp2(b_r), 0.0)
+                    b_xe, b_ye = (b_x * b_el).to(DOT), (b_y * b_er).to(DOT)
                 else:
-                    b_xe, b_ye = tl.where(m_r, b_x * tl.exp2(b_r), 0.0), tl.where(m_r, 0.0, b_y * tl.exp2(b_l))
-                b_p = tl.dot(b_xe.to(DOT), tl.trans(b_ye.to(DOT)), input_precision="ieee")
+                    b_xe, b_ye = (b_x * b_er).to(DOT), (b_y * b_el).to(DOT)
+                b_p = tl.dot(b_xe, tl.trans(b_ye), input_precision="ieee")
                 b_A += tl.where(m_same, b_p, 0.0)
                 b_r, b_l = double_sums(b_r, b_l, h, C, BK)
                 h *= 2
@@ -556,8 +559,7 @@ def gla_grad_kernel(
         b_r, b_l = b_g, tl.zeros([C, BK], tl.float32)
         h = 1
         while h < C:
-            m_r, m_same = tree_masks(h, C)
-            b_er, b_el = tl.where(m_r, tl.exp2(b_r), 0.0), tl.where(m_r, 0.0, tl.exp2(b_l))
+            b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
             b_p = tl.where(m_same, b_pairs, 0.0)
             b_dq += b_er * tl.dot(b_p, (b_k * b_el).to(DOT), input_precision="ieee")
             b_p = tl.where(m_same, b_pairsT, 0.0)

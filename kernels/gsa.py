@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import interpreting, jit, tl, triton, warn_once
-from .gla import LOG2E, double_sums, tree_masks
+from .gla import LOG2E, double_sums, tree_level
 
 CHUNK = 64  # tokens a chunk, in every backend
 SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its blocks stay in cache
@@ -320,15 +320,6 @@ def masked_softmax(b_y, m_m):
 def diagonal(b_A, C: tl.constexpr):
     o_c = tl.arange(0, C)
     return tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_A, 0.0), 1)[:, None]  # [C, 1]
-
-
-@jit
-def tree_level(b_r, b_l, h, C: tl.constexpr):
-    """Decays from the middle of a block of 2h to the rows of its right half, and from those of its left half to the
-    middle, zero elsewhere [C, BM]; and which pairs of rows share a block [C, C]."""
-    m_r, m_same = tree_masks(h, C)
-    b_e = tl.exp2(tl.where(m_r, b_r, b_l))
-    return tl.where(m_r, b_e, 0.0), tl.where(m_r, 0.0, b_e), m_same
 
 
 @jit
