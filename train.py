@@ -608,6 +608,7 @@ class Run:
         """One optimizer step. Returns (loss, ce, penalty, grad_norm), means over all its micro-batches."""
         for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * lr_factor(self.cfg, self.progress.iter_num)
+        self.model.redraw(self.progress.iter_num)
         terms = []
         for micro in range(self.micro_steps):
             batch = tuple(t.to(self.runtime.device, non_blocking=True) for t in self.batches.batch("train"))

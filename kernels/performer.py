@@ -12,13 +12,12 @@ tokens in matrix products (the CPU path); `triton`. Axes: B batch, T time, H hea
 width, C tokens a chunk, N chunks in flight. Between forward and backward features are not kept but computed again.
 """
 
-import math
 
 import torch
 import torch.nn.functional as F
 
-from . import interpreting, jit, tl, triton, warn_once
-from .gla import CHUNK, Workspace, block, chunked, compute_dtype, gla_recurrent, load, store
+from . import interpreting, triton, warn_once
+from .gla import CHUNK, Workspace, chunked, compute_dtype, gla_recurrent, load, store
 
 SEGMENT = 2**17  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
 FLOOR = 1e-3  # of the relu features: no query is without keys
