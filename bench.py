@@ -27,7 +27,8 @@ from config import ConfigError, key
 from data import DataError, Dataset, SymbolsCodec, write_meta, write_split
 from kernels.gla import gla
 from kernels.gsa import gsa
-from model import GPT, GPTConfig, ModelError
+from kernels.performer import performer
+from model import GPT, GPTConfig, ModelError, random_features
 from train import Run, TrainConfig, World, evaluate
 
 NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a long block
@@ -205,11 +206,23 @@ def sdpa(q, k, v, g, s):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+@functools.cache
+def random_map(H, D, device):
+    """Performer's W (H, 256, D)."""
+    return random_features(H, 256, D).to(device)
+
+
+def performer_operator(q, k, v, g, s):
+    w = random_map(q.shape[2], q.shape[3], q.device)
+    return performer(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, w, w)[0]
+
+
 OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T, H, K) and slot gates s (B, T, H, 64)
     "softmax": sdpa,
     "gla": lambda q, k, v, g, s: gla(q, k, v, g, gate_min=-1.25)[0],
     "gla_exact": lambda q, k, v, g, s: gla(q, k, v, g)[0],
     "gsa": lambda q, k, v, g, s: gsa(q, k, v, -torch.expm1(s), s, scale=1.0)[0],
+    "performer": performer_operator,
 }
 
 
@@ -234,7 +247,7 @@ def bench_operators(bench, runtime):
         raise ConfigError(f"--operators: no {unknown[0]!r}; write some of {', '.join(OPERATORS)}")
     names = ["softmax"] + [n for n in names if n != "softmax"]
     H, K, V = bench.heads, bench.key_dim, bench.value_dim
-    print(f"batch {bench.batch_size}, {H} heads, keys {K}, values {V}, 64 slots, {bench.rounds} rounds")
+    print(f"batch {bench.batch_size}, {H} heads, keys {K}, values {V}, 64 slots, 256 features, {bench.rounds} rounds")
     print("| operator | T | forward ms | forward + backward ms | of softmax | us a token |\n" + "|---" * 6 + "|")
     for T in (int(t) for t in bench.lengths.split(",")):
         inputs = operator_inputs(bench.batch_size, T, bench, runtime)

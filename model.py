@@ -334,8 +334,8 @@ class GatedSlotAttention(nn.Module):
 
 
 def random_features(H, M, D, generator=None):
-    """W (H, M, D): each row is a Gaussian vector, and the rows of a block of D are orthogonal, which lowers the variance
-    of the estimate (arXiv 2009.14794, section 2.4). Directions by QR, uniform once R has a positive diagonal."""
+    """W (H, M, D): each row is a Gaussian vector, and the rows of a block of D are orthogonal, which lowers the
+    estimate's variance (arXiv 2009.14794, section 2.4). Directions by QR, uniform once R has a positive diagonal."""
     q, r = torch.linalg.qr(torch.randn(H, -(-M // D), D, D, generator=generator))
     q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     norms = torch.randn(H, M, D, generator=generator).norm(dim=-1, keepdim=True)
