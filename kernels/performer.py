@@ -310,7 +310,7 @@ def performer_grad_kernel(
     tl.store(p_dk + o_x, b_dk.to(p_dk.dtype.element_ty), mask=m_x)
 
 
-CONFIGS = {"scan": (64, 64, 4, 2), "read": (64, 64, 4, 2), "grad": (64, 64, 8, 1)}  # BK, BV, num_warps, num_stages
+CONFIGS = {"scan": (64, 64, 4, 2), "read": (64, 64, 4, 2), "grad": (32, 32, 8, 1)}  # BK, BV, num_warps, num_stages
 KERNELS = {"scan": performer_scan_kernel, "read": performer_read_kernel, "grad": performer_grad_kernel}
 
 
