@@ -121,18 +121,19 @@ def with_ones(v, segment, chunk, new):
     return place.flatten(0, 2)
 
 
-def running_sums(x, carry, out, reverse=False):
-    """States from chunk to chunk: out[0] = carry, out[i+1] = out[i] + x[i]. The last one into carry.
+def running_sums(x, first, out, last=None, reverse=False):
+    """States from chunk to chunk: out[0] = first, out[i+1] = out[i] + x[i]. The last one into `last`.
 
-    x, out (N, M, V + 1), carry (rows, 1, M, V + 1)
+    x, out (N, M, V + 1), first, last (rows, 1, M, V + 1), the same tensor if need be
     """
-    x, y = x.view(-1, *carry.shape).unbind(), out.view(-1, *carry.shape).unbind()
+    x, y = x.view(-1, *first.shape).unbind(), out.view(-1, *first.shape).unbind()
     order = range(len(x) - 1, -1, -1) if reverse else range(len(x))
-    y[order[0]].copy_(carry)
+    y[order[0]].copy_(first)
     for i, j in zip(order, order[1:]):
         torch.add(y[i], x[i], out=y[j])
-    i = order[-1]
-    torch.add(y[i], x[i], out=carry)
+    if last is not None:
+        i = order[-1]
+        torch.add(y[i], x[i], out=last)
     return out
 
 
@@ -148,7 +149,7 @@ def chunk_forward(q, k, v, wq, wk, state, features, chunk=CHUNK):
         carry = state[rows, h]
         starts[here] = carry[:, 0]
         x = new.bmm(fk.mT, u)
-        S = running_sums(x, carry, new(*x.shape))
+        S = running_sums(x, carry, new(*x.shape), carry)
         n = new.bmm(fq, S).baddbmm_(new.bmm(fq, fk.mT).tril_(), u)
         n, z = n.view(-1, carry.shape[0], 1, chunk, n.shape[2]).split((v.shape[3], 1), -1)
         z = z.clamp(min=torch.finfo(z.dtype).tiny).reciprocal_()
@@ -171,8 +172,9 @@ def chunk_backward(q, k, v, wq, wk, o, inverse, starts, do, dstate, features, we
         du = read_gradient(do[rows, :, h], o[rows, :, h], inverse[rows, :, h], segment, chunk, new)
         x = new.bmm(fk.mT, u)
         S = running_sums(x, starts[here].unsqueeze(1), new(*x.shape))
+        carry = dstate[rows, h]
         torch.bmm(fq.mT, du, out=x)
-        dS = running_sums(x, dstate[rows, h], new(*x.shape), reverse=True)
+        dS = running_sums(x, carry, new(*x.shape), carry, reverse=True)
         A, dA = new.bmm(fq, fk.mT).tril_(), new.bmm(du, u.mT).tril_()
         dvs = new.bmm(fk, dS[:, :, :V]).baddbmm_(A.mT, du[:, :, :V])
         store(dv[rows, :, h], segment, chunk, lambda place: place.copy_(dvs.view(place.shape)))  # noqa: B023
