@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from . import interpreting, jit, tl, triton, warn_once
 from .gla import CHUNK, Workspace, block, chunked, compute_dtype, gla_recurrent, load, store
 
-SEGMENT = 2**17  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
+SEGMENT = 2**18  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
 FLOOR = 1e-3  # of the relu features: no query is without keys
 MAX_WIDTH = 256
 
