@@ -576,13 +576,6 @@ def test_interpreted_shapes(T, D, M, V):
 
 
 @INTERPRETED
-@pytest.mark.slow
-def test_interpreted_bf16():
-    inputs = [x.bfloat16().double() if i in (2, 6) else x for i, x in enumerate(draw(1, 70, 2, 8, 32, 32))]
-    compare(inputs, torch.bfloat16, (1e-2,) * 8, backend="triton")
-
-
-@INTERPRETED
 def test_interpreted_launches(monkeypatch):
     """Forward and backward together launch six kernels."""
     count, launch = [], P.launch
@@ -594,7 +587,7 @@ def test_interpreted_launches(monkeypatch):
 @GPU
 @pytest.mark.gpu
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize("dtype, tolerances", [(torch.float32, FP32), (torch.bfloat16, (1e-2,) * 8)])
+@pytest.mark.parametrize("dtype, tolerances", [(torch.float32, FP32), (torch.bfloat16, (5e-3, 5e-3) + (1e-2,) * 6)])
 @pytest.mark.parametrize("T, D, M, V", [(1, 16, 16, 16), (100, 64, 256, 64), (1000, 128, 512, 128), (130, 60, 96, 192)])
 def test_on_a_gpu(T, D, M, V, dtype, tolerances, features):
     inputs = [x.to(dtype).double() if i in (2, 6) else x for i, x in enumerate(draw(1, T, 3, D, M, V))]
