@@ -32,7 +32,8 @@ from config import ConfigError, key
 from data import DataError, Dataset, SymbolsCodec, write_meta, write_split
 from kernels.gla import gla
 from kernels.gsa import gsa
-from model import GPT, GPTConfig, ModelError
+from kernels.performer import performer
+from model import GPT, GPTConfig, ModelError, random_features
 from train import Run, TrainConfig, World, evaluate
 
 NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a long block
@@ -211,11 +212,23 @@ def sdpa(q, k, v, g, s):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+@functools.cache
+def random_map(H, D, device):
+    """Performer's W (H, 256, D)."""
+    return random_features(H, 256, D).to(device)
+
+
+def performer_operator(q, k, v, g, s):
+    w = random_map(q.shape[2], q.shape[3], q.device)
+    return performer(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, w, w)[0]
+
+
 OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T, H, K) and slot gates s (B, T, H, 64)
     "softmax": sdpa,
     "gla": lambda q, k, v, g, s: gla(q, k, v, g, gate_min=-1.25)[0],
     "gla_exact": lambda q, k, v, g, s: gla(q, k, v, g)[0],
     "gsa": lambda q, k, v, g, s: gsa(q, k, v, -torch.expm1(s), s, scale=1.0)[0],
+    "performer": performer_operator,
 }
 PEERS = {  # name: ours, device, module of fla-core, function, how it is called
     "gla, fla naive": ("gla", "cpu", "gla/naive", "naive_recurrent_gla", lambda f, q, k, v, g, s: f(q, k, v, g)[0]),
@@ -293,7 +306,7 @@ def bench_operators(bench, runtime):
     others = [n for n in PEERS if bench.peers and PEERS[n][0] in names and PEERS[n][1] == runtime.device_type]
     functions = OPERATORS | {name: peer(name) for name in others}
     kernels.gla.AUTOTUNE = kernels.gsa.AUTOTUNE = bench.autotune
-    print(f"slots 64, {bench.rounds} rounds; memory beyond the inputs, in MiB, forward + backward")
+    print(f"64 slots, 256 features, {bench.rounds} rounds; memory beyond the inputs, in MiB, forward + backward")
     print("| operator | B x T x H x K x V | forward ms | forward + backward ms | of softmax | ns a token | memory |")
     print("|---" * 7 + "|")
     checked = []

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from config import build, key
 from kernels.gla import gla
 from kernels.gsa import gsa
+from kernels.performer import feature_map, performer
 
 
 class ModelError(ValueError):
@@ -63,6 +64,10 @@ class GPTConfig:
     gsa_n_head: int = key(0, "heads; 0: one for each 128 of n_embd", "gsa", low=0)
     gsa_slots: int = key(64, "slots of a head", "gsa", low=1)
     gsa_gate_normalizer: float = key(8.0, "root of the gate: larger remembers longer", "gsa", low=0.1)
+    performer_features: str = key("softmax", "feature map", "performer", choices=("softmax", "relu", "learned"))
+    performer_num_features: int = key(0, "features of a head; 0: d ln d, to a power of two", "performer", low=0)
+    performer_redraw_interval: int = key(1000, "steps between draws of random features; 0: one", "performer", low=0)
+    performer_max_norm2: float = key(4.0, "bound of the squared norm of q and k", "performer", low=0.01, high=8.0)
 
     def __post_init__(self):
         for name in self.types():
@@ -332,6 +337,108 @@ class GatedSlotAttention(nn.Module):
         return self.resid_dropout(self.c_proj(self.ln_o(F.silu(o.flatten(2)))))  # (B, T, H D) -> (B, T, C)
 
 
+def random_features(H, M, D, generator=None):
+    """W (H, M, D): each row is a Gaussian vector, and the rows of a block of D are orthogonal, which lowers the
+    estimate's variance (arXiv 2009.14794, section 2.4). Directions by QR, uniform once R has a positive diagonal."""
+    q, r = torch.linalg.qr(torch.randn(H, -(-M // D), D, D, generator=generator))
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    norms = torch.randn(H, M, D, generator=generator).norm(dim=-1, keepdim=True)
+    return q.flatten(1, 2)[:, :M] * norms
+
+
+class PerformerAttention(nn.Module):
+    """Performer (Choromanski et al. 2020, arXiv 2009.14794, section 2): by head, M positive features phi whose products
+    take the place of e^(q.k), so that sums over the past are a matrix and a vector:
+
+        o_t = S_t^T phi(q_t) / z_t . phi(q_t),   S_t = sum_{s <= t} phi(k_s) v_s^T,   z_t = sum_{s <= t} phi(k_s)
+
+    `softmax`: phi(x) = exp(W x) with Gaussian W estimates softmax attention with an error of 1/sqrt(M), times
+    e^(|q + k|^2 / 2): queries and keys are scaled to one norm, learned by head up to performer_max_norm2. (The paper's
+    e^(-|x|^2 / 2) is then the same for all keys and cancels.) `relu`: relu(W x) + 1e-3. `learned`: log(1 + exp(W x)), W
+    trained, one for queries and one for keys, as in Kerformer (Gan et al. 2023)."""
+
+    mask_parameters = ()
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.d_head = H, D = config.n_head, config.d_head
+        self.n_feature = M = config.performer_num_features or max(16, 2 ** round(math.log2(D * math.log(D + 1))))
+        self.c_attn = nn.Linear(config.n_embd, 3 * H * D, bias=config.bias)
+        self.c_proj = nn.Linear(H * D, config.n_embd, bias=config.bias)
+        self.temperature = nn.Parameter(torch.zeros(H))
+        self.features, self.max_norm2 = config.performer_features, config.performer_max_norm2
+        if self.features == "learned":
+            self.w_q, self.w_k = (nn.Parameter(random_features(H, M, D)) for _ in range(2))
+        else:
+            self.register_buffer("w", random_features(H, M, D))
+            self.register_buffer("seed", torch.randint(2**31, ()))
+        self.redraw_interval = config.performer_redraw_interval
+        self.resid_dropout = make_dropout(config)
+        self.rope_base = config.rope_base if config.pos_emb == "rope" else None
+
+    def redraw(self, step):
+        """New random features if they are due before training step `step`: a function of the seed and the step, so that
+        every process and a resumed run draw the same."""
+        if self.features != "learned" and self.redraw_interval and step and step % self.redraw_interval == 0:
+            generator = torch.Generator().manual_seed(int(self.seed) + step)
+            self.w.copy_(random_features(*self.w.shape, generator))
+
+    def forward(self, x):
+        q, k, v = self._qkv(x, 0)
+        o, _ = performer(q, k, v, *self._maps(), self.features)
+        return self._project(o), torch.zeros((), device=x.device)
+
+    def init_state(self, batch, max_len):
+        """[S, z] of each head, and the position."""
+        w, shape = self.c_attn.weight, (batch, self.n_head, self.n_feature, self.d_head + 1)
+        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+        return torch.zeros(shape, dtype=dtype, device=w.device), 0
+
+    def step(self, x, state):
+        sums, position = state
+        q, k, v = self._qkv(x, position)
+        backend = "recurrent" if x.size(1) <= 16 else "auto"
+        options = dict(initial_state=sums, output_final_state=True, backend=backend)
+        o, sums = performer(q, k, v, *self._maps(), self.features, **options)
+        return self._project(o), (sums, position + x.size(1))
+
+    def flops(self, T):
+        """Features and the recurrence; with them, the chunks of 64 that a training step executes."""
+        M, D, tokens = self.n_feature, self.d_head, self.n_head * T
+        return (8 * M * D + 4 * M) * tokens, (8 * M * D + 4 * M + 2 * 64 * (M + D + 1)) * tokens
+
+    @torch.no_grad()
+    def stats(self, x=None):
+        """The squared norm of queries and keys, (H,). With x (B, T, C) also the attention map (H, T, T) of the first
+        sequence, and its largest |q + k|^2 (H,), whose exponential is the variance of one estimate."""
+        found = {"norm2": self._norm2()}
+        if x is not None:
+            q, k, _ = self._qkv(x[:1], 0)
+            fq, fk = (feature_map(t, w, self.features)[0] for t, w in zip((q, k), self._maps()))  # (T, H, M)
+            weights = torch.einsum("ihm,jhm->hij", fq, fk).tril()
+            found["attention_map"] = weights / weights.sum(-1, keepdim=True)
+            dot = torch.einsum("ihd,jhd->hij", q[0], k[0]).tril()
+            found["pair_norm2"] = 2 * (found["norm2"] + dot.amax((1, 2)))
+        return found
+
+    def _norm2(self):
+        return self.max_norm2 * self.temperature.sigmoid()  # (H,)
+
+    def _maps(self):
+        return (self.w_q, self.w_k) if self.features == "learned" else (self.w, self.w)
+
+    def _qkv(self, x, offset):
+        q, k, v = (t.unflatten(-1, (self.n_head, self.d_head)) for t in self.c_attn(x).chunk(3, -1))  # (B, T, H, D)
+        q, k = (t if t.dtype == torch.float64 else t.float() for t in (q, k))  # exponents need the digits
+        q, k = (F.normalize(t, dim=-1) * self._norm2().sqrt()[:, None] for t in (q, k))
+        if self.rope_base is not None:
+            q, k = (rotate(t.transpose(1, 2), offset, self.rope_base).transpose(1, 2) for t in (q, k))
+        return q, k, v
+
+    def _project(self, o):
+        return self.resid_dropout(self.c_proj(o.flatten(2)))  # (B, T, H D) -> (B, T, C)
+
+
 class NoAttention(nn.Module):
     """Zero output and no parameters: the control that each type must beat. With `mlp_hidden` widened it has as many
     parameters as the model it stands beside."""
@@ -361,6 +468,7 @@ ATTENTION = {
     "softmax": SoftmaxAttention,
     "gla": GatedLinearAttention,
     "gsa": GatedSlotAttention,
+    "performer": PerformerAttention,
     "none": NoAttention,
 }
 
@@ -523,6 +631,12 @@ class GPT(nn.Module):
                 raise ModelError(f"{pos + T} tokens do not fit block_size={self.config.block_size}")
             x = x + self.transformer.wpe.weight[pos : pos + T]
         return self.transformer.drop(x)
+
+    def redraw(self, step):
+        """Before training step `step`: new random features where they are due."""
+        for block in self.transformer.h:
+            if isinstance(block.attn, PerformerAttention):
+                block.attn.redraw(step)
 
     @torch.no_grad()
     def trace(self, idx):

@@ -729,6 +729,7 @@ class Run:
         matching = self.cfg.distill == "attention" or self.progress.iter_num < self.cfg.distill_attention_iters
         for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * lr_factor(self.cfg, self.progress.iter_num)
+        self.model.redraw(self.progress.iter_num)
         terms = []
         for micro in range(self.micro_steps):
             batch = tuple(t.to(self.runtime.device, non_blocking=True) for t in self.batches.batch("train"))

@@ -47,7 +47,14 @@ def run(arguments, **options):
 # resume
 
 
-@pytest.mark.parametrize("keys", [{}, dict(optimizer="muon", gradient_accumulation_steps=2, dropout=0.0)])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        dict(optimizer="muon", gradient_accumulation_steps=2, dropout=0.0),
+        dict(attention_type="performer", performer_redraw_interval=3),
+    ],
+)
 def test_resume_is_exact(tiny, tmp_path, keys):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     assert train.main(tiny(out_dir=whole, **keys)) == 0

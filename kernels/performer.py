@@ -1,0 +1,533 @@
+"""Performer attention (arXiv 2009.14794): causal linear attention over non-negative features, with its normaliser.
+
+    S_t = S_{t-1} + phi(k_t) [v_t, 1]^T        (M, V + 1)        [n_t, z_t] = S_t^T phi(q_t)        o_t = n_t / z_t
+
+    phi(x) = exp(W x)   "softmax"        relu(W x) + 1e-3   "relu"        log(1 + exp(W x))   "learned"
+
+For Gaussian rows w, E exp(w.q) exp(w.k) = exp(q.k) e^(|q|^2/2) e^(|k|^2/2). The query's factor cancels in o, and so
+does the keys' where they all have one norm: "softmax" estimates softmax attention over such keys, with logits q.k.
+
+`performer` is the public function. Three forms of the same equations: `recurrent`, a loop over time; `torch`, chunks of
+tokens in matrix products (the CPU path); `triton`. Axes: B batch, T time, H heads, D head width, M features, V value
+width, C tokens a chunk, N chunks in flight. Between forward and backward features are not kept but computed again.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from . import interpreting, jit, tl, triton, warn_once
+from .gla import CHUNK, Workspace, block, chunked, compute_dtype, gla_recurrent, load, store
+
+SEGMENT = 2**18  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
+FLOOR = 1e-3  # of the relu features: no query is without keys
+MAX_WIDTH = 256
+
+
+# ----------------------------------------------------------------------------- features
+
+
+def feature_map(x, w, features):
+    """phi(x) (B, T, H, M) of x (B, T, H, D), w (H, M, D). Differentiable."""
+    z = torch.einsum("bthd,hmd->bthm", x, w)
+    return {"softmax": torch.exp, "relu": lambda z: z.relu() + FLOOR, "learned": F.softplus}[features](z)
+
+
+def activate(z, features):
+    """phi in place of z = W x."""
+    if features == "softmax":
+        return z.exp_()
+    if features == "relu":
+        return z.relu_().add_(FLOOR)
+    return torch._C._nn.softplus(z, out=z)
+
+
+def through_features(dphi, phi, features):
+    """The gradient of z = W x in place of that of phi. The slope of each map is a function of its value."""
+    if features == "softmax":
+        return dphi.mul_(phi)
+    return dphi.mul_(phi > FLOOR) if features == "relu" else dphi.mul_(torch.expm1(-phi)).neg_()
+
+
+# ----------------------------------------------------------------------------- oracle
+
+
+def performer_recurrent(q, k, v, wq, wk, features="softmax", state=None):
+    """Token by token, in fp64 for fp64 inputs and fp32 otherwise. Differentiable; also the decoding step."""
+    dtype, out_dtype = compute_dtype(q.dtype), v.dtype
+    q, k, v, wq, wk = (x.to(dtype) for x in (q, k, v, wq, wk))
+    q, k = feature_map(q, wq, features), feature_map(k, wk, features)
+    o, state = gla_recurrent(q, k, F.pad(v, (0, 1), value=1.0), None, 1.0, None, state)
+    return divide(o).to(out_dtype), state
+
+
+def divide(o):
+    """[n, z] -> n / z. Features are positive; only their underflow makes a z of 0, whose n is 0 as well."""
+    return o[..., :-1] / o[..., -1:].clamp(min=torch.finfo(o.dtype).tiny)
+
+
+# ----------------------------------------------------------------------------- chunked PyTorch
+#
+# Time is cut into chunks of C tokens and chunks into segments that stay in cache. A segment is of one head: its
+# features are one product with W, the rest is batched products over its chunks, u = [v, 1]:
+#
+#     [n, z] = phi(q) S + tril(phi(q) phi(k)^T) u          S' = S + phi(k)^T u
+#
+# The states at the start of each segment are kept; the backward computes the rest again.
+
+
+def blocking(q, M, chunk):
+    """Batch rows handled together, and chunks in a segment of them."""
+    B, T, _, _ = q.shape
+    chunks = -(-T // chunk)
+    rows = min(B, max(1, SEGMENT // (M * chunk * chunks)))
+    return rows, min(chunks, max(1, SEGMENT // (M * chunk * rows)))
+
+
+def pieces(q, M, chunk):
+    """What is worked on at a time: batch rows, head, segment (start, stop, chunks), and its place among the states."""
+    (B, T, H, _), (rows, n), todo, start = q.shape, blocking(q, M, chunk), [], 0
+    for h in range(H):
+        for b in range(0, B, rows):
+            size = min(rows, B - b)
+            for lo in range(0, T, n * chunk):
+                hi = min(T, lo + n * chunk)
+                segment = (lo, hi, -(-(hi - lo) // chunk))
+                todo.append((slice(b, b + size), slice(h, h + 1), segment, slice(start, start + size)))
+                start += size
+    return todo
+
+
+def states_kept(q, state, backend, chunk=CHUNK):
+    """The shape of the states that the backward pass finds: those at the start of each segment, or none."""
+    (B, T, H, _), (_, n) = q.shape, blocking(q, state.shape[2], chunk)
+    return (0,) if backend == "triton" else (B * H * -(-T // (n * chunk)), *state.shape[2:])
+
+
+def segment_features(x, w, features, segment, chunk, new):
+    """x and phi(x), (N, C, D) and (N, C, M). Padded tokens have features too: it is their values that are 0."""
+    x = load(x, segment, chunk, new)
+    phi = new(*x.shape[:2], w.shape[0])
+    torch.mm(x.flatten(0, 1), w.mT, out=phi.flatten(0, 1))
+    return x, activate(phi, features)
+
+
+def with_ones(v, segment, chunk, new):
+    """u = [v, 1] (N, C, V + 1), 0 for padded tokens."""
+    lo, hi, n = segment
+    place = new(n, v.shape[0], 1, chunk, v.shape[3] + 1)
+    place[..., :-1].copy_(chunked(v, segment, chunk))
+    place[..., -1] = 1
+    place[-1, ..., chunk - (n * chunk - (hi - lo)) :, -1] = 0
+    return place.flatten(0, 2)
+
+
+def running_sums(x, first, out, last=None, reverse=False):
+    """States from chunk to chunk: out[0] = first, out[i+1] = out[i] + x[i]. The last one into `last`.
+
+    x, out (N, M, V + 1), first, last (rows, 1, M, V + 1), the same tensor if need be
+    """
+    x, y = x.view(-1, *first.shape).unbind(), out.view(-1, *first.shape).unbind()
+    order = range(len(x) - 1, -1, -1) if reverse else range(len(x))
+    y[order[0]].copy_(first)
+    for i, j in zip(order, order[1:]):
+        torch.add(y[i], x[i], out=y[j])
+    if last is not None:
+        i = order[-1]
+        torch.add(y[i], x[i], out=last)
+    return out
+
+
+def chunk_forward(q, k, v, wq, wk, state, features, chunk=CHUNK):
+    """o (B, T, H, V), 1/z (B, T, H, 1), the last state (B, H, M, V + 1), and those at the start of each segment."""
+    o, inverse = v.new_empty(v.shape), state.new_empty(*v.shape[:3], 1)
+    starts, state, new = state.new_empty(states_kept(q, state, "torch", chunk)), state.clone(), Workspace(state)
+    for rows, h, segment, here in pieces(q, state.shape[2], chunk):
+        new.taken = 0
+        _, fq = segment_features(q[rows, :, h], wq[h.start], features, segment, chunk, new)
+        _, fk = segment_features(k[rows, :, h], wk[h.start], features, segment, chunk, new)
+        u = with_ones(v[rows, :, h], segment, chunk, new)
+        carry = state[rows, h]
+        starts[here] = carry[:, 0]
+        x = new.bmm(fk.mT, u)
+        S = running_sums(x, carry, new(*x.shape), carry)
+        n = new.bmm(fq, S).baddbmm_(new.bmm(fq, fk.mT).tril_(), u)
+        n, z = n.view(-1, carry.shape[0], 1, chunk, n.shape[2]).split((v.shape[3], 1), -1)
+        z = z.clamp(min=torch.finfo(z.dtype).tiny).reciprocal_()
+        store(o[rows, :, h], segment, chunk, lambda place: torch.mul(n, z, out=place))  # noqa: B023
+        store(inverse[rows, :, h], segment, chunk, lambda place: place.copy_(z))  # noqa: B023
+    return o, inverse, state, starts
+
+
+def chunk_backward(q, k, v, wq, wk, o, inverse, starts, do, dstate, features, weights, chunk=CHUNK):
+    """Gradients of q, k, v, wq, wk (empty unless `weights`) and the initial state. dstate: that of the last state."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dwq, dwk = (torch.zeros_like(w) if weights else w.new_empty(0) for w in (wq, wk))
+    new, dstate = Workspace(starts), dstate.clone()
+    V = v.shape[3]
+    for rows, h, segment, here in reversed(pieces(q, wq.shape[1], chunk)):
+        new.taken = 0
+        xq, fq = segment_features(q[rows, :, h], wq[h.start], features, segment, chunk, new)
+        xk, fk = segment_features(k[rows, :, h], wk[h.start], features, segment, chunk, new)
+        u = with_ones(v[rows, :, h], segment, chunk, new)
+        du = read_gradient(do[rows, :, h], o[rows, :, h], inverse[rows, :, h], segment, chunk, new)
+        x = new.bmm(fk.mT, u)
+        S = running_sums(x, starts[here].unsqueeze(1), new(*x.shape))
+        carry = dstate[rows, h]
+        torch.bmm(fq.mT, du, out=x)
+        dS = running_sums(x, carry, new(*x.shape), carry, reverse=True)
+        A, dA = new.bmm(fq, fk.mT).tril_(), new.bmm(du, u.mT).tril_()
+        dvs = new.bmm(fk, dS[:, :, :V]).baddbmm_(A.mT, du[:, :, :V])
+        store(dv[rows, :, h], segment, chunk, lambda place: place.copy_(dvs.view(place.shape)))  # noqa: B023
+        dfq = new.bmm(du, S.mT).baddbmm_(dA, fk)
+        dfk = new.bmm(u, dS.mT).baddbmm_(dA.mT, fq)
+        for w, dw, x, f, df, dx in ((wq, dwq, xq, fq, dfq, dq), (wk, dwk, xk, fk, dfk, dk)):
+            dz = through_features(df, f, features).flatten(0, 1)  # (N C, M)
+            if weights:
+                dw[h.start].addmm_(dz.mT, x.flatten(0, 1))
+            dxs = torch.mm(dz, w[h.start], out=x.flatten(0, 1))
+            store(dx[rows, :, h], segment, chunk, lambda place: place.copy_(dxs.view(place.shape)))  # noqa: B023
+    return dq, dk, dv, dwq, dwk, dstate
+
+
+def read_gradient(do, o, inverse, segment, chunk, new):
+    """The gradient of [n, z], (N, C, V + 1): do / z, and -(do . o) / z."""
+    do, inverse = chunked(do, segment, chunk), chunked(inverse, segment, chunk)
+    du = new(*do.shape[:-1], do.shape[-1] + 1)
+    dn = torch.mul(do, inverse, out=du[..., :-1])
+    torch.sum(dn * chunked(o, segment, chunk), -1, out=du[..., -1]).neg_()
+    return du.flatten(0, 2)
+
+
+# ----------------------------------------------------------------------------- Triton
+#
+# The linear attention of kernels/gla.py without gates: three kernels, six launches, on features that PyTorch computes.
+# Normalisers are sums over chunks of features, small beside them; inside a chunk the kernels add what is missing.
+#
+#     scan     S at the start of each chunk, the last state          REVERSE: dS at the end of each chunk, and the first
+#     read     o, 1/z from phi(q), phi(k), v, S, z                   REVERSE: dv from phi(k), phi(q), dn, dS
+#     grad     dphi(q), dphi(k)
+
+
+@jit
+def performer_scan_kernel(
+    p_x, p_y, p_first, p_all, p_last, T, H, M, V,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """One (BK, BV) tile of the state walks over the chunks; what it is on arrival at each is written to p_all."""
+    i_bh = tl.program_id(2)
+    o_m, o_v = tl.program_id(0) * BK + tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
+    m_m, m_v = o_m < M, o_v < V
+    NT = tl.cdiv(T, C)
+    row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
+    p_x, p_y = p_x + row * M, p_y + row * V
+    o_s, m_s = o_m[:, None] * V + o_v[None, :], m_m[:, None] & m_v[None, :]
+    p_all += i_bh.to(tl.int64) * NT * M * V
+    b_s = tl.load(p_first + i_bh.to(tl.int64) * M * V + o_s, mask=m_s, other=0.0)
+    for i in range(0, NT):
+        i_t = NT - 1 - i if REVERSE else i
+        tl.store(p_all + i_t * M * V + o_s, b_s.to(p_all.dtype.element_ty), mask=m_s)
+        o_t = i_t * C + tl.arange(0, C)
+        m_x, m_y = m_m[:, None] & (o_t < T)[None, :], (o_t < T)[:, None] & m_v[None, :]
+        b_x = tl.load(p_x + o_t[None, :] * (H * M) + o_m[:, None], mask=m_x, other=0.0)  # (BK, C)
+        b_y = tl.load(p_y + o_t[:, None] * (H * V) + o_v[None, :], mask=m_y, other=0.0)  # (C, BV)
+        b_s += tl.dot(b_x.to(DOT), b_y.to(DOT), input_precision="ieee")
+    tl.store(p_last + i_bh.to(tl.int64) * M * V + o_s, b_s, mask=m_s)
+
+
+@jit
+def performer_read_kernel(
+    p_x, p_y, p_w, p_s, p_z, p_o, p_inverse, T, H, M, V, tiny,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """n = x S + tril(A) w, z = x z + A 1 and o = n / z, one (C, BV) tile. REVERSE: dv = phi(k) dS + triu(A^T) dn."""
+    i_v, i_t, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_c, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
+    o_t = i_t * C + o_c
+    m_t, m_v = o_t < T, o_v < V
+    row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
+    p_x, p_y, p_w, p_o = p_x + row * M, p_y + row * M, p_w + row * V, p_o + row * V
+    chunk = i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t
+    p_s += chunk * M * V
+    b_A, b_o = tl.zeros([C, C], tl.float32), tl.zeros([C, BV], tl.float32)
+    b_z = tl.zeros([C], tl.float32)
+    for i_m in range(0, tl.cdiv(M, BK)):
+        o_m = i_m * BK + tl.arange(0, BK)
+        o_x, m_x = o_t[:, None] * (H * M) + o_m[None, :], m_t[:, None] & (o_m < M)[None, :]
+        b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)  # (C, BK)
+        b_y = tl.load(p_y + o_x, mask=m_x, other=0.0)  # (C, BK)
+        m_s = (o_m < M)[:, None] & m_v[None, :]
+        b_s = tl.load(p_s + o_m[:, None] * V + o_v[None, :], mask=m_s, other=0.0)  # (BK, BV)
+        b_A += tl.dot(b_x.to(DOT), tl.trans(b_y.to(DOT)), input_precision="ieee")
+        b_o += tl.dot(b_x.to(DOT), b_s.to(DOT), input_precision="ieee")
+        if not REVERSE:
+            b_first = tl.load(p_z + chunk * M + o_m, mask=o_m < M, other=0.0)  # (BK)
+            b_z += tl.sum(b_x.to(tl.float32) * b_first[None, :], 1)
+    b_A = tl.where(o_c[:, None] <= o_c[None, :] if REVERSE else o_c[:, None] >= o_c[None, :], b_A, 0.0)
+    m_o, o_o = m_t[:, None] & m_v[None, :], o_t[:, None] * (H * V) + o_v[None, :]
+    b_w = tl.load(p_w + o_o, mask=m_o, other=0.0)  # (C, BV)
+    b_o += tl.dot(b_A.to(DOT), b_w.to(DOT), input_precision="ieee")
+    if not REVERSE:
+        b_z = 1 / tl.maximum(b_z + tl.sum(b_A, 1), tiny)
+        b_o *= b_z[:, None]
+        tl.store(p_inverse + row + o_t * H, b_z, mask=m_t & (i_v == 0))
+    tl.store(p_o + o_o, b_o.to(p_o.dtype.element_ty), mask=m_o)
+
+
+@jit
+def performer_grad_kernel(
+    p_q, p_k, p_v, p_dn, p_dz, p_s, p_ds, p_z, p_dzs, p_dq, p_dk, T, H, M, V,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """dphi(q), dphi(k) of one (C, BK) tile. p_z, p_dzs: of the state; p_dz: of each token's normaliser."""
+    i_m, i_t, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_c, o_m = tl.arange(0, C), i_m * BK + tl.arange(0, BK)
+    o_t = i_t * C + o_c
+    m_t, m_m = o_t < T, o_m < M
+    row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
+    p_v, p_dn = p_v + row * V, p_dn + row * V
+    chunk = i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t
+    b_dz = tl.load(p_dz + row + o_t * H, mask=m_t, other=0.0)  # (C)
+    b_z = tl.load(p_z + chunk * M + o_m, mask=m_m, other=0.0)  # (BK)
+    b_dzs = tl.load(p_dzs + chunk * M + o_m, mask=m_m, other=0.0)  # (BK)
+    b_dA, b_dAT = tl.zeros([C, C], tl.float32) + b_dz[:, None], tl.zeros([C, C], tl.float32) + b_dz[None, :]
+    b_dq, b_dk = b_dz[:, None] * b_z[None, :], tl.zeros([C, BK], tl.float32) + b_dzs[None, :]
+    for i_v in range(0, tl.cdiv(V, BV)):
+        o_v = i_v * BV + tl.arange(0, BV)
+        o_y, m_y = o_t[:, None] * (H * V) + o_v[None, :], m_t[:, None] & (o_v < V)[None, :]
+        b_v = tl.load(p_v + o_y, mask=m_y, other=0.0).to(DOT)  # (C, BV)
+        b_dn = tl.load(p_dn + o_y, mask=m_y, other=0.0).to(DOT)  # (C, BV)
+        o_s, m_s = chunk * M * V + o_m[None, :] * V + o_v[:, None], m_m[None, :] & (o_v < V)[:, None]
+        b_s = tl.load(p_s + o_s, mask=m_s, other=0.0).to(DOT)  # (BV, BK)
+        b_ds = tl.load(p_ds + o_s, mask=m_s, other=0.0).to(DOT)  # (BV, BK)
+        b_dA += tl.dot(b_dn, tl.trans(b_v), input_precision="ieee")
+        b_dAT += tl.dot(b_v, tl.trans(b_dn), input_precision="ieee")
+        b_dq += tl.dot(b_dn, b_s, input_precision="ieee")
+        b_dk += tl.dot(b_v, b_ds, input_precision="ieee")
+    o_x, m_x = row * M + o_t[:, None] * (H * M) + o_m[None, :], m_t[:, None] & m_m[None, :]
+    b_q = tl.load(p_q + o_x, mask=m_x, other=0.0).to(DOT)  # (C, BK)
+    b_k = tl.load(p_k + o_x, mask=m_x, other=0.0).to(DOT)  # (C, BK)
+    b_dq += tl.dot(tl.where(o_c[:, None] >= o_c[None, :], b_dA, 0.0).to(DOT), b_k, input_precision="ieee")
+    b_dk += tl.dot(tl.where(o_c[:, None] <= o_c[None, :], b_dAT, 0.0).to(DOT), b_q, input_precision="ieee")
+    tl.store(p_dq + o_x, b_dq.to(p_dq.dtype.element_ty), mask=m_x)
+    tl.store(p_dk + o_x, b_dk.to(p_dk.dtype.element_ty), mask=m_x)
+
+
+CONFIGS = {"scan": (64, 64, 4, 2), "read": (64, 64, 4, 2), "grad": (32, 32, 8, 1)}  # BK, BV, num_warps, num_stages
+KERNELS = {"scan": performer_scan_kernel, "read": performer_read_kernel, "grad": performer_grad_kernel}
+
+
+def options(name, M, V):
+    BK, BV, warps, stages = CONFIGS[name]
+    return dict(BK=block(BK, M), BV=block(BV, V), num_warps=warps, num_stages=stages, C=CHUNK)
+
+
+def launch(name, axes, x, y, *args, **constants):
+    """One program for each tile of `axes`: k for features, v for values, t for chunks."""
+    B, T, H, M, V = *x.shape, y.shape[3]
+    constants |= options(name, M, V) | dict(DOT=tl.float32 if x.dtype == torch.float32 else tl.bfloat16)
+    tiles = dict(k=triton.cdiv(M, constants["BK"]), v=triton.cdiv(V, constants["BV"]), t=triton.cdiv(T, CHUNK))
+    KERNELS[name][(*(tiles[a] for a in axes), B * H)](*args, **constants)
+
+
+def scan_launch(x, y, first, dtype, reverse):
+    """States (B, H, chunks, M, V) on arrival at each chunk, and the last one (B, H, M, V)."""
+    B, T, H, M, V = *x.shape, y.shape[3]
+    states = x.new_empty(B, H, triton.cdiv(T, CHUNK), M, V, dtype=dtype)
+    last = torch.empty_like(first)
+    launch("scan", "kv", x, y, x, y, first, states, last, T, H, M, V, REVERSE=reverse)
+    return states, last
+
+
+def chunk_sums(x, weight, first, reverse=False):
+    """Normalisers (B, H, chunks, M) on arrival at each chunk, and the last one: running sums of weight_t x_t."""
+    pad = -x.shape[1] % CHUNK
+    x, weight = F.pad(x, (0, 0, 0, 0, 0, pad)), F.pad(weight, (0, 0, 0, pad))
+    sums = torch.einsum("bnchm,bnch->bhnm", x.float().unflatten(1, (-1, CHUNK)), weight.unflatten(1, (-1, CHUNK)))
+    sums = torch.cat((first.unsqueeze(2), sums.flip(2) if reverse else sums), 2).cumsum(2)
+    states, last = sums[:, :, :-1], sums[:, :, -1]
+    return (states.flip(2) if reverse else states).contiguous(), last
+
+
+def triton_inputs(q, k, v, wq, wk, state, features):
+    """Features and values in the precision of the products, fp32 or bf16, and the two parts of the state."""
+    dtype = torch.float32 if v.dtype == torch.float32 else torch.bfloat16
+    fq, fk = (feature_map(x.float(), w, features).to(dtype).contiguous() for x, w in ((q, wq), (k, wk)))
+    return fq, fk, v.to(dtype).contiguous(), state[..., :-1].contiguous(), state[..., -1]
+
+
+def performer_fwd(q, k, v, wq, wk, state, features):
+    """o, 1/z and the last state, in two launches."""
+    fq, fk, y, first, z = triton_inputs(q, k, v, wq, wk, state, features)
+    B, T, H, M, V = *fq.shape, v.shape[3]
+    states, last = scan_launch(fk, y, first, y.dtype, False)
+    z, z_last = chunk_sums(fk, z.new_ones(B, T, H), z)
+    o, inverse = torch.empty_like(y), z.new_empty(B, T, H, 1)
+    args = fq, fk, y, states, z, o, inverse, T, H, M, V, torch.finfo(torch.float32).tiny
+    launch("read", "vt", fq, y, *args, REVERSE=False)
+    return o.to(v.dtype), inverse, torch.cat((last, z_last.unsqueeze(-1)), -1)
+
+
+def performer_bwd(q, k, v, wq, wk, state, o, inverse, do, dstate, features, weights):
+    """The gradients of q, k, v, wq, wk and the initial state, in four launches."""
+    fq, fk, y, first, z = triton_inputs(q, k, v, wq, wk, state, features)
+    B, T, H, M, V = *fq.shape, v.shape[3]
+    dn = (do.float() * inverse).to(y.dtype)
+    dz = -(dn.float() * o).sum(-1)  # (B, T, H), of the rounded dn: the two nearly cancel
+    states, _ = scan_launch(fk, y, first, torch.float32, False)
+    zs, _ = chunk_sums(fk, z.new_ones(B, T, H), z)
+    dstates, dfirst = scan_launch(fq, dn, dstate[..., :-1].contiguous(), torch.float32, True)
+    dzs, dz_first = chunk_sums(fq, dz, dstate[..., -1], True)
+    dv, dfq, dfk = torch.empty_like(y), *(torch.empty_like(fq, dtype=torch.float32) for _ in range(2))
+    launch("read", "vt", fk, y, fk, fq, dn, dstates, dzs, dv, inverse, T, H, M, V, 0.0, REVERSE=True)
+    launch("grad", "kt", fq, y, fq, fk, y, dn, dz, states, dstates, zs, dzs, dfq, dfk, T, H, M, V)
+    grads, dws = [], []
+    for x, w, f, df in ((q, wq, fq, dfq), (k, wk, fk, dfk)):
+        through_features(df, f.float(), features)
+        grads.append(torch.einsum("bthm,hmd->bthd", df, w).to(x.dtype))
+        dws.append(torch.einsum("bthm,bthd->hmd", df, x.float()) if weights else w.new_empty(0))
+    return *grads, dv.to(v.dtype), *dws, torch.cat((dfirst, dz_first.unsqueeze(-1)), -1)
+
+
+def aot_specs():
+    """(name, kernel, signature, constants) of every kernel, for the report."""
+    specs = []
+    for name, flags in (
+        ("scan", dict(REVERSE=False)), ("scan", dict(REVERSE=True)),
+        ("read", dict(REVERSE=False)), ("read", dict(REVERSE=True)), ("grad", {}),
+    ):  # fmt: skip
+        for M, V in ((128, 32), (256, 64), (512, 128)):
+            wide = {"p_first", "p_last", "p_z", "p_dz", "p_dzs", "p_inverse", "p_ds", "p_dq", "p_dk"}
+            wide |= {"p_all", "p_s"} if flags.get("REVERSE", True) else set()
+            kernel = KERNELS[name]
+            signature = {x: "*fp32" if x in wide else "*bf16" for x in kernel.arg_names if x[:2] == "p_"}
+            signature |= dict(T="i32", H="i32", M="i32:16", V="i32:16", tiny="fp32")
+            constants = options(name, M, V) | flags | dict(DOT=tl.bfloat16)
+            form = " reverse" if flags.get("REVERSE") else ""
+            specs.append((f"performer_{name}{form} {V} #0", kernel, signature, constants))
+    return specs
+
+
+# ----------------------------------------------------------------------------- op
+#
+# Custom ops return tensors only and no input among them: `starts` is empty where a backend keeps none.
+
+
+@torch.library.custom_op(
+    "nanoattention::performer",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor wq, Tensor wk, Tensor state, str features, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def performer_op(q, k, v, wq, wk, state, features, backend):
+    if backend == "triton":
+        return *performer_fwd(q, k, v, wq, wk, state, features), state.new_empty(0)
+    return chunk_forward(q, k, v, wq, wk, state, features)
+
+
+@performer_op.register_fake
+def _(q, k, v, wq, wk, state, features, backend):
+    inverse, starts = (*v.shape[:3], 1), states_kept(q, state, backend)
+    return v.new_empty(v.shape), *(state.new_empty(shape) for shape in (inverse, state.shape, starts))
+
+
+@torch.library.custom_op(
+    "nanoattention::performer_backward",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor wq, Tensor wk, Tensor state, Tensor o, Tensor inverse,"
+    " Tensor starts, Tensor do, Tensor dstate, str features, bool weights, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def performer_backward_op(q, k, v, wq, wk, state, o, inverse, starts, do, dstate, features, weights, backend):
+    if backend == "triton":
+        return performer_bwd(q, k, v, wq, wk, state, o, inverse, do, dstate, features, weights)
+    return chunk_backward(q, k, v, wq, wk, o, inverse, starts, do, dstate, features, weights)
+
+
+@performer_backward_op.register_fake
+def _(q, k, v, wq, wk, state, o, inverse, starts, do, dstate, features, weights, backend):
+    dw = (w.new_empty(w.shape if weights else (0,)) for w in (wq, wk))
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *dw, state.new_empty(state.shape)
+
+
+def setup_context(ctx, inputs, output):
+    *tensors, ctx.features, ctx.backend = inputs
+    o, inverse, _, starts = output
+    ctx.save_for_backward(*tensors, o, inverse, starts)
+
+
+def backward(ctx, do, _, dstate, __):
+    q, k, v, wq, wk, state, o, inverse, starts = ctx.saved_tensors
+    do = v.new_zeros(v.shape) if do is None else do
+    dstate = torch.zeros_like(state) if dstate is None else dstate
+    weights = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    tensors = q, k, v, wq, wk, state, o, inverse, starts, do, dstate
+    dq, dk, dv, dwq, dwk, dstate = performer_backward_op(*tensors, ctx.features, weights, ctx.backend)
+    dwq, dwk = (dwq, dwk) if weights else (None, None)
+    return dq, dk, dv, dwq, dwk, dstate, None, None
+
+
+performer_op.register_autograd(backward, setup_context=setup_context)
+
+
+# ----------------------------------------------------------------------------- public
+
+
+def performer(
+    q, k, v, wq, wk, features="softmax", initial_state=None, output_final_state=False, backend="auto"
+):  # fmt: skip
+    """Performer attention. Returns o (B, T, H, V), and the final state (B, H, M, V + 1) if asked for, else None.
+
+    q, k (B, T, H, D)   v (B, T, H, V)   wq, wk (H, M, D), the rows of W for queries and for keys
+    features: softmax | relu | learned.  initial_state (B, H, M, V + 1), of which the last column is the normaliser.
+    backend: auto | triton | torch | recurrent.  States are fp32, fp64 for fp64 inputs.
+    """
+    check(q, k, v, wq, wk, features, initial_state, backend)
+    (B, _, H, _), M, V, dtype = q.shape, wq.shape[1], v.shape[3], compute_dtype(q.dtype)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        v = v.to(torch.get_autocast_dtype(q.device.type))  # of the products; exponents and states keep their precision
+    wq, wk = wq.to(dtype), wk.to(dtype)
+    if backend == "recurrent":
+        o, state = performer_recurrent(q, k, v, wq, wk, features, initial_state)
+    else:
+        state = q.new_zeros(B, H, M, V + 1, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+        o, _, state, _ = performer_op(q, k, v, wq, wk, state, features, choose(backend, q, V))
+    return o, state if output_final_state else None
+
+
+def check(q, k, v, wq, wk, features, initial_state, backend):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or not x.is_floating_point() or min(x.shape) < 1:
+            raise ValueError(f"performer: {name} must be a float (B, T, H, D), none 0, got {x.dtype} {tuple(x.shape)}")
+    (B, _, H, D), V = q.shape, v.shape[3]
+    if k.shape != q.shape:
+        raise ValueError(f"performer: k must have the shape of q {tuple(q.shape)}, got {tuple(k.shape)}")
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"performer: v must be {tuple(q.shape[:3])} and its width, got {tuple(v.shape)}")
+    for name, w in (("wq", wq), ("wk", wk)):
+        if w.dim() != 3 or (w.shape[0], w.shape[2]) != (H, D) or w.shape != wq.shape or w.shape[1] < 1:
+            raise ValueError(f"performer: {name} must be ({H}, features, {D}), both alike, got {tuple(w.shape)}")
+    if features not in ("softmax", "relu", "learned"):
+        raise ValueError(f"performer: features must be softmax, relu or learned, got {features!r}")
+    shape = (B, H, wq.shape[1], V + 1)
+    if initial_state is not None and initial_state.shape != shape:
+        raise ValueError(f"performer: initial_state must be {shape}, got {tuple(initial_state.shape)}")
+    if backend not in ("auto", "triton", "torch", "recurrent"):
+        raise ValueError(f"performer: backend must be auto, triton, torch or recurrent, got {backend!r}")
+
+
+def choose(backend, q, V):
+    """triton or torch. A wish that cannot be met is answered with its reason, once."""
+    if backend == "torch" or (backend == "auto" and not q.is_cuda):
+        return "torch"
+    reason = None
+    if triton is None:
+        reason = "Triton is not installed"
+    elif not q.is_cuda and not interpreting():
+        reason = f"Triton does not run on {q.device.type}"
+    elif q.dtype == torch.float64:
+        reason = "the Triton kernels do not compute in fp64"
+    elif V > MAX_WIDTH:
+        reason = f"the Triton kernels take values up to {MAX_WIDTH} wide"
+    if reason:
+        warn_once(f"performer runs its PyTorch form: {reason}")
+    return "torch" if reason else "triton"
