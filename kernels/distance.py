@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-SEGMENT = 3 * 2**15  # scores that the banded form works on at a time, so that its tensors stay in cache
+SEGMENT = 2**17  # scores that the banded form works on at a time, so that its tensors stay in cache
 BLOCKS = (16, 32, 64, 128)  # queries a block
 HIDDEN = -1e30  # a logit that softmax turns into an exact 0, without the NaN of a row of infinities
 
@@ -88,11 +88,11 @@ def split(offsets, block):
 
 
 def cost(plan, T):
-    """Nanoseconds of a forward and backward pass over one head: scores cost a product's time, which small blocks lose
-    part of, and each segment some calls."""
+    """Nanoseconds of a forward and backward pass over one head, fitted on one AVX-512 core: scores, of which small
+    blocks make fewer and slower ones, and the calls of each segment."""
     parts = segments(plan, -(-T // plan.stride))
     scores = sum(n * plan.block * width for _, n, _, width in parts)
-    return plan.stride * (scores * (8 + 100 / plan.block) + 100_000 * len(parts))
+    return plan.stride * (scores * (10.7 + 80 / plan.block) + 100_000 * len(parts))
 
 
 @functools.lru_cache(4096)
@@ -282,13 +282,15 @@ def banded_forward(q, k, v, table, prefix, scale):
     """o (B, T, H, V), and the log-sum-exp (B, H, T) of heads that took SDPA."""
     dtype = compute_dtype(q.dtype)
     table, prefix = table.to(dtype), prefix.to(dtype)
-    o, lse = v.new_zeros(v.shape), q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
+    o, lse = v.new_empty(v.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
     new = Workspace(q, dtype)
     for _, heads, plan, band, time in pieces(q, v, table, prefix):
         if not plan.block:
             xs = (x[:, :, heads].transpose(1, 2) for x in (q, k, v))
             y, lse[:, heads] = flash(*xs, scale)
             o[:, :, heads] = y.transpose(1, 2)
+        elif band is None:
+            o[:, :, heads] = 0
         for rows, heads in row_groups(q, heads, band) if band else ():
             new.taken = 0
             qs, ks, vs = (band.load(x[rows, time, heads].transpose(1, 2), new) for x in (q, k, v))
@@ -308,7 +310,7 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
     """Gradients of q, k, v, table and prefix."""
     dtype, shapes = compute_dtype(q.dtype), (table, prefix)
     table, prefix = table.to(dtype), prefix.to(dtype)
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dtable, dprefix = torch.zeros_like(table), torch.zeros_like(prefix)
     blind = blind_queries(table, prefix)
     do = do.masked_fill(blind.T[None, :, :, None], 0.0) if blind.any() else do
@@ -318,6 +320,9 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
             xs = (x[:, :, heads].transpose(1, 2) for x in (do, q, k, v, o))
             for into, grad in zip((dq, dk, dv), flash_backward(*xs, lse[:, heads], scale)):
                 into[:, :, heads] = grad.transpose(1, 2)
+        elif band is None:
+            for into in (dq, dk, dv):
+                into[:, :, heads] = 0
         if band is None:
             continue
         sums = [torch.zeros_like(bias) for bias in band.bias]
