@@ -285,7 +285,7 @@ class DistanceAttention(SoftmaxAttention):
     def init_state(self, batch, max_len):
         table, first = self.log_mask(max_len + 1)  # a last column for keys that are further away: the first ones
         rows = [(row[:-1] > -math.inf).nonzero()[:, 0].flip(0) for row in table.expand(self.n_head, -1)]
-        reach, heads, h = max(1, *(int(r[0]) + 1 for r in rows if len(r))), [], 0
+        reach, heads, h = max([1] + [int(r[0]) + 1 for r in rows if len(r)]), [], 0
         while h < self.n_head:
             n = next((n for n in range(1, self.n_head - h) if not torch.equal(rows[h], rows[h + n])), self.n_head - h)
             bias = table.expand(self.n_head, -1)[h : h + n, rows[h]]

@@ -32,7 +32,8 @@ def distance_dense(q, k, v, table, prefix, scale):
     """All T x T scores, in fp64 for fp64 inputs and fp32 otherwise. Differentiable."""
     (_, T, H, _), dtype = q.shape, compute_dtype(q.dtype)
     far = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)  # (T, T)
-    mask = table.to(dtype)[:, far.clamp(min=0)].expand(H, T, T)
+    table = torch.where(is_one(table), 0.0, table.to(dtype))
+    mask = table[:, far.clamp(min=0)].expand(H, T, T)
     if P := min(prefix.shape[1], T):
         first = prefix[:, torch.arange(P, device=q.device), far[:, :P].clamp(min=0)].to(dtype).expand(H, T, P)
         mask = torch.cat((first, mask[:, :, P:]), 2)
@@ -41,6 +42,11 @@ def distance_dense(q, k, v, table, prefix, scale):
     logits = torch.where(seen, logits + torch.where(seen, mask, 0.0), HIDDEN)
     p = logits.softmax(-1) * seen.any(-1, keepdim=True)
     return torch.einsum("bhts,bshv->bthv", p, v.to(dtype)).to(v.dtype)
+
+
+def is_one(table):
+    """Rows that mask nothing, (H, 1). A mask of ones is a constant: its row has no gradient."""
+    return (table == 0).all(1, keepdim=True)
 
 
 # ----------------------------------------------------------------------------- the plan
@@ -64,7 +70,7 @@ class Plan(NamedTuple):
 
 def plans(table, prefix, sdpa=True):
     """A Plan for each row of the table; sdpa: may be PyTorch's kernel where nothing is masked."""
-    kept, plain = (table > -math.inf).cpu().numpy(), (table == 0).all(1).tolist()
+    kept, plain = (table > -math.inf).cpu().numpy(), is_one(table)[:, 0].tolist()
     return [make_plan(row.tobytes(), full and sdpa, prefix.shape[1]) for row, full in zip(kept, plain)]
 
 
@@ -282,7 +288,7 @@ def banded_forward(q, k, v, table, prefix, scale):
     """o (B, T, H, V), and the log-sum-exp (B, H, T) of heads that took SDPA."""
     dtype = compute_dtype(q.dtype)
     table, prefix = table.to(dtype), prefix.to(dtype)
-    o, lse = v.new_empty(v.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
+    o, lse = v.new_empty(v.shape), q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
     new = Workspace(q, dtype)
     for _, heads, plan, band, time in pieces(q, v, table, prefix):
         if not plan.block:
@@ -342,6 +348,7 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
         if band.P:
             dprefix[i] += torch.zeros_like(prefix[i]).T.scatter_add(0, band.far, dfirst.masked_fill_(
                 torch.arange(len(dfirst), device=q.device)[:, None] >= band.T, 0.0)).T  # fmt: skip
+    dtable.masked_fill_(is_one(table), 0.0)
     return dq, dk, dv, dtable.to(shapes[0].dtype), dprefix.to(shapes[1].dtype)
 
 
@@ -424,7 +431,8 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto"):
 
     q, k (B, T, H, D)   v (B, T, H, V)   table (H or 1, T) log-mask of distances 0 .. T-1, -inf drops one
     prefix (H or 1, P, T): log-mask of the first P keys by distance, in place of the table's   scale: D^-1/2 unless given
-    backend: auto | banded | dense. Dropped distances are not computed, and have gradient 0.
+    backend: auto | banded | dense. Dropped distances are not computed, and have gradient 0; so has a table row of zeros,
+    which is the constant mask of 1 and, on a CPU, PyTorch's causal attention.
     """
     check(q, k, v, table, prefix, backend)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
