@@ -342,7 +342,7 @@ def read_log(folder):
         raise ConfigError(f"{path} is damaged: a line is not JSON") from None
     if not all(isinstance(e, dict) and "iter" in e for e in entries):
         raise ConfigError(f"{path} is damaged: a line is not an entry of a run")
-    return [e for e in entries if "split" not in e], [e for e in entries if "split" in e]
+    return [e for e in entries if "loss" in e], [e for e in entries if "split" in e]
 
 
 def plot_curves(bench):

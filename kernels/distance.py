@@ -297,16 +297,16 @@ def banded_forward(q, k, v, table, prefix, scale):
             o[:, :, heads] = y.transpose(1, 2)
         elif band is None:
             o[:, :, heads] = 0
-        for rows, heads in row_groups(q, heads, band) if band else ():
+        for rows, some in row_groups(q, heads, band) if band else ():
             new.taken = 0
-            qs, ks, vs = (band.load(x[rows, time, heads].transpose(1, 2), new) for x in (q, k, v))
+            qs, ks, vs = (band.load(x[rows, time, some].transpose(1, 2), new) for x in (q, k, v))
             out, start = new(*vs.shape), new.taken
             for part in band.parts:
                 new.taken = start
                 p = band.probabilities(band.queries(qs, part), band.keys(ks, part), part, scale, new)
                 y = new.bmm(p, band.keys(vs, part))
                 out[:, band.front + part[0] :][:, : part[1] * band.C] = y.view(out.shape[0], -1, out.shape[2])
-            place = o[rows, time, heads].transpose(1, 2)
+            place = o[rows, time, some].transpose(1, 2)
             place.copy_(out[:, band.front : band.front + band.T].view(*place.shape))
     blind = blind_queries(table, prefix)
     return o.masked_fill_(blind.T[None, :, :, None], 0.0) if blind.any() else o, lse
@@ -333,21 +333,21 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
             continue
         sums = [torch.zeros_like(bias) for bias in band.bias]
         dfirst = torch.zeros_like(band.first) if band.P else None
-        for rows, heads in row_groups(q, heads, band):
+        for rows, some in row_groups(q, heads, band):
             new.taken = 0
-            qs, ks, vs, dos = (band.load(x[rows, time, heads].transpose(1, 2), new) for x in (q, k, v, do))
+            qs, ks, vs, dos = (band.load(x[rows, time, some].transpose(1, 2), new) for x in (q, k, v, do))
             dqs, dks, dvs = new(*qs.shape), new(*ks.shape).zero_(), new(*vs.shape).zero_()
             start = new.taken
             for part in band.parts:
                 new.taken = start
                 segment_backward(band, part, qs, ks, vs, dos, dqs, dks, dvs, sums, dfirst, scale, new)
             for into, grad, factor in ((dq, dqs, scale), (dk, dks, scale), (dv, dvs, 1.0)):
-                place = into[rows, time, heads].transpose(1, 2)
+                place = into[rows, time, some].transpose(1, 2)
                 torch.mul(grad[:, band.front : band.front + band.T].view(*place.shape), factor, out=place)
         band.table_gradient(sums, dtable[i, :: plan.stride])
         if band.P:
-            dprefix[i] += torch.zeros_like(prefix[i]).T.scatter_add(0, band.far, dfirst.masked_fill_(
-                torch.arange(len(dfirst), device=q.device)[:, None] >= band.T, 0.0)).T  # fmt: skip
+            dfirst[band.T :] = 0
+            dprefix[i] = torch.zeros_like(prefix[i]).T.scatter_add(0, band.far, dfirst).T
     dtable.masked_fill_(is_one(table), 0.0)
     return dq, dk, dv, dtable.to(shapes[0].dtype), dprefix.to(shapes[1].dtype)
 
@@ -430,9 +430,9 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto"):
     """Attention under a log-mask by distance. Returns o (B, T, H, V).
 
     q, k (B, T, H, D)   v (B, T, H, V)   table (H or 1, T) log-mask of distances 0 .. T-1, -inf drops one
-    prefix (H or 1, P, T): log-mask of the first P keys by distance, in place of the table's   scale: D^-1/2 unless given
-    backend: auto | banded | dense. Dropped distances are not computed, and have gradient 0; so has a table row of zeros,
-    which is the constant mask of 1 and, on a CPU, PyTorch's causal attention.
+    prefix (H or 1, P, T) log-mask of the first P keys by distance, in place of the table   scale: D^-1/2 unless given
+    backend: auto | banded | dense. Dropped distances are not computed, and have gradient 0. So has a table row of
+    zeros: it is the constant mask of 1 and, on a CPU, PyTorch's causal attention.
     """
     check(q, k, v, table, prefix, backend)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
