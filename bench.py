@@ -5,6 +5,7 @@
     python bench.py --what=decode                          # sampling: with the cache, and recomputing the prefix
     python bench.py --what=quality --out_dir=out/a,out/b   # the full evaluation pass over checkpoints
     python bench.py --what=curves --out_dir=out/a,out/b    # loss against steps and time, as a PNG
+    python bench.py --what=inspect --out_dir=out/a         # what masks keep, what that costs, and pictures of it
 
 Timings are medians over interleaved rounds (A B A B), with minimum and maximum, so that a drifting machine favours
 none of them.
@@ -12,6 +13,7 @@ none of them.
 
 import functools
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -25,6 +27,7 @@ from torch.nn import functional as F
 import config
 from config import ConfigError, key
 from data import DataError, Dataset, SymbolsCodec, write_meta, write_split
+from kernels.distance import distance
 from kernels.gla import gla
 from kernels.gsa import gsa
 from model import GPT, GPTConfig, ModelError
@@ -37,11 +40,14 @@ NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a lon
 ]
 
 
+WHATS = ("step", "ops", "decode", "quality", "curves", "inspect")
+
+
 @dataclass
 class BenchConfig:
     """Benchmark"""
 
-    what: str = key("step", "what to measure", choices=("step", "ops", "decode", "quality", "curves"))
+    what: str = key("step", "what to measure", choices=WHATS)
     rounds: int = key(5, "interleaved rounds", low=1)
     seconds: float = key(2.0, "time for each measurement of a round", low=0.01)
     batch_size: int = key(16, "sequences of a step, with a shape given; of ops", low=1)
@@ -51,7 +57,10 @@ class BenchConfig:
     heads: int = key(4, "heads (ops)", low=1)
     key_dim: int = key(64, "key size of a head (ops)", low=1)
     value_dim: int = key(64, "value size of a head (ops)", low=1)
-    out_dir: str = key("", "folders of runs, comma-separated (quality, curves)")
+    spans: str = key("256", "spans of `span`, a ramp of 32 included (ops)")
+    offsets: str = key("0,1,2,3,4", "distances that `mask_mix` keeps (ops)")
+    out_dir: str = key("", "folders of runs, comma-separated (quality, curves, inspect)")
+    text: str = key("", "text of the attention maps; empty: from the validation split (inspect)")
     dataset: str = key("", "data set (quality); empty: the one that a checkpoint was trained on")
     split: str = key("val,test", "splits (quality)")
     eval_context: int = key(0, "tokens of context in the full pass; 0: block_size", low=0)
@@ -200,16 +209,18 @@ def bench_step(shape, bench, runtime):
 # operators
 
 
-def sdpa(q, k, v, g, s):
+def sdpa(q, k, v, g, s, table):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T, H, K) and slot gates s (B, T, H, 64)
+OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T, H, K), slot gates s (B, T, H, 64), table
     "softmax": sdpa,
-    "gla": lambda q, k, v, g, s: gla(q, k, v, g, gate_min=-1.25)[0],
-    "gla_exact": lambda q, k, v, g, s: gla(q, k, v, g)[0],
-    "gsa": lambda q, k, v, g, s: gsa(q, k, v, -torch.expm1(s), s, scale=1.0)[0],
+    "gla": lambda q, k, v, g, s, table: gla(q, k, v, g, gate_min=-1.25)[0],
+    "gla_exact": lambda q, k, v, g, s, table: gla(q, k, v, g)[0],
+    "gsa": lambda q, k, v, g, s, table: gsa(q, k, v, -torch.expm1(s), s, scale=1.0)[0],
+    "span": lambda q, k, v, g, s, table: distance(q, k, v, table),
+    "mask_mix": lambda q, k, v, g, s, table: distance(q, k, v, table),
 }
 
 
@@ -219,6 +230,31 @@ def operator_inputs(B, T, bench, runtime):
     q, k, v = (torch.randn(B, T, H, d, **options) for d in (K, K, V))
     g, s = (F.logsigmoid(torch.randn(B, T, H, d, device=runtime.device)) / 16 for d in (K, 64))
     return [t.requires_grad_() for t in (q, k, v, g, s)]
+
+
+def operator_rows(names, T, bench, runtime):
+    """{name of a row: (operator, its mask by distance)}; `span` has one for each of --spans."""
+    x, rows = torch.arange(T, device=runtime.device), {}
+    for name in names:
+        if name == "span":
+            for span in numbers(bench.spans, "spans"):
+                table = ((span - x) / 32).clamp(0, 1).log().repeat(bench.heads, 1)
+                rows[f"span {span}"] = OPERATORS[name], table.requires_grad_()
+        elif name == "mask_mix":
+            kept = [o for o in numbers(bench.offsets, "offsets") if o < T]
+            table = torch.full((1, T), -math.inf, device=runtime.device)
+            table[0, kept] = -torch.rand(len(kept), device=runtime.device)
+            rows[f"mask_mix of {len(kept)}"] = OPERATORS[name], table.requires_grad_()
+        else:
+            rows[name] = OPERATORS[name], torch.zeros(1, T, device=runtime.device, requires_grad=True)
+    return rows
+
+
+def numbers(text, name):
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--{name}={text}: write numbers, comma-separated") from None
 
 
 def operator_step(call, inputs):
@@ -236,10 +272,13 @@ def bench_operators(bench, runtime):
     H, K, V = bench.heads, bench.key_dim, bench.value_dim
     print(f"batch {bench.batch_size}, {H} heads, keys {K}, values {V}, 64 slots, {bench.rounds} rounds")
     print("| operator | T | forward ms | forward + backward ms | of softmax | us a token |\n" + "|---" * 6 + "|")
-    for T in (int(t) for t in bench.lengths.split(",")):
+    operators = names
+    for T in numbers(bench.lengths, "lengths"):
         inputs = operator_inputs(bench.batch_size, T, bench, runtime)
-        calls = {name: functools.partial(OPERATORS[name], *inputs) for name in names}
-        steps = {name: functools.partial(operator_step, calls[name], inputs) for name in names}
+        rows = operator_rows(operators, T, bench, runtime)
+        names = list(rows)
+        calls = {name: functools.partial(call, *inputs, table) for name, (call, table) in rows.items()}
+        steps = {name: functools.partial(operator_step, calls[name], [*inputs, rows[name][1]]) for name in names}
         forward, both = {n: [] for n in names}, {n: [] for n in names}
         for i in range(bench.rounds):
             for name in names if i % 2 == 0 else names[::-1]:
