@@ -214,7 +214,7 @@ def sdpa(q, k, v, g, s, table):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T, H, K), slot gates s (B, T, H, 64), table
+OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T, H, K), slot gates s, a log-mask
     "softmax": sdpa,
     "gla": lambda q, k, v, g, s, table: gla(q, k, v, g, gate_min=-1.25)[0],
     "gla_exact": lambda q, k, v, g, s, table: gla(q, k, v, g)[0],
