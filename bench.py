@@ -12,6 +12,7 @@ none of them.
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -26,12 +27,12 @@ from torch.nn import functional as F
 
 import config
 from config import ConfigError, key
-from data import DataError, Dataset, SymbolsCodec, write_meta, write_split
-from kernels.distance import distance
+from data import DataError, Dataset, SymbolsCodec, windows, write_meta, write_split
+from kernels.distance import distance, plans
 from kernels.gla import gla
 from kernels.gsa import gsa
 from model import GPT, GPTConfig, ModelError
-from train import Run, TrainConfig, World, evaluate
+from train import Run, TrainConfig, World, evaluate, token_nats
 
 NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a long block
     dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, vocab_size=65),
@@ -60,6 +61,8 @@ class BenchConfig:
     spans: str = key("256", "spans of `span`, a ramp of 32 included (ops)")
     offsets: str = key("0,1,2,3,4", "distances that `mask_mix` keeps (ops)")
     out_dir: str = key("", "folders of runs, comma-separated (quality, curves, inspect)")
+    prune: float = key(0.02, "the loss without candidates below this share of the largest (inspect)", low=0.0, high=1.0)
+    inspect_batch_size: int = key(4, "sequences of the timed attention (inspect)", low=1)
     text: str = key("", "text of the attention maps; empty: from the validation split (inspect)")
     dataset: str = key("", "data set (quality); empty: the one that a checkpoint was trained on")
     split: str = key("val,test", "splits (quality)")
@@ -368,7 +371,166 @@ def trained_on(folder):
 
 
 # -----------------------------------------------------------------------------
+# masks
+
+
+def inspect(bench, runtime):
+    """For each folder: what its masks keep, by layer and head; what that costs, counted and measured; what rounding
+    periods or dropping light candidates does to the loss; and pictures, written to the folder."""
+    for folder in run_folders(bench):
+        model = GPT.from_checkpoint(folder).to(runtime.device).eval()
+        layers = {i: b.attn for i, b in enumerate(model.transformer.h) if hasattr(b.attn, "log_mask")}
+        if not layers:
+            raise ConfigError(f"{folder}: no layer of {model.config.attention_type!r} learns a mask by distance")
+        print(f"{folder}: {model.config.attention_type}, block_size {model.config.block_size}")
+        mask_table(layers, model.config)
+        mask_costs(layers, model.config, bench, runtime)
+        dataset = Dataset(bench.dataset or trained_on(folder))
+        mask_changes(model, layers, dataset, bench, runtime)
+        draw_masks(folder, model, layers, dataset, bench, runtime)
+
+
+def mask_table(layers, c):
+    """A line for each head, with the path that its training takes."""
+    print("| layer | head | span | period | offset | kept distances | computed as | weights |\n" + "|---" * 8 + "|")
+    for i, attn in layers.items():
+        stats, (table, first) = attn.stats(), attn.log_mask(c.block_size)
+        first = table.new_empty(len(table), 0, c.block_size) if first is None else first
+        paths = plans(table.detach(), first)
+        for h in range(c.n_head):
+            row = [i, h] + [f"{stats[name][h]:.2f}" if name in stats else "-" for name in ("span", "period", "offset")]
+            names = c.mask_mix_candidates.split(",")
+            weights = stats["weight"].expand(c.n_head, -1)[h].tolist() if "weight" in stats else []
+            shown = " ".join(f"{name} {w:.3f}" for name, w in zip(names, weights)) or "-"
+            row += [int(stats["kept"][h]), paths[h % len(paths)], shown]
+            print("| " + " | ".join(map(str, row)) + " |")
+
+
+def mask_costs(layers, c, bench, runtime):
+    """Operations of one sequence's forward pass, and the time of a forward and backward pass beside SDPA's."""
+    T, shape = c.block_size, (bench.inspect_batch_size, c.block_size, c.n_head, c.d_head)
+    q, k, v = (torch.randn(shape, device=runtime.device, requires_grad=True) for _ in range(3))
+    full = 4 * c.n_head * c.d_head * (T * (T + 1) // 2)
+    print(f"T {T}, batch {shape[0]}, {bench.rounds} rounds; operations as a share of softmax's")
+    print("| layer | nominal | executed | forward + backward ms | of softmax's time |\n" + "|---" * 5 + "|")
+    for i, attn in layers.items():
+        mask = [m if m is None else m.detach().requires_grad_() for m in attn.log_mask(T)]
+        inputs = [q, k, v] + [m for m in mask if m is not None]
+        ours = functools.partial(operator_step, functools.partial(distance, q, k, v, *mask), inputs)
+        plain = functools.partial(operator_step, functools.partial(sdpa, q, k, v, None, None, None), [q, k, v])
+        times = [
+            [1000 * timed(f, bench.seconds / 4, runtime.device_type) for f in (ours, plain)]
+            for _ in range(bench.rounds)
+        ]
+        nominal, executed = (f / full for f in attn.flops(T))
+        ratio = spread([a / b for a, b in times], 3)
+        print(f"| {i} | {nominal:.3f} | {executed:.3f} | {spread([a for a, _ in times], 2)} | {ratio} |", flush=True)
+
+
+def mask_changes(model, layers, dataset, bench, runtime):
+    """The loss on a part of the validation split, as trained and with simpler masks."""
+    split, context, losses = dataset.split("val"), model.config.block_size, {}
+
+    def loss():
+        nats = count = 0
+        for x, y, scored in itertools.islice(windows(split, context, context, bench.eval_batch_size), 4):
+            nats += token_nats(model, x.to(runtime.device), y.to(runtime.device), scored, runtime)
+            count += int(scored.sum())
+        return nats / count
+
+    with torch.no_grad():
+        losses["as trained"] = loss()
+        for attn in layers.values():
+            if hasattr(attn, "alpha"):
+                attn.prune = bench.prune
+                losses[f"without candidates below {bench.prune:g} of the largest"] = None
+            elif attn.wave:
+                attn.snap_periods()
+                losses["with periods rounded to whole tokens"] = None
+        for name in [name for name, value in losses.items() if value is None]:
+            losses[name] = loss()
+    first = losses["as trained"]
+    for name, value in losses.items():
+        print(f"loss {name}: {value:.5f} nats a token ({value - first:+.5f})")
+
+
+def draw_masks(folder, model, layers, dataset, bench, runtime):
+    """spans.png, kept.png, weights.png (mixtures) and attention.png."""
+    model = GPT.from_checkpoint(folder).to(runtime.device).eval()  # as trained again
+    layers, plt = {i: model.transformer.h[i].attn for i in layers}, pyplot()
+    H, T, L = model.config.n_head, model.config.block_size, len(layers)
+    stats = {i: attn.stats() for i, attn in layers.items()}
+    names = [f"{i}.{h}" for i in layers for h in range(H)]
+
+    def save(figure, name):
+        path = os.path.join(folder, name)
+        figure.savefig(path, dpi=110, facecolor="white")
+        plt.close(figure)
+        print(f"wrote {path}")
+
+    figure, axes = plt.subplots(figsize=(max(5, 0.35 * len(names)), 3.6), layout="constrained")
+    axes.bar(range(len(names)), torch.cat([s["kept"] for s in stats.values()]).cpu(), color="#56B4E9", label="kept")
+    if all("span" in s for s in stats.values()):
+        spans = torch.cat([s["span"] for s in stats.values()]).cpu()
+        axes.plot(range(len(names)), spans, "o", color="#D55E00", label="span, without its ramp")
+    axes.set(xlabel="layer.head", ylabel="distances (tokens)", xticks=range(len(names)))
+    axes.set_xticklabels(names, rotation=90, fontsize=9)
+    axes.legend(frameon=False)
+    save(figure, "spans.png")
+
+    masks = torch.cat([attn.log_mask(T)[0].detach().expand(H, -1) for attn in layers.values()]).exp().cpu()
+    reach = int((masks > 0).nonzero()[:, 1].max()) + 1
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.22 * len(names)), layout="constrained")
+    image = axes.imshow(masks[:, :reach], aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
+    axes.set(xlabel="distance (tokens)", ylabel="layer.head", yticks=range(len(names)))
+    axes.set_yticklabels(names, fontsize=9)
+    axes.grid(False)
+    figure.colorbar(image, label="mask")
+    save(figure, "kept.png")
+
+    mixed = {i: s["weight"].cpu() for i, s in stats.items() if "weight" in s}
+    if mixed:
+        weights, candidates = torch.cat(list(mixed.values())), model.config.mask_mix_candidates.split(",")
+        figure, axes = plt.subplots(
+            figsize=(2.5 + 0.5 * len(candidates), 1.6 + 0.25 * len(weights)), layout="constrained"
+        )
+        image = axes.imshow(weights, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
+        rows = [str(i) if len(w) == 1 else f"{i}.{h}" for i, w in mixed.items() for h in range(len(w))]
+        axes.set(ylabel="layer" if len(rows) == len(mixed) else "layer.head", yticks=range(len(rows)))
+        axes.set_yticklabels(rows, fontsize=9)
+        axes.set_xticks(range(len(candidates)), [c.strip() for c in candidates], rotation=45, ha="right")
+        axes.grid(False)
+        figure.colorbar(image, label="sigmoid(alpha)")
+        save(figure, "weights.png")
+
+    ids = dataset.codec.encode(bench.text)[:T] if bench.text else dataset.split("val").tokens[: min(T, 64)]
+    idx = torch.tensor([int(i) for i in ids], device=runtime.device)[None]
+    entries = model.trace(idx)
+    figure, axes = plt.subplots(L, H, figsize=(2.1 * H, 2.1 * L + 0.4), layout="constrained", squeeze=False)
+    for row, (i, attn) in zip(axes, layers.items()):
+        for h, (panel, p) in enumerate(zip(row, attn.stats(entries[i][0])["attention_map"].float().cpu())):
+            panel.imshow(p.sqrt(), interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
+            panel.set(title=f"{i}.{h}", xticks=[], yticks=[])
+            panel.grid(False)
+    figure.supxlabel("key")
+    figure.supylabel("query (square root of p)")
+    save(figure, "attention.png")
+
+
+# -----------------------------------------------------------------------------
 # curves
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+    )
+    return plt
 
 
 def read_log(folder):
@@ -386,14 +548,7 @@ def read_log(folder):
 
 def plot_curves(bench):
     """Training and validation loss of each run against steps and against training time, in one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
-    )
+    plt = pyplot()
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # safe for colour-blind eyes
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for i, folder in enumerate(run_folders(bench)):
@@ -429,6 +584,9 @@ def main(argv):
     print(f"{runtime}; {versions}")
     if bench.what == "quality":
         bench_quality(bench, runtime)
+        return 0
+    if bench.what == "inspect":
+        inspect(bench, runtime)
         return 0
     if bench.what == "ops":
         bench_operators(bench, runtime)

@@ -434,6 +434,12 @@ class AdaptiveSpan(DistanceAttention):
             keys = keys * torch.where(share < 1, share, 1.5 + h - P / 2)  # beyond 1 the smallest mask value counts
         return self.reg * keys.mean()
 
+    @torch.no_grad()
+    def snap_periods(self):
+        """Round the periods to whole tokens: those of narrow waves then fall into short dense sequences."""
+        low, high = self.period_range
+        self.period.copy_(((self.periods()[0].round().clamp(low, high) - low) / (high - low)).logit())
+
     def parameter_stats(self):
         stats = {"span": self.spans().detach()}
         if self.wave:
