@@ -5,6 +5,7 @@
     python bench.py --what=decode                          # sampling: with the cache, and recomputing the prefix
     python bench.py --what=quality --out_dir=out/a,out/b   # the full evaluation pass over checkpoints
     python bench.py --what=curves --out_dir=out/a,out/b    # loss against steps and time, as a PNG
+    python bench.py --what=inspect --out_dir=out/a         # what masks keep, what that costs, and pictures of it
 
 Timings are medians over interleaved rounds (A B A B), with minimum and maximum, so that a drifting machine favours
 none of them.
@@ -15,6 +16,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -29,12 +31,13 @@ import config
 import kernels.gla
 import kernels.gsa
 from config import ConfigError, key
-from data import DataError, Dataset, SymbolsCodec, write_meta, write_split
+from data import DataError, Dataset, SymbolsCodec, windows, write_meta, write_split
+from kernels.distance import distance, plans
 from kernels.gla import gla
 from kernels.gsa import gsa
 from kernels.performer import performer
 from model import GPT, GPTConfig, ModelError, random_features
-from train import Run, TrainConfig, World, evaluate
+from train import Run, TrainConfig, World, evaluate, token_nats
 
 NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a long block
     dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, vocab_size=65),
@@ -43,11 +46,14 @@ NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a lon
 ]
 
 
+WHATS = ("step", "ops", "decode", "quality", "curves", "inspect")
+
+
 @dataclass
 class BenchConfig:
     """Benchmark"""
 
-    what: str = key("step", "what to measure", choices=("step", "ops", "decode", "quality", "curves"))
+    what: str = key("step", "what to measure", choices=WHATS)
     rounds: int = key(5, "interleaved rounds", low=1)
     seconds: float = key(2.0, "time for each measurement of a round", low=0.01)
     batch_size: int = key(16, "sequences of a step, with a shape given", low=1)
@@ -58,7 +64,12 @@ class BenchConfig:
     )
     peers: bool = key(False, "other implementations beside ours, from fla-core (ops)")
     autotune: bool = key(False, "try every configuration of the Triton kernels first (ops)")
-    out_dir: str = key("", "folders of runs, comma-separated (quality, curves)")
+    spans: str = key("256", "spans of `span`, a ramp of 32 included (ops)")
+    offsets: str = key("0,1,2,3,4", "distances that `mask_mix` keeps (ops)")
+    out_dir: str = key("", "folders of runs, comma-separated (quality, curves, inspect)")
+    prune: float = key(0.02, "the loss without candidates below this share of the largest (inspect)", low=0.0, high=1.0)
+    inspect_batch_size: int = key(4, "sequences of the timed attention (inspect)", low=1)
+    text: str = key("", "text of the attention maps; empty: from the validation split (inspect)")
     dataset: str = key("", "data set (quality); empty: the one that a checkpoint was trained on")
     split: str = key("val,test", "splits (quality)")
     eval_context: int = key(0, "tokens of context in the full pass; 0: block_size", low=0)
@@ -207,29 +218,18 @@ def bench_step(shape, bench, runtime):
 # operators
 
 
-def sdpa(q, k, v, g, s):
+def sdpa(q, k, v):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-@functools.cache
-def random_map(H, D, device):
-    """Performer's W (H, 256, D)."""
-    return random_features(H, 256, D).to(device)
-
-
-def performer_operator(q, k, v, g, s):
-    w = random_map(q.shape[2], q.shape[3], q.device)
-    return performer(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, w, w)[0]
-
-
 OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T, H, K) and slot gates s (B, T, H, 64)
-    "softmax": sdpa,
+    "softmax": lambda q, k, v, g, s: sdpa(q, k, v),
     "gla": lambda q, k, v, g, s: gla(q, k, v, g, gate_min=-1.25)[0],
     "gla_exact": lambda q, k, v, g, s: gla(q, k, v, g)[0],
     "gsa": lambda q, k, v, g, s: gsa(q, k, v, -torch.expm1(s), s, scale=1.0)[0],
-    "performer": performer_operator,
 }
+WITH_TABLES = ("performer", "span", "mask_mix")  # these take q, k, v, and features or a mask by distance
 PEERS = {  # name: ours, device, module of fla-core, function, how it is called
     "gla, fla naive": ("gla", "cpu", "gla/naive", "naive_recurrent_gla", lambda f, q, k, v, g, s: f(q, k, v, g)[0]),
     "gsa, fla naive": (
@@ -261,12 +261,41 @@ def peer(name):
     return functools.partial(call, getattr(found, function))
 
 
-def operator_inputs(shape, runtime):
+def operator_rows(names, shape, bench, runtime):
+    """{name of a row: (operator, its inputs)}; `span` has a row for each of --spans."""
     B, T, H, K, V = shape
     options = dict(device=runtime.device, dtype=getattr(torch, runtime.dtype))
-    q, k, v = (torch.randn(B, T, H, d, **options) for d in (K, K, V))
-    g, s = (F.logsigmoid(torch.randn(B, T, H, d, device=runtime.device)) / 16 for d in (K, 64))
-    return [t.requires_grad_() for t in (q, k, v, g, s)]
+    qkv = [torch.randn(B, T, H, d, **options).requires_grad_() for d in (K, K, V)]
+    gates = [F.logsigmoid(torch.randn(B, T, H, d, device=runtime.device)) / 16 for d in (K, 64)]
+    gates, x, rows = [t.requires_grad_() for t in gates], torch.arange(T, device=runtime.device), {}
+    for name in names:
+        if name == "performer":
+            w = random_features(H, 256, K).to(runtime.device)
+            unit = [F.normalize(t.detach(), dim=-1).requires_grad_() for t in qkv[:2]]
+            rows[name] = lambda q, k, v, w=w: performer(q, k, v, w, w)[0], [*unit, qkv[2]]
+        elif name == "span":
+            for span in numbers(bench.spans, "spans"):
+                table = ((span - x) / 32).clamp(0, 1).log().repeat(H, 1)
+                rows[f"span {span}"] = distance, [*qkv, table.requires_grad_()]
+        elif name == "mask_mix":
+            kept = [o for o in numbers(bench.offsets, "offsets") if o < T]
+            table = torch.full((1, T), -math.inf, device=runtime.device)
+            table[0, kept] = -torch.rand(len(kept), device=runtime.device)
+            rows[f"mask_mix of {len(kept)}"] = distance, [*qkv, table.requires_grad_()]
+        else:
+            rows[name] = OPERATORS[name], [*qkv, *gates]
+    for name, (ours, device, *_) in PEERS.items() if bench.peers else ():
+        near = "naive" not in name or T <= NAIVE_LIMIT
+        if ours in names and device == runtime.device_type and near:
+            rows[name] = peer(name), [*qkv, *gates]
+    return rows
+
+
+def numbers(text, name):
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--{name}={text}: write numbers, comma-separated") from None
 
 
 def operator_step(call, inputs):
@@ -298,41 +327,39 @@ def parse_shapes(text):
 
 def bench_operators(bench, runtime):
     """Forward, and forward and backward, of each operator at each shape, with the ratio to SDPA of the same round."""
-    names = [n.strip() for n in bench.operators.split(",") if n.strip()] or list(OPERATORS)
-    unknown = [n for n in names if n not in OPERATORS]
+    known = [*OPERATORS, *WITH_TABLES]
+    names = [n.strip() for n in bench.operators.split(",") if n.strip()] or known
+    unknown = [n for n in names if n not in known]
     if unknown:
-        raise ConfigError(f"--operators: no {unknown[0]!r}; write some of {', '.join(OPERATORS)}")
+        raise ConfigError(f"--operators: no {unknown[0]!r}; write some of {', '.join(known)}")
     names = ["softmax"] + [n for n in names if n != "softmax"]
-    others = [n for n in PEERS if bench.peers and PEERS[n][0] in names and PEERS[n][1] == runtime.device_type]
-    functions = OPERATORS | {name: peer(name) for name in others}
     kernels.gla.AUTOTUNE = kernels.gsa.AUTOTUNE = bench.autotune
     print(f"64 slots, 256 features, {bench.rounds} rounds; memory beyond the inputs, in MiB, forward + backward")
     print("| operator | B x T x H x K x V | forward ms | forward + backward ms | of softmax | ns a token | memory |")
     print("|---" * 7 + "|")
     checked = []
     for shape in parse_shapes(bench.shapes):
-        inputs = operator_inputs(shape, runtime)
-        here = names + [n for n in others if shape[1] <= NAIVE_LIMIT or "naive" not in n]
-        calls = {name: functools.partial(functions[name], *inputs) for name in here}
-        steps = {name: functools.partial(operator_step, calls[name], inputs) for name in here}
-        for name in here[len(names) :]:
+        rows = operator_rows(names, shape, bench, runtime)
+        calls = {name: functools.partial(call, *inputs) for name, (call, inputs) in rows.items()}
+        steps = {name: functools.partial(operator_step, calls[name], inputs) for name, (_, inputs) in rows.items()}
+        for name in rows.keys() & PEERS.keys():
             with torch.no_grad():
                 ours, theirs = calls[PEERS[name][0]]().double(), calls[name]().double()
             error = (ours - theirs).norm() / theirs.norm()
             checked.append(f"{name} at {shape}: its output differs from ours by {error:.1e} of its norm")
-        forward, both = {n: [] for n in here}, {n: [] for n in here}
+        forward, both = {n: [] for n in rows}, {n: [] for n in rows}
         for i in range(bench.rounds):
-            for name in here if i % 2 == 0 else here[::-1]:
+            for name in list(rows)[:: 1 if i % 2 == 0 else -1]:
                 with torch.no_grad():
                     forward[name].append(1000 * timed(calls[name], bench.seconds / 4, runtime.device_type))
                 both[name].append(1000 * timed(steps[name], bench.seconds, runtime.device_type))
-        for name in here:
+        for name in rows:
             ratio = spread([a / b for a, b in zip(both[name], both["softmax"])], 3)
             each = 1e6 * statistics.median(both[name]) / (shape[0] * shape[1])
             row = (name, " x ".join(map(str, shape)), spread(forward[name], 2), spread(both[name], 2), ratio)
             row += (f"{each:,.0f}", peak_memory(steps[name], runtime.device_type))
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
-    print("\n".join(checked))
+    print("\n".join(sorted(checked)))
 
 
 # -----------------------------------------------------------------------------
@@ -444,20 +471,154 @@ def trained_on(folder):
 
 
 # -----------------------------------------------------------------------------
+# masks
+
+
+def inspect(bench, runtime):
+    """For each folder: what its masks keep, by layer and head; what that costs, counted and measured; what rounding
+    periods or dropping light candidates does to the loss; and pictures, written to the folder."""
+    for folder in run_folders(bench):
+        model = GPT.from_checkpoint(folder).to(runtime.device).eval()
+        layers = {i: b.attn for i, b in enumerate(model.transformer.h) if hasattr(b.attn, "log_mask")}
+        if not layers:
+            raise ConfigError(f"{folder}: no layer of {model.config.attention_type!r} learns a mask by distance")
+        print(f"{folder}: {model.config.attention_type}, block_size {model.config.block_size}")
+        mask_table(layers, model.config)
+        mask_costs(layers, model.config, bench, runtime)
+        dataset = Dataset(bench.dataset or trained_on(folder))
+        mask_changes(model, layers, dataset, bench, runtime)
+        draw_masks(folder, model, layers, dataset, bench, runtime)
+
+
+def mask_table(layers, c):
+    """A line for each head, with the path that its training takes."""
+    print("| layer | head | span | period | offset | kept distances | computed as | weights |\n" + "|---" * 8 + "|")
+    for i, attn in layers.items():
+        stats, (table, first) = attn.stats(), attn.log_mask(c.block_size)
+        first = table.new_empty(len(table), 0, c.block_size) if first is None else first
+        paths = plans(table.detach(), first)
+        for h in range(c.n_head):
+            row = [i, h] + [f"{stats[name][h]:.2f}" if name in stats else "-" for name in ("span", "period", "offset")]
+            names = c.mask_mix_candidates.split(",")
+            weights = stats["weight"].expand(c.n_head, -1)[h].tolist() if "weight" in stats else []
+            shown = " ".join(f"{name} {w:.3f}" for name, w in zip(names, weights)) or "-"
+            row += [int(stats["kept"][h]), paths[h % len(paths)], shown]
+            print("| " + " | ".join(map(str, row)) + " |")
+
+
+def mask_costs(layers, c, bench, runtime):
+    """Operations of one sequence's forward pass, and the time of a forward and backward pass beside SDPA's."""
+    T, shape = c.block_size, (bench.inspect_batch_size, c.block_size, c.n_head, c.d_head)
+    q, k, v = (torch.randn(shape, device=runtime.device, requires_grad=True) for _ in range(3))
+    full = 4 * c.n_head * c.d_head * (T * (T + 1) // 2)
+    print(f"T {T}, batch {shape[0]}, {bench.rounds} rounds; operations as a share of softmax's")
+    print("| layer | nominal | executed | forward + backward ms | of softmax's time |\n" + "|---" * 5 + "|")
+    for i, attn in layers.items():
+        mask = [m if m is None else m.detach().requires_grad_() for m in attn.log_mask(T)]
+        inputs = [q, k, v] + [m for m in mask if m is not None]
+        ours = functools.partial(operator_step, functools.partial(distance, q, k, v, *mask), inputs)
+        plain = functools.partial(operator_step, functools.partial(sdpa, q, k, v, None, None, None), [q, k, v])
+        times = [
+            [1000 * timed(f, bench.seconds / 4, runtime.device_type) for f in (ours, plain)]
+            for _ in range(bench.rounds)
+        ]
+        nominal, executed = (f / full for f in attn.flops(T))
+        ratio = spread([a / b for a, b in times], 3)
+        print(f"| {i} | {nominal:.3f} | {executed:.3f} | {spread([a for a, _ in times], 2)} | {ratio} |", flush=True)
+
+
+def mask_changes(model, layers, dataset, bench, runtime):
+    """The loss on a part of the validation split, as trained and with simpler masks."""
+    split, context, losses = dataset.split("val"), model.config.block_size, {}
+
+    def loss():
+        nats = count = 0
+        for x, y, scored in itertools.islice(windows(split, context, context, bench.eval_batch_size), 4):
+            nats += token_nats(model, x.to(runtime.device), y.to(runtime.device), scored, runtime)
+            count += int(scored.sum())
+        return nats / count
+
+    with torch.no_grad():
+        losses["as trained"] = loss()
+        for attn in layers.values():
+            if hasattr(attn, "alpha"):
+                attn.prune = bench.prune
+                losses[f"without candidates below {bench.prune:g} of the largest"] = None
+            elif attn.wave:
+                attn.snap_periods()
+                losses["with periods rounded to whole tokens"] = None
+        for name in [name for name, value in losses.items() if value is None]:
+            losses[name] = loss()
+    first = losses["as trained"]
+    for name, value in losses.items():
+        print(f"loss {name}: {value:.5f} nats a token ({value - first:+.5f})")
+
+
+def draw_masks(folder, model, layers, dataset, bench, runtime):
+    """spans.png, kept.png, weights.png (mixtures) and attention.png."""
+    model = GPT.from_checkpoint(folder).to(runtime.device).eval()  # as trained again
+    layers, plt = {i: model.transformer.h[i].attn for i in layers}, pyplot()
+    H, T, L = model.config.n_head, model.config.block_size, len(layers)
+    stats = {i: attn.stats() for i, attn in layers.items()}
+    names = [f"{i}.{h}" for i in layers for h in range(H)]
+
+    def save(figure, name):
+        path = os.path.join(folder, name)
+        figure.savefig(path, dpi=110, facecolor="white")
+        plt.close(figure)
+        print(f"wrote {path}")
+
+    figure, axes = plt.subplots(figsize=(max(5, 0.35 * len(names)), 3.6), layout="constrained")
+    axes.bar(range(len(names)), torch.cat([s["kept"] for s in stats.values()]).cpu(), color="#56B4E9", label="kept")
+    if all("span" in s for s in stats.values()):
+        spans = torch.cat([s["span"] for s in stats.values()]).cpu()
+        axes.plot(range(len(names)), spans, "o", color="#D55E00", label="span, without its ramp")
+    axes.set(xlabel="layer.head", ylabel="distances (tokens)", xticks=range(len(names)))
+    axes.set_xticklabels(names, rotation=90, fontsize=9)
+    axes.legend(frameon=False)
+    save(figure, "spans.png")
+
+    masks = torch.cat([attn.log_mask(T)[0].detach().expand(H, -1) for attn in layers.values()]).exp().cpu()
+    reach = int((masks > 0).nonzero()[:, 1].max()) + 1
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.22 * len(names)), layout="constrained")
+    image = axes.imshow(masks[:, :reach], aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
+    axes.set(xlabel="distance (tokens)", ylabel="layer.head", yticks=range(len(names)))
+    axes.set_yticklabels(names, fontsize=9)
+    axes.grid(False)
+    figure.colorbar(image, label="mask")
+    save(figure, "kept.png")
+
+    mixed = {i: s["weight"].cpu() for i, s in stats.items() if "weight" in s}
+    if mixed:
+        weights, candidates = torch.cat(list(mixed.values())), model.config.mask_mix_candidates.split(",")
+        figure, axes = plt.subplots(
+            figsize=(2.5 + 0.5 * len(candidates), 1.6 + 0.25 * len(weights)), layout="constrained"
+        )
+        image = axes.imshow(weights, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
+        rows = [str(i) if len(w) == 1 else f"{i}.{h}" for i, w in mixed.items() for h in range(len(w))]
+        axes.set(ylabel="layer" if len(rows) == len(mixed) else "layer.head", yticks=range(len(rows)))
+        axes.set_yticklabels(rows, fontsize=9)
+        axes.set_xticks(range(len(candidates)), [c.strip() for c in candidates], rotation=45, ha="right")
+        axes.grid(False)
+        figure.colorbar(image, label="sigmoid(alpha)")
+        save(figure, "weights.png")
+
+    ids = dataset.codec.encode(bench.text)[:T] if bench.text else dataset.split("val").tokens[: min(T, 64)]
+    idx = torch.tensor([int(i) for i in ids], device=runtime.device)[None]
+    entries = model.trace(idx)
+    figure, axes = plt.subplots(L, H, figsize=(2.1 * H, 2.1 * L + 0.4), layout="constrained", squeeze=False)
+    for row, (i, attn) in zip(axes, layers.items()):
+        for h, (panel, p) in enumerate(zip(row, attn.stats(entries[i][0])["attention_map"].float().cpu())):
+            panel.imshow(p.sqrt(), interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
+            panel.set(title=f"{i}.{h}", xticks=[], yticks=[])
+            panel.grid(False)
+    figure.supxlabel("key")
+    figure.supylabel("query (square root of p)")
+    save(figure, "attention.png")
+
+
+# -----------------------------------------------------------------------------
 # curves
-
-
-def read_log(folder):
-    """The entries of a run's log.jsonl: (training steps, evaluations)."""
-    path = os.path.join(folder, "log.jsonl")
-    try:
-        with open(path, encoding="utf-8") as f:
-            entries = [json.loads(line) for line in f]
-    except ValueError:
-        raise ConfigError(f"{path} is damaged: a line is not JSON") from None
-    if not all(isinstance(e, dict) and "iter" in e for e in entries):
-        raise ConfigError(f"{path} is damaged: a line is not an entry of a run")
-    return [e for e in entries if "split" not in e], [e for e in entries if "split" in e]
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # safe for colour-blind eyes
@@ -473,6 +634,19 @@ def pyplot():
         {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     )
     return plt
+
+
+def read_log(folder):
+    """The entries of a run's log.jsonl: (training steps, evaluations)."""
+    path = os.path.join(folder, "log.jsonl")
+    try:
+        with open(path, encoding="utf-8") as f:
+            entries = [json.loads(line) for line in f]
+    except ValueError:
+        raise ConfigError(f"{path} is damaged: a line is not JSON") from None
+    if not all(isinstance(e, dict) and "iter" in e for e in entries):
+        raise ConfigError(f"{path} is damaged: a line is not an entry of a run")
+    return [e for e in entries if "loss" in e], [e for e in entries if "split" in e]
 
 
 def plot_curves(bench):
@@ -543,6 +717,9 @@ def main(argv):
     print(f"{runtime}; {versions}")
     if bench.what == "quality":
         bench_quality(bench, runtime)
+        return 0
+    if bench.what == "inspect":
+        inspect(bench, runtime)
         return 0
     if bench.what == "ops":
         bench_operators(bench, runtime)

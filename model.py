@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import build, key
+from kernels.distance import distance, executed_pairs, plans
 from kernels.gla import gla
 from kernels.gsa import gsa
 from kernels.performer import feature_map, performer
@@ -55,6 +56,24 @@ class GPTConfig:
     norm: str = key("layernorm", "normalisation", choices=("layernorm", "rmsnorm", "none"))
     embedding: str = key("tied", "token embedding and output head", choices=("tied", "untied", "onehot"))
 
+    span_max: int = key(0, "largest span, in tokens; 0: block_size", "adaptive_span", low=0)
+    span_init: float = key(0.5, "first span, as a share of the largest", "adaptive_span", low=0.0, high=1.0)
+    span_reg: float = key(2e-6, "penalty for each key that a query needs (mean over heads)", "adaptive_span", low=0.0)
+    span_param: str = key(
+        "sigmoid", "span from its parameter: smooth, or clamped", "adaptive_span", choices=("sigmoid", "ratio")
+    )
+    softness_span_mask: float = key(32.0, "tokens over which the mask falls to 0", "adaptive_span", low=1.0)
+    use_triangle_wave_masking: bool = key(False, "a learned periodic mask as well", "adaptive_span")
+    period_min_triangle_wave_masking: float = key(2.0, "shortest period, in tokens", "adaptive_span", low=1.0)
+    period_max_triangle_wave_masking: float = key(8.0, "longest period, in tokens", "adaptive_span", low=1.0)
+    mask_mix_candidates: str = key(
+        "offset_0,offset_1,offset_2,offset_3,offset_4",
+        "masks to mix: offset_K, window_K, every_K, first_K (K <= 16), full",
+        "mask_mix",
+    )
+    mask_mix_per_head: bool = key(False, "weights for each head, not for each layer", "mask_mix")
+    mask_mix_reg: float = key(0.0, "penalty on the entropy of the weights", "mask_mix", low=0.0)
+    mask_mix_prune: float = key(0.0, "weights below this share of the largest are 0", "mask_mix", low=0.0, high=1.0)
     gla_n_head: int = key(0, "heads; 0: one for each 128 of n_embd", "gla", low=0)
     gla_expand_k: float = key(0.5, "width of all keys, as a share of n_embd", "gla", low=0.01)
     gla_expand_v: float = key(1.0, "width of all values, as a share of n_embd", "gla", low=0.01)
@@ -80,6 +99,14 @@ class GPTConfig:
         for name, n_head in (("gla_n_head", self.gla_n_head), ("gsa_n_head", self.gsa_n_head)):
             if n_head and self.n_embd % n_head:
                 raise ValueError(f"n_embd={self.n_embd} is not a multiple of {name}={n_head}")
+        if self.span_max > self.block_size:
+            raise ValueError(f"span_max={self.span_max} is above block_size={self.block_size}; 0 takes all of it")
+        low, high = self.period_min_triangle_wave_masking, self.period_max_triangle_wave_masking
+        if low >= high:
+            raise ValueError(f"period_max_triangle_wave_masking={high:g} must be above period_min...={low:g}")
+        if "mask_mix" in self.types():
+            for name in self.mask_mix_candidates.split(","):
+                parse_candidate(name)
         if self.embedding == "onehot" and self.vocab_size and self.vocab_size != self.n_embd:
             raise ValueError(f"embedding=onehot needs n_embd={self.vocab_size}, the vocabulary, not {self.n_embd}")
 
@@ -206,6 +233,281 @@ class SoftmaxAttention(nn.Module):
         state.k[:, :, :keep] = k
         state.v[:, :, :keep] = state.v[:, :, state.n - keep : state.n].clone()
         state.n = keep
+
+
+@dataclass
+class BandCache:
+    """Keys and values of the last tokens, (B, H, 2 reach, D): a ring of twice what the masks reach, so that a window is
+    always one slice. `heads`: for each slice of heads with one mask, its kept distances from far to near and their
+    log-mask. `first`: the log-mask of the first keys, which stay in k_first, v_first."""
+
+    reach: int
+    heads: list
+    first: torch.Tensor
+    seen: int = 0  # tokens so far
+    end: int = 0  # slots filled
+    k: torch.Tensor = None
+    v: torch.Tensor = None
+    k_first: torch.Tensor = None
+    v_first: torch.Tensor = None
+
+    def append(self, k, v):
+        """k, v (B, H, t, D)"""
+        L, t, P = self.reach, k.size(2), self.first.size(1)
+        if self.k is None:
+            shape = (*k.shape[:2], 2 * L, k.size(3))
+            self.k, self.v = k.new_empty(shape), v.new_empty(shape)
+            self.k_first, self.v_first = k[:, :, :0], v[:, :, :0]
+        if self.k_first.size(2) < P:
+            missing = P - self.k_first.size(2)
+            self.k_first = torch.cat((self.k_first, k[:, :, :missing]), 2)
+            self.v_first = torch.cat((self.v_first, v[:, :, :missing]), 2)
+        keep = max(0, min(self.end, L - t)) if self.end + t > 2 * L else self.end
+        for ring, new in ((self.k, k), (self.v, v)):
+            if keep < self.end:
+                ring[:, :, :keep] = ring[:, :, self.end - keep : self.end].clone()
+            ring[:, :, keep : keep + min(t, L)] = new[:, :, -L:]
+        self.seen, self.end = self.seen + t, keep + min(t, L)
+
+
+class DistanceAttention(SoftmaxAttention):
+    """Softmax attention under a mask of the distance between query and key, for each head h:
+
+        p_ts = m_h(t - s) e^(a_ts) / sum_{s' <= t} m_h(t - s') e^(a_ts'),   a_ts = q_t . k_s / sqrt(D)
+
+    Distances with m = 0 are not computed, in training either, and decoding reads only the others. A type of this family
+    has `log_mask` and `penalty`. Dropout acts on the residual, not on p."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.block_size = config.block_size
+
+    def forward(self, x):
+        q, k, v = (t.transpose(1, 2) for t in self._qkv(x, 0))  # (B, T, H, D)
+        y = distance(q, k, v, *self.log_mask(x.size(1)))
+        penalty = self.penalty().float() if self.training else torch.zeros((), device=x.device)
+        return self._project(y.transpose(1, 2)), penalty
+
+    @torch.no_grad()
+    def init_state(self, batch, max_len):
+        table, first = self.log_mask(max_len + 1)  # a last column for keys that are further away: the first ones
+        rows = [(row[:-1] > -math.inf).nonzero()[:, 0].flip(0) for row in table.expand(self.n_head, -1)]
+        reach, heads, h = max([1] + [int(r[0]) + 1 for r in rows if len(r)]), [], 0
+        while h < self.n_head:
+            n = next((n for n in range(1, self.n_head - h) if not torch.equal(rows[h], rows[h + n])), self.n_head - h)
+            bias = table.expand(self.n_head, -1)[h : h + n, rows[h]]
+            heads.append((slice(h, h + n), rows[h], bias))
+            h += n
+        first = table.new_empty(1, 0, max_len + 1) if first is None else first
+        return BandCache(reach, heads, first)
+
+    def step(self, x, state):
+        """One token reads its kept keys. Several go through the training form, after the keys that they reach back to;
+        with masks of the first keys only at the start of a sequence, and else one by one."""
+        t, past = x.size(1), min(state.end, state.reach - 1)
+        if t > 1 and state.seen and state.first.size(1):
+            return torch.cat([self.step(token, state)[0] for token in x.split(1, 1)], 1), state
+        q, k, v = self._qkv(x, state.seen)
+        if t == 1:
+            state.append(k, v)
+            return self._project(self._read(q, state)), state
+        keys, values = k, v
+        if past:
+            before = slice(state.end - past, state.end)
+            keys, values = torch.cat((state.k[:, :, before], k), 2), torch.cat((state.v[:, :, before], v), 2)
+            q = F.pad(q, (0, 0, past, 0))
+        state.append(k, v)
+        xs = (t.transpose(1, 2) for t in (q, keys, values))
+        y = distance(*xs, *self.log_mask(past + t))[:, past:]
+        return self._project(y.transpose(1, 2)), state
+
+    def _read(self, q, state):
+        """q (B, H, 1, D), the last token of the ring -> (B, H, 1, D)."""
+        y, P, at = torch.zeros_like(q), state.first.size(1), state.seen - 1
+        for heads, far, bias in state.heads:
+            if len(far) and far[0] > at - P:  # at the start of a sequence; and the first keys are read apart
+                near = far <= at - P
+                far, bias = far[near], bias[:, near]
+            k, v = (kept_slots(ring[:, heads], state.end - 1 - far) for ring in (state.k, state.v))
+            if P:
+                n = min(P, state.seen)
+                x = (at - torch.arange(n, device=q.device)).clamp(max=state.first.size(2) - 1)
+                first = state.first.expand(self.n_head, -1, -1)[heads, torch.arange(n, device=q.device), x]
+                bias = torch.cat((first, bias), 1)
+                k, v = (torch.cat(ts, 2) for ts in ((state.k_first[:, heads, :n], k), (state.v_first[:, heads, :n], v)))
+            if (bias > -math.inf).any():
+                y[:, heads] = F.scaled_dot_product_attention(q[:, heads], k, v, attn_mask=bias[:, None].to(q.dtype))
+        return y
+
+    @torch.no_grad()
+    def flops(self, T):
+        """The pairs that the masks keep, and those that the blocks of a training step hold."""
+        table, first = self.log_mask(T)
+        first = table.new_empty(len(table), 0, T) if first is None else first
+        P, each = min(T, first.size(1)), 4 * self.d_head * self.n_head // len(table)
+        seen = (table > -math.inf).sum(0).double() @ (T - torch.arange(T, device=table.device)).double()
+        executed = sum(executed_pairs(plan, T) for plan in plans(table, first))
+        for s in range(P):  # the first keys have masks of their own
+            seen += (first[:, s, : T - s] > -math.inf).sum() - (table[:, : T - s] > -math.inf).sum()
+        return each * int(seen), each * executed
+
+    @torch.no_grad()
+    def stats(self, x=None):
+        """Kept distances of each head, (H,), and what the type adds; with x (B, T, C) the attention map (H, T, T)."""
+        kept = (self.log_mask(self.block_size)[0] > -math.inf).sum(1).expand(self.n_head)
+        stats = {"kept": kept.clone()} | self.parameter_stats()
+        if x is not None:
+            q, k, _ = (t[:1].transpose(1, 2) for t in self._qkv(x[:1], 0))
+            T = x.size(1)
+            eye = torch.eye(T, dtype=q.dtype, device=q.device)[None, :, None].expand(1, T, self.n_head, T)
+            y = distance(q, k, eye, *self.log_mask(T), backend="dense")  # values that name their key: (1, T, H, T)
+            stats["attention_map"] = y[0].transpose(0, 1)
+        return stats
+
+
+def kept_slots(ring, slots):
+    """ring (B, h, 2 reach, D) at ascending slots: a view where they are evenly spaced."""
+    if len(slots) < 2:
+        return ring[:, :, slots]
+    first, step = int(slots[0]), int(slots[1] - slots[0])
+    if int(slots[-1]) - first == step * (len(slots) - 1):
+        return ring[:, :, first : first + step * (len(slots) - 1) + 1 : step]
+    return ring[:, :, slots]
+
+
+def log_or_drop(mask):
+    """log of a mask >= 0; -inf, without gradient, where it is 0."""
+    return torch.where(mask > 0, mask.clamp(min=torch.finfo(mask.dtype).tiny).log(), -math.inf)
+
+
+class Bounded(torch.autograd.Function):
+    """clamp(r, 0, 1) whose gradient drops only what would push r further out: r comes back when it is wanted."""
+
+    @staticmethod
+    def forward(ctx, r):
+        ctx.save_for_backward(r)
+        return r.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (r,) = ctx.saved_tensors
+        return grad.masked_fill(((r <= 0) & (grad > 0)) | ((r >= 1) & (grad < 0)), 0.0)
+
+
+class AdaptiveSpan(DistanceAttention):
+    """Adaptive attention span (Sukhbaatar et al. 2019, arXiv 1905.07799, eq. 3) with a learned span z in [0, S] and a
+    ramp R for each head, and optionally a periodic mask around the multiples of a learned period P:
+
+        m(x) = clamp((R + z - x) / R, 0, 1) * clamp(1/2 + P (rho + 1/4) - |x - P round(x / P)|, 0, 1)
+
+    The second factor is a triangle wave of slope 1 a token, rho in [-1/4, 1/4]. The penalty is span_reg (z + R) times
+    the share of distances in the wave's support, the mean over heads: the keys that a query needs."""
+
+    mask_parameters = ("span", "period", "ratio")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.S, self.R, self.reg = config.span_max or config.block_size, config.softness_span_mask, config.span_reg
+        self.sigmoid, self.wave = config.span_param == "sigmoid", config.use_triangle_wave_masking
+        init = torch.full((self.n_head,), config.span_init)
+        self.span = nn.Parameter(init.clamp(0.001, 0.999).logit() if self.sigmoid else init)
+        if self.wave:
+            self.period_range = config.period_min_triangle_wave_masking, config.period_max_triangle_wave_masking
+            self.period = nn.Parameter(torch.rand(self.n_head).clamp(0.001, 0.999).logit())
+            self.ratio = nn.Parameter(torch.zeros(self.n_head))
+
+    def spans(self):
+        return self.S * (self.span.sigmoid() if self.sigmoid else Bounded.apply(self.span))  # (H,)
+
+    def periods(self):
+        """P and the half-width P (rho + 1/4) of the window around its multiples, (H,) each."""
+        low, high = self.period_range
+        P = low + (high - low) * self.period.sigmoid()
+        return P, P * 0.5 * self.ratio.sigmoid()
+
+    def log_mask(self, T):
+        x = torch.arange(T, device=self.span.device)
+        mask = ((self.R + self.spans()[:, None] - x) / self.R).clamp(0, 1)  # (H, T)
+        if self.wave:
+            P, h = (t[:, None] for t in self.periods())
+            mask = mask * (0.5 + h - (x - P * (x / P).round()).abs()).clamp(0, 1)
+        return log_or_drop(mask), None
+
+    def penalty(self):
+        keys = self.spans() + self.R
+        if self.wave:
+            P, h = self.periods()
+            share = (1 + 2 * h) / P
+            keys = keys * torch.where(share < 1, share, 1.5 + h - P / 2)  # beyond 1 the smallest mask value counts
+        return self.reg * keys.mean()
+
+    @torch.no_grad()
+    def snap_periods(self):
+        """Round the periods to whole tokens: those of narrow waves then fall into short dense sequences."""
+        low, high = self.period_range
+        self.period.copy_(((self.periods()[0].round().clamp(low, high) - low) / (high - low)).logit())
+
+    def parameter_stats(self):
+        stats = {"span": self.spans().detach()}
+        if self.wave:
+            P, h = self.periods()
+            stats |= {"period": P, "offset": h - P / 4}  # the wave's offset P rho
+        return stats
+
+
+def parse_candidate(name):
+    """'offset_3' -> ('offset', 3)"""
+    kind, _, number = name.strip().partition("_")
+    size = int(number) if number.isdecimal() else -1
+    low, high = {"offset": (0, 2**20), "window": (1, 2**20), "every": (2, 2**20), "first": (1, 16)}.get(kind, (0, 0))
+    if not (kind == "full" and not number) and not (high and low <= size <= high):
+        kinds = "offset_K, window_K, every_K, first_K (K up to 16) and full"
+        raise ValueError(f"mask_mix_candidates: no mask {name.strip()!r}; write some of {kinds}, comma-separated")
+    return kind, size
+
+
+class MaskMix(DistanceAttention):
+    """A learned linear combination of candidate masks, in each layer (or head):
+
+        m(t, s) = sum_n sigmoid(alpha_n) M_n(t, s)
+
+    M_n is 1 for the distance K (offset_K), for distances below K (window_K), for multiples of K (every_K), for the
+    first K keys of the sequence (first_K), or for all (full). Softmax makes the scale of the weights irrelevant, so the
+    penalty is mask_mix_reg times the entropy of w / sum w: few candidates, not small ones."""
+
+    mask_parameters = ("alpha",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.candidates = [parse_candidate(name) for name in config.mask_mix_candidates.split(",")]
+        self.n_first = max(k if kind == "first" else 0 for kind, k in self.candidates)
+        self.reg, self.prune = config.mask_mix_reg, config.mask_mix_prune
+        self.alpha = nn.Parameter(torch.zeros(self.n_head if config.mask_mix_per_head else 1, len(self.candidates)))
+
+    def weights(self):
+        w = self.alpha.sigmoid()  # (H or 1, N)
+        return torch.where(w >= self.prune * w.amax(1, keepdim=True), w, 0.0)
+
+    def log_mask(self, T):
+        x, w = torch.arange(T, device=self.alpha.device), self.weights()
+        shape = {"offset": lambda k: x == k, "window": lambda k: x < k, "every": lambda k: x % k == 0}
+        shape |= {"full": lambda k: x >= 0, "first": lambda k: x < 0}
+        masks = torch.stack([shape[kind](k) for kind, k in self.candidates]) & (x < self.block_size)
+        u = w @ masks.to(w.dtype)  # (H or 1, T)
+        if not self.n_first:
+            return log_or_drop(u), None
+        s = torch.arange(self.n_first, device=x.device)
+        first = torch.stack([(s < k) if kind == "first" else (s < 0) for kind, k in self.candidates])
+        f = w @ first.to(w.dtype)  # (H or 1, P), P = n_first
+        return log_or_drop(u), log_or_drop(u[:, None] + f[:, :, None])
+
+    def penalty(self):
+        p = self.alpha.sigmoid()
+        p = p / p.sum(1, keepdim=True)
+        return self.reg * -(p * p.log()).sum(1).mean()
+
+    def parameter_stats(self):
+        return {"weight": self.weights().detach(), "alpha": self.alpha.detach().clone()}
 
 
 class GatedLinearAttention(nn.Module):
@@ -466,6 +768,8 @@ class NoAttention(nn.Module):
 
 ATTENTION = {
     "softmax": SoftmaxAttention,
+    "adaptive_span": AdaptiveSpan,
+    "mask_mix": MaskMix,
     "gla": GatedLinearAttention,
     "gsa": GatedSlotAttention,
     "performer": PerformerAttention,

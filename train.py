@@ -10,6 +10,7 @@ resume), best.pt (the weights with the lowest validation loss). Ctrl-C or SIGTER
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -541,6 +542,10 @@ class Log:
         if self.wandb is not None:
             prefix = f"{entry['split']}/" if "split" in entry else "train/"
             numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, (int, float)) and k != "iter"}
+            if "stats" in entry:
+                from wandb import Histogram
+
+                numbers = {f"stats/{name}": Histogram(values) for name, values in entry["stats"].items()}
             self.wandb.log(numbers, step=entry["iter"])
 
     def size(self):
@@ -800,6 +805,10 @@ class Run:
             entry = {"iter": self.progress.iter_num, "split": split, f"{split}_loss": value}
             entry |= comparison if split == "val" else {}
             self.log.write(**entry, wall_s=self.progress.seconds)
+        stats = {f"h.{i}": block.attn.stats() for i, block in enumerate(self.model.transformer.h)}
+        stats = {f"{i}.{name}": value.tolist() for i, layer in stats.items() for name, value in layer.items()}
+        if stats and self.log:  # what the masks are, from parameters alone
+            self.log.write(iter=self.progress.iter_num, stats=stats)
 
     def save(self):
         """ckpt.pt: all that `restore` reads."""
@@ -905,6 +914,12 @@ def dry_run(model_config, cfg, dataset):
         idx = torch.zeros(cfg.batch_size, model.config.block_size, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
             Objective(model)((idx, idx))
+    thin = copy.copy(model.config)  # operations follow what masks keep: their first values, of layers one channel wide
+    thin.head_dim, thin.n_embd = thin.d_head, 1
+    for block in model.transformer.h:
+        for name in block.attn.mask_parameters if hasattr(block.attn, "log_mask") else ():
+            if hasattr(block.attn, name):
+                setattr(block.attn, name, getattr(type(block.attn)(thin), name))
     activations = sum(size for storage, size in saved.items() if storage not in own)
     count = {name: sum(p.numel() for _, p in members) for name, members in param_groups(model).items()}
     state = 4 * (4 * sum(count.values()) - (count["matrix"] if cfg.optimizer == "muon" else 0))

@@ -16,6 +16,9 @@ import sys
 import types
 import typing
 
+ELSEWHERE = {  # keys of the projects that configs come from, and what to write here
+    "use_adaptive_attention": "write attention_type=adaptive_span (False: attention_type=softmax)",
+}
 LARGEST = 2**31 - 1  # of an integer value: beyond it nothing is meant, and sizes overflow
 
 
@@ -122,6 +125,8 @@ def _names(record):
 def _check_known(name, fields, where):
     if name in fields:
         return
+    if name in ELSEWHERE:
+        raise ConfigError(f"{where}: {name} is not a key here; {ELSEWHERE[name]}")
     close = difflib.get_close_matches(name, fields, 1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else "--help lists the keys"
     if where.endswith(".py"):

@@ -174,6 +174,11 @@ def test_file_values(tmp_path, line, value):
         ("choice=rigth", "--choice must be one of left, right, not 'rigth'; did you mean right?"),
         ("cuont=3", "--cuont: unknown key cuont; did you mean count?"),
         ("zzzzzz=3", "--zzzzzz: unknown key zzzzzz; --help lists the keys"),
+        (
+            "use_adaptive_attention=True",
+            "--use_adaptive_attention: use_adaptive_attention is not a key here; write attention_type=adaptive_span"
+            " (False: attention_type=softmax)",
+        ),
     ],
 )  # fmt: skip
 def test_refusals_say_what_to_write(text, want):

@@ -468,10 +468,23 @@ def test_dry_run_counts_activations(tiny, capsys):
 @pytest.mark.parametrize("mode", ["disabled", pytest.param("offline", marks=pytest.mark.slow)])
 def test_wandb(tiny, tmp_path, mode):
     pytest.importorskip("wandb")
-    assert train.main(tiny(wandb_log=True, wandb_mode=mode, max_iters=2)) == 0
-    assert len(read_log(tmp_path / "run", "iter", "loss")) == 6
+    assert train.main(tiny(wandb_log=True, wandb_mode=mode, max_iters=2, attention_type="softmax,mask_mix")) == 0
+    assert len(read_log(tmp_path / "run", "iter", "loss")) == 8
     if mode == "offline":
         assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_masks_are_logged_and_dry_runs_count_what_they_keep(tiny, tmp_path, capsys):
+    keys = dict(attention_type="adaptive_span,mask_mix", use_triangle_wave_masking=True, span_reg=0.1, span_max=8)
+    assert train.main(tiny(softness_span_mask=2.0, max_iters=4, eval_interval=2, wandb_mode="disabled", **keys)) == 0
+    logged = [e["stats"] for e in read_log(tmp_path / "run", "stats") if e]
+    assert len(logged) == 3 and all(len(e["h.0.period"]) == 2 and len(e["h.1.weight"][0]) == 5 for e in logged)
+    assert sum(logged[2]["h.0.span"]) < sum(logged[0]["h.0.span"])  # only the penalty is that strong
+    assert all(e["penalty"] > 0 for e in read_log(tmp_path / "run", "penalty") if e)
+    train.main(tiny(dry_run=True, attention_type="mask_mix", block_size=512))
+    few = float(capsys.readouterr().out.split(" executed")[0].split()[-1])
+    train.main(tiny(dry_run=True, attention_type="softmax", block_size=512))
+    assert few < float(capsys.readouterr().out.split(" executed")[0].split()[-1])
 
 
 def test_a_run_that_fails_to_start_leaves_the_earlier_one_whole(tiny, tmp_path):

@@ -1,0 +1,461 @@
+"""Attention whose mask depends on the distance between query and key alone, in operations that follow the mask.
+
+    o_t = sum_s p_ts v_s,   p_ts = softmax_s(scale q_t . k_s + table[t - s]),   s <= t      table (H, T), -inf: dropped
+    prefix[s, t - s] stands in place of the table for the first P keys                      prefix (H, P, T)
+
+`distance` is the public function. A query that sees no key has output 0. Two forms of the same equations: `dense`, the
+oracle; `banded`, which reads the kept distances off the table at each call (nothing can be stale) and computes only
+blocks that hold some. Axes: B batch, T time, H heads, D key width, V value width, C queries a block, W keys that a
+block sees, n blocks in a segment, R rows (batch and heads worked on together), N = R * n.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+SEGMENT = 2**17  # scores that the banded form works on at a time, so that its tensors stay in cache
+BLOCKS = (16, 32, 64, 128)  # queries a block
+HIDDEN = -1e30  # a logit that softmax turns into an exact 0, without the NaN of a row of infinities
+
+
+def compute_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ----------------------------------------------------------------------------- oracle
+
+
+def distance_dense(q, k, v, table, prefix, scale):
+    """All T x T scores, in fp64 for fp64 inputs and fp32 otherwise. Differentiable."""
+    (_, T, H, _), dtype = q.shape, compute_dtype(q.dtype)
+    far = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)  # (T, T)
+    table = torch.where(is_one(table), 0.0, table.to(dtype))
+    mask = table[:, far.clamp(min=0)].expand(H, T, T)
+    if P := min(prefix.shape[1], T):
+        first = prefix[:, torch.arange(P, device=q.device), far[:, :P].clamp(min=0)].to(dtype).expand(H, T, P)
+        mask = torch.cat((first, mask[:, :, P:]), 2)
+    seen = (far >= 0) & (mask > -math.inf)
+    logits = torch.einsum("bthd,bshd->bhts", q.to(dtype), k.to(dtype)) * scale
+    logits = torch.where(seen, logits + torch.where(seen, mask, 0.0), HIDDEN)
+    p = logits.softmax(-1) * seen.any(-1, keepdim=True)
+    return torch.einsum("bhts,bshv->bthv", p, v.to(dtype)).to(v.dtype)
+
+
+def is_one(table):
+    """Rows that mask nothing, (H, 1). A mask of ones is a constant: its row has no gradient."""
+    return (table == 0).all(1, keepdim=True)
+
+
+# ----------------------------------------------------------------------------- the plan
+
+
+class Plan(NamedTuple):
+    """How a head is computed. Tokens `stride` apart are a sequence of their own; in it, blocks of `block` queries see
+    the keys of each run of distances (nearest, furthest), and the first `prefix` keys. block 0: causal SDPA."""
+
+    stride: int
+    block: int
+    runs: tuple
+    prefix: int
+
+    def __str__(self):
+        if not self.block:
+            return "causal SDPA"
+        runs = " ".join(f"{lo}-{hi}" for lo, hi in self.runs)
+        return f"blocks of {self.block}, distances {runs}" + (f", stride {self.stride}" if self.stride > 1 else "")
+
+
+def plans(table, prefix, sdpa=True):
+    """A Plan for each row of the table; sdpa: may be PyTorch's kernel where nothing is masked."""
+    kept, plain = (table > -math.inf).cpu().numpy(), is_one(table)[:, 0].tolist()
+    return [make_plan(row.tobytes(), full and sdpa, prefix.shape[1]) for row, full in zip(kept, plain)]
+
+
+@functools.lru_cache(4096)
+def make_plan(kept, full, prefix):
+    """The cheapest plan for a row of kept distances, by `cost`. A gap is worth a run of its own where it is longer than
+    a block; distances that are all multiples of some number fall into that many shorter sequences."""
+    offsets, T = np.flatnonzero(np.frombuffer(kept, dtype=bool)), len(kept)
+    if full and not prefix:
+        return Plan(1, 0, (), 0)
+    stride = 1 if prefix or len(offsets) < 2 else max(1, int(np.gcd.reduce(offsets)))
+    candidates = [Plan(stride, block, split(offsets // stride, block), prefix) for block in BLOCKS]
+    return min(candidates, key=lambda plan: cost(plan, T))
+
+
+def split(offsets, block):
+    if not len(offsets):
+        return ()
+    cuts = np.flatnonzero(np.diff(offsets) > block) + 1
+    return tuple((int(run[0]), int(run[-1])) for run in np.split(offsets, cuts))
+
+
+def cost(plan, T):
+    """Nanoseconds of a forward and backward pass over one head, fitted on one AVX-512 core: scores, of which small
+    blocks make fewer and slower ones, and the calls of each segment."""
+    parts = segments(plan, -(-T // plan.stride))
+    scores = sum(n * plan.block * width for _, n, _, width in parts)
+    return plan.stride * (scores * (10.7 + 80 / plan.block) + 100_000 * len(parts))
+
+
+@functools.lru_cache(4096)
+def segments(plan, T):
+    """(first query, blocks, [(run, furthest distance, keys of the run)], keys of a block) of each segment. Blocks near
+    the start have fewer keys: what lies before the first key is left out, up to the width of the segment."""
+    found, a, C = [], 0, plan.block
+    while a < T:
+        n = 0
+        while n == 0 or (a + n * C < T and C * (n + 1) * widths(plan, a + n * C)[1] <= SEGMENT):
+            n += 1
+        found.append((a, n, *widths(plan, a + (n - 1) * C)))
+        a += n * C
+    return found
+
+
+def widths(plan, last):
+    """The runs that a block beginning at `last` sees, and the keys in them."""
+    seen = [(i, lo, min(hi, last)) for i, (lo, hi) in enumerate(plan.runs) if lo < last + plan.block]
+    seen = [(i, hi, hi - lo + plan.block) for i, lo, hi in seen]
+    return seen, plan.prefix + sum(w for _, _, w in seen)
+
+
+def executed_pairs(plan, T):
+    """Query-key pairs that a forward pass computes for one head and sequence."""
+    if not plan.block:
+        return T * (T + 1) // 2
+    lengths = [len(range(r, T, plan.stride)) for r in range(min(plan.stride, T))]
+    return sum(n * plan.block * width for t in lengths for _, n, _, width in segments(plan, t))
+
+
+# ----------------------------------------------------------------------------- banded PyTorch
+#
+# A block holds all keys of its queries, so its softmax is whole: the forward keeps nothing, the backward computes the
+# scores again. Windows of neighbouring blocks overlap: one row alone reads them in place, by strides; their gradients
+# are added slice by slice.
+
+
+class Workspace:
+    """Tensors that every segment asks for in the same order and that the next one overwrites: fresh memory costs more
+    than arithmetic here, each page of it is a fault."""
+
+    def __init__(self, like, dtype):
+        self.like, self.dtype, self.blocks, self.taken = like, dtype, [], 0
+
+    def __call__(self, *shape):
+        size, i = math.prod(shape), self.taken
+        if i == len(self.blocks):
+            self.blocks.append(None)
+        if self.blocks[i] is None or self.blocks[i].numel() < size:
+            self.blocks[i] = self.like.new_empty(size, dtype=self.dtype)
+        self.taken += 1
+        return self.blocks[i][:size].view(shape)
+
+    def bmm(self, a, b):
+        return torch.bmm(a, b, out=self(a.shape[0], a.shape[1], b.shape[2]))
+
+
+class Band:
+    """One row of the table over one sequence: its bias, and the windows of its blocks."""
+
+    def __init__(self, plan, table, prefix, T):
+        self.plan, self.C, self.P, self.T = plan, plan.block, plan.prefix, T
+        self.parts = segments(plan, T)
+        self.front = max((n - 1) * self.C for _, n, _, _ in self.parts)  # rows of zeros before the first key
+        self.rows = self.front + -(-T // self.C) * self.C
+        C = self.C
+        hidden = table.new_full((C,), HIDDEN)
+        r = torch.arange(C, device=table.device)[:, None]
+        self.index, self.bias = [], []
+        for lo, hi in plan.runs:
+            run = torch.cat((hidden, table[lo : hi + 1].clamp(min=HIDDEN), hidden))
+            c = torch.arange(hi - lo + C, device=table.device)
+            self.index.append(r + (hi - lo + C) - c)  # (C, W): place of distance r + hi - c in the run
+            self.bias.append(run[self.index[-1]])
+        self.first = None
+        if self.P:
+            far = torch.arange(self.rows - self.front, device=table.device)[:, None]
+            far = far - torch.arange(self.P, device=table.device)
+            self.far = far.clamp(0, T - 1)
+            self.first = prefix.clamp(min=HIDDEN).T.gather(0, self.far).masked_fill(far < 0, HIDDEN)  # (T + pad, P)
+
+    def load(self, x, new):
+        """x (b, h, T, D) with zeros before and after: (R, rows, D)."""
+        out = new(*x.shape[:2], self.rows, x.shape[3])
+        out[:, :, : self.front] = 0
+        out[:, :, self.front : self.front + self.T] = x
+        out[:, :, self.front + self.T :] = 0
+        return out.flatten(0, 1)
+
+    def queries(self, x, part):
+        """The segment's queries: (N, C, D), a view where there is one row."""
+        a, n = self.front + part[0], part[1]
+        return x[:, a : a + n * self.C].reshape(-1, self.C, x.shape[2])
+
+    def strided(self, x, part):
+        """The windows of a segment as views (R, n, W, D) of x (R, rows, D), one for the prefix and one for each run."""
+        (R, L, D), (a, n, runs, _) = x.shape, part
+        step = (L * D, self.C * D, D, 1)
+        views = [x[:, None, self.front : self.front + self.P].expand(R, n, self.P, D)] if self.P else []
+        return views + [x.as_strided((R, n, w, D), step, (self.front + a - hi) * D) for _, hi, w in runs]
+
+    def keys(self, x, part):
+        views = self.strided(x, part)
+        x = views[0] if len(views) == 1 else torch.cat(views, 2)
+        return x.reshape(-1, *x.shape[2:])
+
+    def probabilities(self, q, k, part, scale, new):
+        """softmax over each query's window, (N, C, W)."""
+        a, n, runs, W = part
+        N, C = q.shape[0], self.C
+        bias = [q.new_zeros(C, self.P)] if self.P else []
+        bias += [self.bias[i][:, -w:] for i, _, w in runs]
+        bias = bias[0] if len(bias) == 1 else torch.cat(bias, 1)
+        s = torch.baddbmm(bias.expand(N, C, W), q, k.mT, alpha=scale, out=new(N, C, W))
+        tiles, place = s.view(-1, n, C, W), self.P
+        if self.P:
+            tiles[..., : self.P] += self.first[a : a + n * C].view(n, C, self.P)
+        for _, hi, w in runs:  # no keys before the first; those of the prefix have their own columns
+            for i in range(n):
+                before = min(w, hi - a - i * C + self.P)
+                if before > 0:
+                    tiles[:, i, :, place : place + before] = HIDDEN
+            place += w
+        return torch.softmax(s, -1, out=new(N, C, W))
+
+    def add_keys(self, into, grad, part):
+        """Adds grad (N, W, D), by window, to into (R, rows, D)."""
+        (a, n, runs, W), (R, L, D) = part, into.shape
+        grad, step, place = grad.view(R, n, W, D), (L * D, self.C * D, D, 1), self.P
+        if self.P:
+            into[:, self.front : self.front + self.P] += grad[:, :, : self.P].sum(1)
+        for _, hi, w in runs:
+            for c in range(0, w, self.C):
+                m = min(self.C, w - c)
+                view = into.as_strided((R, n, m, D), step, (self.front + a - hi + c) * D)
+                view.add_(grad[:, :, place + c : place + c + m])
+            place += w
+
+    def table_gradient(self, runs, dtable):
+        """Sums the gradient of each run's bias along its diagonals."""
+        for (lo, hi), index, grad in zip(self.plan.runs, self.index, runs):
+            sums = grad.new_zeros(hi - lo + 1 + 2 * self.C).index_add_(0, index.flatten(), grad.flatten())
+            dtable[lo : hi + 1] += sums[self.C : -self.C]
+
+
+def row_groups(x, heads, band):
+    """Slices of (batch, heads) to work on together: one row alone where its blocks fill a segment."""
+    fits = max(1, SEGMENT // sum(n * band.C * width for _, n, _, width in band.parts))
+    B, H = x.shape[0], len(range(*heads.indices(x.shape[2])))
+    h = min(H, fits)
+    b = min(B, fits // h) if h == H else 1
+    for j in range(0, H, h):
+        for i in range(0, B, b):
+            yield slice(i, i + b), slice(heads.start + j, heads.start + min(H, j + h))
+
+
+def pieces(q, v, table, prefix):
+    """(row of the table, heads, plan, band, tokens) of all that is computed apart; a table of one row is all heads'."""
+    T, H = q.shape[1], q.shape[2]
+    for i, plan in enumerate(plans(table, prefix, sdpa=q.device.type == "cpu" and q.shape == v.shape)):
+        heads = slice(i, i + 1) if table.shape[0] > 1 else slice(0, H)
+        if not plan.block or not (plan.runs or plan.prefix):
+            yield i, heads, plan, None, slice(None)
+            continue
+        for r in range(min(plan.stride, T)):
+            time = slice(r, T, plan.stride)
+            yield i, heads, plan, Band(plan, table[i, :: plan.stride], prefix[i], len(range(r, T, plan.stride))), time
+
+
+def blind_queries(table, prefix):
+    """(H or 1, T): queries that see no key at all. Rare: a mask without the token itself."""
+    P, T = prefix.shape[1:]
+    seen = (table > -math.inf).cummax(1).values
+    if P:
+        t = torch.arange(T, device=table.device)
+        s = torch.arange(min(P, T), device=table.device)
+        far = t - s[:, None]
+        first = (prefix[:, s[:, None], far.clamp(min=0)] > -math.inf) & (far >= 0)
+        band = torch.zeros_like(seen)
+        band[:, P:] = seen[:, :-P] if T > P else seen[:, :0]
+        seen = band | first.any(1)
+    return ~seen
+
+
+def banded_forward(q, k, v, table, prefix, scale):
+    """o (B, T, H, V), and the log-sum-exp (B, H, T) of heads that took SDPA."""
+    dtype = compute_dtype(q.dtype)
+    table, prefix = table.to(dtype), prefix.to(dtype)
+    o, lse = v.new_empty(v.shape), q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
+    new = Workspace(q, dtype)
+    for _, heads, plan, band, time in pieces(q, v, table, prefix):
+        if not plan.block:
+            xs = (x[:, :, heads].transpose(1, 2) for x in (q, k, v))
+            y, lse[:, heads] = flash(*xs, scale)
+            o[:, :, heads] = y.transpose(1, 2)
+        elif band is None:
+            o[:, :, heads] = 0
+        for rows, some in row_groups(q, heads, band) if band else ():
+            new.taken = 0
+            qs, ks, vs = (band.load(x[rows, time, some].transpose(1, 2), new) for x in (q, k, v))
+            out, start = new(*vs.shape), new.taken
+            for part in band.parts:
+                new.taken = start
+                p = band.probabilities(band.queries(qs, part), band.keys(ks, part), part, scale, new)
+                y = new.bmm(p, band.keys(vs, part))
+                out[:, band.front + part[0] :][:, : part[1] * band.C] = y.view(out.shape[0], -1, out.shape[2])
+            place = o[rows, time, some].transpose(1, 2)
+            place.copy_(out[:, band.front : band.front + band.T].view(*place.shape))
+    blind = blind_queries(table, prefix)
+    return o.masked_fill_(blind.T[None, :, :, None], 0.0) if blind.any() else o, lse
+
+
+def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
+    """Gradients of q, k, v, table and prefix."""
+    dtype, shapes = compute_dtype(q.dtype), (table, prefix)
+    table, prefix = table.to(dtype), prefix.to(dtype)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dtable, dprefix = torch.zeros_like(table), torch.zeros_like(prefix)
+    blind = blind_queries(table, prefix)
+    do = do.masked_fill(blind.T[None, :, :, None], 0.0) if blind.any() else do
+    new = Workspace(q, dtype)
+    for i, heads, plan, band, time in pieces(q, v, table, prefix):
+        if not plan.block:
+            xs = (x[:, :, heads].transpose(1, 2) for x in (do, q, k, v, o))
+            for into, grad in zip((dq, dk, dv), flash_backward(*xs, lse[:, heads], scale)):
+                into[:, :, heads] = grad.transpose(1, 2)
+        elif band is None:
+            for into in (dq, dk, dv):
+                into[:, :, heads] = 0
+        if band is None:
+            continue
+        sums = [torch.zeros_like(bias) for bias in band.bias]
+        dfirst = torch.zeros_like(band.first) if band.P else None
+        for rows, some in row_groups(q, heads, band):
+            new.taken = 0
+            qs, ks, vs, dos = (band.load(x[rows, time, some].transpose(1, 2), new) for x in (q, k, v, do))
+            dqs, dks, dvs = new(*qs.shape), new(*ks.shape).zero_(), new(*vs.shape).zero_()
+            start = new.taken
+            for part in band.parts:
+                new.taken = start
+                segment_backward(band, part, qs, ks, vs, dos, dqs, dks, dvs, sums, dfirst, scale, new)
+            for into, grad, factor in ((dq, dqs, scale), (dk, dks, scale), (dv, dvs, 1.0)):
+                place = into[rows, time, some].transpose(1, 2)
+                torch.mul(grad[:, band.front : band.front + band.T].view(*place.shape), factor, out=place)
+        band.table_gradient(sums, dtable[i, :: plan.stride])
+        if band.P:
+            dfirst[band.T :] = 0
+            dprefix[i] = torch.zeros_like(prefix[i]).T.scatter_add(0, band.far, dfirst).T
+    dtable.masked_fill_(is_one(table), 0.0)
+    return dq, dk, dv, dtable.to(shapes[0].dtype), dprefix.to(shapes[1].dtype)
+
+
+def segment_backward(band, part, qs, ks, vs, dos, dqs, dks, dvs, sums, dfirst, scale, new):
+    """Writes the segment of dqs, adds to dks, dvs, to the sums of each run's bias and to the prefix's."""
+    a, n, runs, _ = part
+    q, k, v, do = band.queries(qs, part), band.keys(ks, part), band.keys(vs, part), band.queries(dos, part)
+    p = band.probabilities(q, k, part, scale, new)
+    dp = new.bmm(do, v.mT)
+    ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=new(*p.shape))
+    dq = new.bmm(ds, k)
+    dqs[:, band.front + a :][:, : n * band.C] = dq.view(dqs.shape[0], -1, dqs.shape[2])
+    band.add_keys(dks, new.bmm(ds.mT, q), part)
+    band.add_keys(dvs, new.bmm(p.mT, do), part)
+    total, place = ds.sum(0), band.P
+    for i, _, w in runs:
+        sums[i][:, -w:] += total[:, place : place + w]
+        place += w
+    if band.P:
+        dfirst[a : a + n * band.C] += ds.view(-1, n * band.C, ds.shape[2])[:, :, : band.P].sum(0)
+
+
+def flash(q, k, v, scale):
+    """Causal SDPA of (B, H, T, D) and its log-sum-exp."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+
+
+def flash_backward(do, q, k, v, o, lse, scale):
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return backward(do, q, k, v, o, lse, 0.0, True, scale=scale)
+
+
+@torch.library.custom_op(
+    "nanoattention::distance",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, float scale) -> (Tensor, Tensor)",
+)
+def distance_op(q, k, v, table, prefix, scale):
+    return banded_forward(q, k, v, table, prefix, scale)
+
+
+@distance_op.register_fake
+def _(q, k, v, table, prefix, scale):
+    B, T, H, _ = q.shape
+    return v.new_empty(v.shape), q.new_empty(B, H, T, dtype=compute_dtype(q.dtype))
+
+
+@torch.library.custom_op(
+    "nanoattention::distance_backward",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, Tensor o, Tensor lse, Tensor do, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def distance_backward_op(q, k, v, table, prefix, o, lse, do, scale):
+    return banded_backward(q, k, v, table, prefix, o, lse, do, scale)
+
+
+@distance_backward_op.register_fake
+def _(q, k, v, table, prefix, o, lse, do, scale):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, table, prefix))
+
+
+def setup_context(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def backward(ctx, do, _):
+    return *distance_backward_op(*ctx.saved_tensors, do, ctx.scale), None
+
+
+distance_op.register_autograd(backward, setup_context=setup_context)
+
+
+# ----------------------------------------------------------------------------- public
+
+
+def distance(q, k, v, table, prefix=None, scale=None, backend="auto"):
+    """Attention under a log-mask by distance. Returns o (B, T, H, V).
+
+    q, k (B, T, H, D)   v (B, T, H, V)   table (H or 1, T) log-mask of distances 0 .. T-1, -inf drops one
+    prefix (H or 1, P, T) log-mask of the first P keys by distance, in place of the table   scale: D^-1/2 unless given
+    backend: auto | banded | dense. Dropped distances are not computed, and have gradient 0. So has a table row of
+    zeros: it is the constant mask of 1 and, on a CPU, PyTorch's causal attention.
+    """
+    check(q, k, v, table, prefix, backend)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)  # of the products; the mask keeps its precision
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    prefix = table.new_empty(table.shape[0], 0, table.shape[1]) if prefix is None else prefix
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if backend == "dense":
+        return distance_dense(q, k, v, table, prefix, scale)
+    return distance_op(q, k, v, table, prefix, scale)[0]
+
+
+def check(q, k, v, table, prefix, backend):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or not x.is_floating_point() or min(x.shape) < 1:
+            raise ValueError(f"distance: {name} must be a float (B, T, H, D), none 0, got {x.dtype} {tuple(x.shape)}")
+    if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"distance: k must have q's shape {tuple(q.shape)} and v its first three, got "
+                         f"{tuple(k.shape)} and {tuple(v.shape)}")  # fmt: skip
+    _, T, H, _ = q.shape
+    if table.shape not in ((H, T), (1, T)):
+        raise ValueError(f"distance: table must be {(H, T)} or {(1, T)}, got {tuple(table.shape)}")
+    if prefix is not None and (prefix.dim() != 3 or (prefix.shape[0], prefix.shape[2]) != tuple(table.shape)):
+        raise ValueError(f"distance: prefix must be ({table.shape[0]}, P, {T}), got {tuple(prefix.shape)}")
+    if backend not in ("auto", "banded", "dense"):
+        raise ValueError(f"distance: backend must be auto, banded or dense, got {backend!r}")
