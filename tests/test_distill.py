@@ -154,6 +154,24 @@ def test_another_mechanisms_projections_are_not_taken_for_softmaxs():
     assert not any("c_attn" in name for name in report.copied) and sum("c_attn" in name for name in report.new) == 2
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(attention_type="adaptive_span", span_init=1.0),
+        dict(attention_type="adaptive_span", span_init=1.0, span_param="ratio"),
+        dict(attention_type="mask_mix", mask_mix_candidates="full"),
+        dict(attention_type="softmax,adaptive_span", span_init=1.0),
+    ],
+)
+def test_open_students_equal_their_teacher(keys, fresh_rng):
+    teacher, (idx, targets) = make(), tokens()
+    student = GPT(GPTConfig(**(TINY | keys))).eval()
+    report = load_weights(student, teacher.state_dict())
+    assert report.left == [] and all(name.endswith((".span", ".alpha")) for name in report.new)
+    torch.testing.assert_close(student(idx, targets)[0], teacher(idx, targets)[0], rtol=0, atol=1e-5)
+    assert (make()(idx, targets)[0] - teacher(idx, targets)[0]).abs().max() > 1
+
+
 # runs
 
 
@@ -200,6 +218,17 @@ def test_resuming_a_distillation_is_exact(tiny, tmp_path, teacher):
         train.main([*arguments, f"--out_dir={parts['out_dir']}", f"--max_iters={stop}", *resume])
     a, b = (read_checkpoint(folder["out_dir"], "ckpt.pt")["model"] for folder in (whole, parts))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_only_masks_move(tiny, tmp_path, teacher):
+    before = read_checkpoint(teacher)["model"]
+    keys = dict(attention_type="mask_mix", train_only="masks", mask_mix_per_head=True)
+    train.main(student(tiny, tmp_path, teacher, **keys))
+    after = read_checkpoint(str(tmp_path / "student"), "ckpt.pt")["model"]
+    moved = {name for name, value in after.items() if name not in before or not torch.equal(before[name], value)}
+    assert moved == {f"transformer.h.{i}.attn.alpha" for i in range(2)}
+    kl = [e["kl"] for e in read_log(tmp_path / "student") if e.get("split") == "val"]
+    assert kl[-1] < kl[0]
 
 
 def test_only_attention_moves(tiny, tmp_path, teacher):
