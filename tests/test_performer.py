@@ -520,6 +520,16 @@ def test_training_redraws_once_a_step_and_evaluation_never(tiny, monkeypatch):
     assert steps == [(step, True) for step in range(4)]
 
 
+def test_features_and_seed_are_in_checkpoints_and_exports(tiny, tmp_path):
+    train.main(tiny(attention_type="performer", performer_redraw_interval=2, max_iters=4, export=True))
+    last, exported = (GPT.from_checkpoint(str(tmp_path / "run"), x).eval() for x in ("ckpt.pt", "model.safetensors"))
+    idx = torch.randint(256, (2, 16))
+    assert torch.equal(last(idx)[0], exported(idx)[0]) and last.loaded.new == exported.loaded.new == []
+    for model in (last, exported):
+        model.redraw(4)
+    assert torch.equal(last(idx)[0], exported(idx)[0])
+
+
 def test_dry_run(tiny, capsys):
     assert train.main(tiny(attention_type="performer", dry_run=True)) == 0
     assert "GFLOP" in capsys.readouterr().out
