@@ -38,7 +38,7 @@ def activate(z, features):
         return z.exp_()
     if features == "relu":
         return z.relu_().add_(FLOOR)
-    return torch._C._nn.softplus(z, out=z)
+    return z.copy_(F.softplus(z))
 
 
 def through_features(dphi, phi, features):
