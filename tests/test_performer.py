@@ -158,13 +158,14 @@ def test_public_feature_maps(backend):
 
 @pytest.mark.parametrize("backend", ["torch", "recurrent"])
 def test_public_causal_attention_with_relu_features(backend):
-    """The whole of it; only here is the public one causal, but for an eps of 1e-6 in its normaliser."""
+    """The whole of it: with these features the public one is causal. It adds 1e-6 to each sum of a key's features, which
+    are at least 1e-3."""
     public = oracle("performer_pytorch").performer_pytorch
     q, k, v = (x.float() for x in draw(2, 75, 3, 16, 32, 16)[:3])
     attention = public.FastAttention(16, nb_features=32, causal=True, generalized_attention=True)
     wanted = attention(*(x.transpose(1, 2) * s for x, s in ((q, 2.0), (k, 2.0), (v, 1.0)))).transpose(1, 2)
     w = attention.projection_matrix.expand(3, 32, 16)
-    torch.testing.assert_close(performer(q, k, v, w, w, "relu", backend=backend)[0], wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(performer(q, k, v, w, w, "relu", backend=backend)[0], wanted, rtol=1.5e-3, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------- the estimate
