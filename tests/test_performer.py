@@ -158,7 +158,7 @@ def test_public_feature_maps(backend):
 
 @pytest.mark.parametrize("backend", ["torch", "recurrent"])
 def test_public_causal_attention_with_relu_features(backend):
-    """The whole of it: with these features the public one is causal. It adds 1e-6 to each sum of a key's features, which
+    """The whole of it: with these features the public one is causal. It adds 1e-6 to each sum of keys' features, which
     are at least 1e-3."""
     public = oracle("performer_pytorch").performer_pytorch
     q, k, v = (x.float() for x in draw(2, 75, 3, 16, 32, 16)[:3])
