@@ -712,15 +712,15 @@ class PerformerAttention(nn.Module):
     @torch.no_grad()
     def stats(self, x=None):
         """The squared norm of queries and keys, (H,). With x (B, T, C) also the attention map (H, T, T) of the first
-        sequence, and its largest |q + k|^2 (H,), whose exponential is the variance of one estimate."""
+        sequence, and its largest |q + k|^2 (H,), whose exponential is the relative variance of a product, times M."""
         found = {"norm2": self._norm2()}
         if x is not None:
             q, k, _ = self._qkv(x[:1], 0)
             fq, fk = (feature_map(t, w, self.features)[0] for t, w in zip((q, k), self._maps()))  # (T, H, M)
             weights = torch.einsum("ihm,jhm->hij", fq, fk).tril()
             found["attention_map"] = weights / weights.sum(-1, keepdim=True)
-            dot = torch.einsum("ihd,jhd->hij", q[0], k[0]).tril()
-            found["pair_norm2"] = 2 * (found["norm2"] + dot.amax((1, 2)))
+            products = torch.einsum("ihd,jhd->hij", q[0], k[0])
+            found["pair_norm2"] = 2 * (found["norm2"] + products.amax((1, 2)))
         return found
 
     def _norm2(self):

@@ -38,7 +38,7 @@ def activate(z, features):
         return z.exp_()
     if features == "relu":
         return z.relu_().add_(FLOOR)
-    return torch._C._nn.softplus(z, out=z)
+    return z.copy_(F.softplus(z))
 
 
 def through_features(dphi, phi, features):
@@ -114,11 +114,11 @@ def segment_features(x, w, features, segment, chunk, new):
 def with_ones(v, segment, chunk, new):
     """u = [v, 1] (N, C, V + 1), 0 for padded tokens."""
     lo, hi, n = segment
-    place = new(n, v.shape[0], 1, chunk, v.shape[3] + 1)
-    place[..., :-1].copy_(chunked(v, segment, chunk))
-    place[..., -1] = 1
-    place[-1, ..., chunk - (n * chunk - (hi - lo)) :, -1] = 0
-    return place.flatten(0, 2)
+    u = new(n, v.shape[0], 1, chunk, v.shape[3] + 1)
+    u[..., :-1].copy_(chunked(v, segment, chunk))
+    u[..., -1] = 1
+    u[-1, ..., hi - lo - (n - 1) * chunk :, -1] = 0
+    return u.flatten(0, 2)
 
 
 def running_sums(x, first, out, last=None, reverse=False):

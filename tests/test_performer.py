@@ -158,13 +158,14 @@ def test_public_feature_maps(backend):
 
 @pytest.mark.parametrize("backend", ["torch", "recurrent"])
 def test_public_causal_attention_with_relu_features(backend):
-    """The whole of it; only here is the public one causal, but for an eps of 1e-6 in its normaliser."""
+    """The whole of it: with these features the public one is causal. It adds 1e-6 to each sum of keys' features, which
+    are at least 1e-3."""
     public = oracle("performer_pytorch").performer_pytorch
     q, k, v = (x.float() for x in draw(2, 75, 3, 16, 32, 16)[:3])
     attention = public.FastAttention(16, nb_features=32, causal=True, generalized_attention=True)
     wanted = attention(*(x.transpose(1, 2) * s for x, s in ((q, 2.0), (k, 2.0), (v, 1.0)))).transpose(1, 2)
     w = attention.projection_matrix.expand(3, 32, 16)
-    torch.testing.assert_close(performer(q, k, v, w, w, "relu", backend=backend)[0], wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(performer(q, k, v, w, w, "relu", backend=backend)[0], wanted, rtol=1.5e-3, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------- the estimate
@@ -518,6 +519,16 @@ def test_training_redraws_once_a_step_and_evaluation_never(tiny, monkeypatch):
     arguments = tiny(attention_type="performer", max_iters=4, gradient_accumulation_steps=2)
     assert train.main(arguments) == 0
     assert steps == [(step, True) for step in range(4)]
+
+
+def test_features_and_seed_are_in_checkpoints_and_exports(tiny, tmp_path):
+    train.main(tiny(attention_type="performer", performer_redraw_interval=2, max_iters=4, export=True))
+    last, exported = (GPT.from_checkpoint(str(tmp_path / "run"), x).eval() for x in ("ckpt.pt", "model.safetensors"))
+    idx = torch.randint(256, (2, 16))
+    assert torch.equal(last(idx)[0], exported(idx)[0]) and last.loaded.new == exported.loaded.new == []
+    for model in (last, exported):
+        model.redraw(4)
+    assert torch.equal(last(idx)[0], exported(idx)[0])
 
 
 def test_dry_run(tiny, capsys):

@@ -386,8 +386,12 @@ def test_scored_positions_cover_the_split_once(text_dataset):
 # processes
 
 
-def test_two_processes_make_the_same_run(tiny, tmp_path):
-    keys = dict(dropout=0.0, batch_size=2)
+@pytest.mark.parametrize(
+    "attention",
+    [{}, pytest.param(dict(attention_type="performer", performer_redraw_interval=3), marks=pytest.mark.slow)],
+)
+def test_two_processes_make_the_same_run(tiny, tmp_path, attention):
+    keys = dict(dropout=0.0, batch_size=2, **attention)
     train.main(tiny(out_dir=str(tmp_path / "one"), gradient_accumulation_steps=4, **keys))
     arguments = tiny(out_dir=str(tmp_path / "two"), gradient_accumulation_steps=4, **keys)
     launch = [
