@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 SEGMENT = 2**17  # scores that the banded form works on at a time, so that its tensors stay in cache
 BLOCKS = (16, 32, 64, 128)  # queries a block
@@ -104,11 +105,11 @@ def cost(plan, T):
 @functools.lru_cache(4096)
 def segments(plan, T):
     """(first query, blocks, [(run, furthest distance, keys of the run)], keys of a block) of each segment. Blocks near
-    the start have fewer keys: what lies before the first key is left out, up to the width of the segment."""
+    the start have fewer keys: a segment has those of its last block, so it ends before they are many more."""
     found, a, C = [], 0, plan.block
     while a < T:
-        n = 0
-        while n == 0 or (a + n * C < T and C * (n + 1) * widths(plan, a + n * C)[1] <= SEGMENT):
+        n, most = 1, 1.3 * widths(plan, a)[1]
+        while a + n * C < T and (width := widths(plan, a + n * C)[1]) <= most and C * (n + 1) * width <= SEGMENT:
             n += 1
         found.append((a, n, *widths(plan, a + (n - 1) * C)))
         a += n * C
@@ -189,10 +190,19 @@ class Band:
         out[:, :, self.front + self.T :] = 0
         return out.flatten(0, 1)
 
-    def queries(self, x, part):
-        """The segment's queries: (N, C, D), a view where there is one row."""
-        a, n = self.front + part[0], part[1]
-        return x[:, a : a + n * self.C].reshape(-1, self.C, x.shape[2])
+    def queries(self, x, part, dtype):
+        """The segment's queries, of x (b, h, T, D): (N, C, D), where there is one row of whole blocks a view."""
+        a, n = part[:2]
+        x = x[:, :, a : a + n * self.C].to(dtype)
+        if missing := n * self.C - x.shape[2]:
+            x = F.pad(x, (0, 0, 0, missing))
+        return x.reshape(-1, self.C, x.shape[3])
+
+    def store(self, into, x, part, factor=1.0):
+        """Writes factor * x (N, C, D) to the segment of into (b, h, T, D)."""
+        a, n = part[:2]
+        place = into[:, :, a : a + n * self.C]
+        torch.mul(x.view(*into.shape[:2], -1, x.shape[2])[:, :, : place.shape[2]], factor, out=place)
 
     def strided(self, x, part):
         """The windows of a segment as views (R, n, W, D) of x (R, rows, D), one for the prefix and one for each run."""
@@ -247,7 +257,7 @@ class Band:
 
 def row_groups(x, heads, band):
     """Slices of (batch, heads) to work on together: one row alone where its blocks fill a segment."""
-    fits = max(1, SEGMENT // sum(n * band.C * width for _, n, _, width in band.parts))
+    fits = max(1, SEGMENT // max(n * band.C * width for _, n, _, width in band.parts))
     B, H = x.shape[0], len(range(*heads.indices(x.shape[2])))
     h = min(H, fits)
     b = min(B, fits // h) if h == H else 1
@@ -299,15 +309,13 @@ def banded_forward(q, k, v, table, prefix, scale):
             o[:, :, heads] = 0
         for rows, some in row_groups(q, heads, band) if band else ():
             new.taken = 0
-            qs, ks, vs = (band.load(x[rows, time, some].transpose(1, 2), new) for x in (q, k, v))
-            out, start = new(*vs.shape), new.taken
+            qs, ks, vs, out = (x[rows, time, some].transpose(1, 2) for x in (q, k, v, o))
+            ks, vs = band.load(ks, new), band.load(vs, new)
+            start = new.taken
             for part in band.parts:
                 new.taken = start
-                p = band.probabilities(band.queries(qs, part), band.keys(ks, part), part, scale, new)
-                y = new.bmm(p, band.keys(vs, part))
-                out[:, band.front + part[0] :][:, : part[1] * band.C] = y.view(out.shape[0], -1, out.shape[2])
-            place = o[rows, time, some].transpose(1, 2)
-            place.copy_(out[:, band.front : band.front + band.T].view(*place.shape))
+                p = band.probabilities(band.queries(qs, part, dtype), band.keys(ks, part), part, scale, new)
+                band.store(out, new.bmm(p, band.keys(vs, part)), part)
     blind = blind_queries(table, prefix)
     return o.masked_fill_(blind.T[None, :, :, None], 0.0) if blind.any() else o, lse
 
@@ -335,14 +343,14 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
         dfirst = torch.zeros_like(band.first) if band.P else None
         for rows, some in row_groups(q, heads, band):
             new.taken = 0
-            qs, ks, vs, dos = (band.load(x[rows, time, some].transpose(1, 2), new) for x in (q, k, v, do))
-            dqs, dks, dvs = new(*qs.shape), new(*ks.shape).zero_(), new(*vs.shape).zero_()
+            views = [x[rows, time, some].transpose(1, 2) for x in (q, do, dq, dk, dv, k, v)]
+            ks, vs = (band.load(x, new) for x in views[5:])
+            dks, dvs = new(*ks.shape).zero_(), new(*vs.shape).zero_()
             start = new.taken
             for part in band.parts:
                 new.taken = start
-                segment_backward(band, part, qs, ks, vs, dos, dqs, dks, dvs, sums, dfirst, scale, new)
-            for into, grad, factor in ((dq, dqs, scale), (dk, dks, scale), (dv, dvs, 1.0)):
-                place = into[rows, time, some].transpose(1, 2)
+                segment_backward(band, part, *views[:3], ks, vs, dks, dvs, sums, dfirst, scale, new)
+            for place, grad, factor in ((views[3], dks, scale), (views[4], dvs, 1.0)):
                 torch.mul(grad[:, band.front : band.front + band.T].view(*place.shape), factor, out=place)
         band.table_gradient(sums, dtable[i, :: plan.stride])
         if band.P:
@@ -352,15 +360,15 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
     return dq, dk, dv, dtable.to(shapes[0].dtype), dprefix.to(shapes[1].dtype)
 
 
-def segment_backward(band, part, qs, ks, vs, dos, dqs, dks, dvs, sums, dfirst, scale, new):
-    """Writes the segment of dqs, adds to dks, dvs, to the sums of each run's bias and to the prefix's."""
+def segment_backward(band, part, q, do, dq, ks, vs, dks, dvs, sums, dfirst, scale, new):
+    """Writes the segment of dq, adds to dks, dvs, to the sums of each run's bias and to the prefix's."""
     a, n, runs, _ = part
-    q, k, v, do = band.queries(qs, part), band.keys(ks, part), band.keys(vs, part), band.queries(dos, part)
+    q, do = (band.queries(x, part, ks.dtype) for x in (q, do))
+    k, v = band.keys(ks, part), band.keys(vs, part)
     p = band.probabilities(q, k, part, scale, new)
     dp = new.bmm(do, v.mT)
     ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=new(*p.shape))
-    dq = new.bmm(ds, k)
-    dqs[:, band.front + a :][:, : n * band.C] = dq.view(dqs.shape[0], -1, dqs.shape[2])
+    band.store(dq, new.bmm(ds, k), part, scale)
     band.add_keys(dks, new.bmm(ds.mT, q), part)
     band.add_keys(dvs, new.bmm(p.mT, do), part)
     total, place = ds.sum(0), band.P
