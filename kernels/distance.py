@@ -17,7 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-SEGMENT = 2**17  # scores that the banded form works on at a time, so that its tensors stay in cache
+SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
+CALLS = 2**13  # scores that take the time of a segment's calls
 BLOCKS = (16, 32, 64, 128)  # queries a block
 HIDDEN = -1e30  # a logit that softmax turns into an exact 0, without the NaN of a row of infinities
 
@@ -105,12 +106,18 @@ def cost(plan, T):
 @functools.lru_cache(4096)
 def segments(plan, T):
     """(first query, blocks, [(run, furthest distance, keys of the run)], keys of a block) of each segment. Blocks near
-    the start have fewer keys: a segment has those of its last block, so it ends before they are many more."""
+    the start have fewer keys, and a segment those of its last block: it ends where that would waste more scores than
+    the calls of one more segment cost, a share of them where several rows are worked on together."""
     found, a, C = [], 0, plan.block
+    bearable = CALLS // max(1, SEGMENT // (T * max(1, widths(plan, T)[1])))
     while a < T:
-        n, most = 1, 1.3 * widths(plan, a)[1]
-        while a + n * C < T and (width := widths(plan, a + n * C)[1]) <= most and C * (n + 1) * width <= SEGMENT:
-            n += 1
+        n, waste, width = 1, 0, widths(plan, a)[1]
+        while a + n * C < T:
+            wider = widths(plan, a + n * C)[1]
+            waste += n * C * (wider - width)
+            if waste > bearable or C * (n + 1) * wider > SEGMENT:
+                break
+            n, width = n + 1, wider
         found.append((a, n, *widths(plan, a + (n - 1) * C)))
         a += n * C
     return found
@@ -143,16 +150,16 @@ class Workspace:
     than arithmetic here, each page of it is a fault."""
 
     def __init__(self, like, dtype):
-        self.like, self.dtype, self.blocks, self.taken = like, dtype, [], 0
+        self.like, self.dtype, self.blocks, self.views, self.taken = like, dtype, {}, {}, 0
 
     def __call__(self, *shape):
-        size, i = math.prod(shape), self.taken
-        if i == len(self.blocks):
-            self.blocks.append(None)
-        if self.blocks[i] is None or self.blocks[i].numel() < size:
-            self.blocks[i] = self.like.new_empty(size, dtype=self.dtype)
+        i, size = self.taken, math.prod(shape)
         self.taken += 1
-        return self.blocks[i][:size].view(shape)
+        if (i, shape) not in self.views:
+            if i not in self.blocks or self.blocks[i].numel() < size:
+                self.blocks[i] = self.like.new_empty(size, dtype=self.dtype)
+            self.views[i, shape] = self.blocks[i][:size].view(shape)
+        return self.views[i, shape]
 
     def bmm(self, a, b):
         return torch.bmm(a, b, out=self(a.shape[0], a.shape[1], b.shape[2]))
@@ -233,7 +240,7 @@ class Band:
                 if before > 0:
                     tiles[:, i, :, place : place + before] = HIDDEN
             place += w
-        return torch.softmax(s, -1, out=new(N, C, W))
+        return torch.softmax(s, -1, out=s)
 
     def add_keys(self, into, grad, part):
         """Adds grad (N, W, D), by window, to into (R, rows, D)."""
@@ -367,7 +374,7 @@ def segment_backward(band, part, q, do, dq, ks, vs, dks, dvs, sums, dfirst, scal
     k, v = band.keys(ks, part), band.keys(vs, part)
     p = band.probabilities(q, k, part, scale, new)
     dp = new.bmm(do, v.mT)
-    ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=new(*p.shape))
+    ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=dp)
     band.store(dq, new.bmm(ds, k), part, scale)
     band.add_keys(dks, new.bmm(ds.mT, q), part)
     band.add_keys(dvs, new.bmm(p.mT, do), part)
