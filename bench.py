@@ -91,7 +91,7 @@ def timed(step, seconds, device_type):
     step()
     synchronize(device_type)
     start, n = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
+    while n == 0 or time.perf_counter() - start < seconds:
         step()
         n += 1
         if n % 16 == 0:
@@ -555,7 +555,7 @@ def mask_changes(model, layers, dataset, bench, runtime):
 
 
 def draw_masks(folder, model, layers, dataset, bench, runtime):
-    """spans.png, kept.png, weights.png (mixtures) and attention.png."""
+    """Pictures: spans.png, kept.png, weights.png (mixtures), attention.png."""
     model = GPT.from_checkpoint(folder).to(runtime.device).eval()  # as trained again
     layers, plt = {i: model.transformer.h[i].attn for i in layers}, pyplot()
     H, T, L = model.config.n_head, model.config.block_size, len(layers)
@@ -575,7 +575,7 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
         axes.plot(range(len(names)), spans, "o", color="#D55E00", label="span, without its ramp")
     axes.set(xlabel="layer.head", ylabel="distances (tokens)", xticks=range(len(names)))
     axes.set_xticklabels(names, rotation=90, fontsize=9)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     save(figure, "spans.png")
 
     masks = torch.cat([attn.log_mask(T)[0].detach().expand(H, -1) for attn in layers.values()]).exp().cpu()

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-SEGMENT = 2**17  # scores that the banded form works on at a time, so that its tensors stay in cache
+SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
+CALLS = 2**13  # scores that take the time of a segment's calls
 BLOCKS = (16, 32, 64, 128)  # queries a block
 HIDDEN = -1e30  # a logit that softmax turns into an exact 0, without the NaN of a row of infinities
 
@@ -104,12 +106,18 @@ def cost(plan, T):
 @functools.lru_cache(4096)
 def segments(plan, T):
     """(first query, blocks, [(run, furthest distance, keys of the run)], keys of a block) of each segment. Blocks near
-    the start have fewer keys: what lies before the first key is left out, up to the width of the segment."""
+    the start have fewer keys, and a segment those of its last block: it ends where that would waste more scores than
+    the calls of one more segment cost, a share of them where several rows are worked on together."""
     found, a, C = [], 0, plan.block
+    bearable = CALLS // max(1, SEGMENT // (T * max(1, widths(plan, T)[1])))
     while a < T:
-        n = 0
-        while n == 0 or (a + n * C < T and C * (n + 1) * widths(plan, a + n * C)[1] <= SEGMENT):
-            n += 1
+        n, waste, width = 1, 0, widths(plan, a)[1]
+        while a + n * C < T:
+            wider = widths(plan, a + n * C)[1]
+            waste += n * C * (wider - width)
+            if waste > bearable or C * (n + 1) * wider > SEGMENT:
+                break
+            n, width = n + 1, wider
         found.append((a, n, *widths(plan, a + (n - 1) * C)))
         a += n * C
     return found
@@ -142,16 +150,16 @@ class Workspace:
     than arithmetic here, each page of it is a fault."""
 
     def __init__(self, like, dtype):
-        self.like, self.dtype, self.blocks, self.taken = like, dtype, [], 0
+        self.like, self.dtype, self.blocks, self.views, self.taken = like, dtype, {}, {}, 0
 
     def __call__(self, *shape):
-        size, i = math.prod(shape), self.taken
-        if i == len(self.blocks):
-            self.blocks.append(None)
-        if self.blocks[i] is None or self.blocks[i].numel() < size:
-            self.blocks[i] = self.like.new_empty(size, dtype=self.dtype)
+        i, size = self.taken, math.prod(shape)
         self.taken += 1
-        return self.blocks[i][:size].view(shape)
+        if (i, shape) not in self.views:
+            if i not in self.blocks or self.blocks[i].numel() < size:
+                self.blocks[i] = self.like.new_empty(size, dtype=self.dtype)
+            self.views[i, shape] = self.blocks[i][:size].view(shape)
+        return self.views[i, shape]
 
     def bmm(self, a, b):
         return torch.bmm(a, b, out=self(a.shape[0], a.shape[1], b.shape[2]))
@@ -189,10 +197,19 @@ class Band:
         out[:, :, self.front + self.T :] = 0
         return out.flatten(0, 1)
 
-    def queries(self, x, part):
-        """The segment's queries: (N, C, D), a view where there is one row."""
-        a, n = self.front + part[0], part[1]
-        return x[:, a : a + n * self.C].reshape(-1, self.C, x.shape[2])
+    def queries(self, x, part, dtype):
+        """The segment's queries, of x (b, h, T, D): (N, C, D), where there is one row of whole blocks a view."""
+        a, n = part[:2]
+        x = x[:, :, a : a + n * self.C].to(dtype)
+        if missing := n * self.C - x.shape[2]:
+            x = F.pad(x, (0, 0, 0, missing))
+        return x.reshape(-1, self.C, x.shape[3])
+
+    def store(self, into, x, part, factor=1.0):
+        """Writes factor * x (N, C, D) to the segment of into (b, h, T, D)."""
+        a, n = part[:2]
+        place = into[:, :, a : a + n * self.C]
+        torch.mul(x.view(*into.shape[:2], -1, x.shape[2])[:, :, : place.shape[2]], factor, out=place)
 
     def strided(self, x, part):
         """The windows of a segment as views (R, n, W, D) of x (R, rows, D), one for the prefix and one for each run."""
@@ -223,7 +240,7 @@ class Band:
                 if before > 0:
                     tiles[:, i, :, place : place + before] = HIDDEN
             place += w
-        return torch.softmax(s, -1, out=new(N, C, W))
+        return torch.softmax(s, -1, out=s)
 
     def add_keys(self, into, grad, part):
         """Adds grad (N, W, D), by window, to into (R, rows, D)."""
@@ -247,7 +264,7 @@ class Band:
 
 def row_groups(x, heads, band):
     """Slices of (batch, heads) to work on together: one row alone where its blocks fill a segment."""
-    fits = max(1, SEGMENT // sum(n * band.C * width for _, n, _, width in band.parts))
+    fits = max(1, SEGMENT // max(n * band.C * width for _, n, _, width in band.parts))
     B, H = x.shape[0], len(range(*heads.indices(x.shape[2])))
     h = min(H, fits)
     b = min(B, fits // h) if h == H else 1
@@ -299,15 +316,13 @@ def banded_forward(q, k, v, table, prefix, scale):
             o[:, :, heads] = 0
         for rows, some in row_groups(q, heads, band) if band else ():
             new.taken = 0
-            qs, ks, vs = (band.load(x[rows, time, some].transpose(1, 2), new) for x in (q, k, v))
-            out, start = new(*vs.shape), new.taken
+            qs, ks, vs, out = (x[rows, time, some].transpose(1, 2) for x in (q, k, v, o))
+            ks, vs = band.load(ks, new), band.load(vs, new)
+            start = new.taken
             for part in band.parts:
                 new.taken = start
-                p = band.probabilities(band.queries(qs, part), band.keys(ks, part), part, scale, new)
-                y = new.bmm(p, band.keys(vs, part))
-                out[:, band.front + part[0] :][:, : part[1] * band.C] = y.view(out.shape[0], -1, out.shape[2])
-            place = o[rows, time, some].transpose(1, 2)
-            place.copy_(out[:, band.front : band.front + band.T].view(*place.shape))
+                p = band.probabilities(band.queries(qs, part, dtype), band.keys(ks, part), part, scale, new)
+                band.store(out, new.bmm(p, band.keys(vs, part)), part)
     blind = blind_queries(table, prefix)
     return o.masked_fill_(blind.T[None, :, :, None], 0.0) if blind.any() else o, lse
 
@@ -335,14 +350,14 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
         dfirst = torch.zeros_like(band.first) if band.P else None
         for rows, some in row_groups(q, heads, band):
             new.taken = 0
-            qs, ks, vs, dos = (band.load(x[rows, time, some].transpose(1, 2), new) for x in (q, k, v, do))
-            dqs, dks, dvs = new(*qs.shape), new(*ks.shape).zero_(), new(*vs.shape).zero_()
+            views = [x[rows, time, some].transpose(1, 2) for x in (q, do, dq, dk, dv, k, v)]
+            ks, vs = (band.load(x, new) for x in views[5:])
+            dks, dvs = new(*ks.shape).zero_(), new(*vs.shape).zero_()
             start = new.taken
             for part in band.parts:
                 new.taken = start
-                segment_backward(band, part, qs, ks, vs, dos, dqs, dks, dvs, sums, dfirst, scale, new)
-            for into, grad, factor in ((dq, dqs, scale), (dk, dks, scale), (dv, dvs, 1.0)):
-                place = into[rows, time, some].transpose(1, 2)
+                segment_backward(band, part, *views[:3], ks, vs, dks, dvs, sums, dfirst, scale, new)
+            for place, grad, factor in ((views[3], dks, scale), (views[4], dvs, 1.0)):
                 torch.mul(grad[:, band.front : band.front + band.T].view(*place.shape), factor, out=place)
         band.table_gradient(sums, dtable[i, :: plan.stride])
         if band.P:
@@ -352,15 +367,15 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
     return dq, dk, dv, dtable.to(shapes[0].dtype), dprefix.to(shapes[1].dtype)
 
 
-def segment_backward(band, part, qs, ks, vs, dos, dqs, dks, dvs, sums, dfirst, scale, new):
-    """Writes the segment of dqs, adds to dks, dvs, to the sums of each run's bias and to the prefix's."""
+def segment_backward(band, part, q, do, dq, ks, vs, dks, dvs, sums, dfirst, scale, new):
+    """Writes the segment of dq, adds to dks, dvs, to the sums of each run's bias and to the prefix's."""
     a, n, runs, _ = part
-    q, k, v, do = band.queries(qs, part), band.keys(ks, part), band.keys(vs, part), band.queries(dos, part)
+    q, do = (band.queries(x, part, ks.dtype) for x in (q, do))
+    k, v = band.keys(ks, part), band.keys(vs, part)
     p = band.probabilities(q, k, part, scale, new)
     dp = new.bmm(do, v.mT)
-    ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=new(*p.shape))
-    dq = new.bmm(ds, k)
-    dqs[:, band.front + a :][:, : n * band.C] = dq.view(dqs.shape[0], -1, dqs.shape[2])
+    ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=dp)
+    band.store(dq, new.bmm(ds, k), part, scale)
     band.add_keys(dks, new.bmm(ds.mT, q), part)
     band.add_keys(dvs, new.bmm(p.mT, do), part)
     total, place = ds.sum(0), band.P

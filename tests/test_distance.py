@@ -7,6 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bench
+import train
+from config import ConfigError
 from kernels import distance as D
 from kernels.distance import distance
 from model import GPT, GPTConfig, param_groups
@@ -479,3 +482,33 @@ def test_wrong_keys(keys, want):
     with pytest.raises(ValueError) as error:
         GPTConfig(**keys)
     assert want in str(error.value)
+
+
+# ----------------------------------------------------------------------------- what bench says of them
+
+
+@pytest.mark.slow
+def test_inspect(tiny, tmp_path, capsys):
+    keys = dict(use_triangle_wave_masking=True, mask_mix_candidates="offset_0,full,first_2", max_iters=2)
+    folder = tmp_path / "run"
+    for kind in ("adaptive_span", "softmax,mask_mix"):
+        own = {k: v for k, v in keys.items() if k == "max_iters" or ("wave" in k) == (kind == "adaptive_span")}
+        train.main(tiny(attention_type=kind, **own))
+        bench.main([f"--out_dir={folder}", "--what=inspect", "--rounds=1", "--seconds=0.01", "--device=cpu"])
+        out = capsys.readouterr().out
+        assert out.count("blocks of") == (4 if kind == "adaptive_span" else 2)
+        assert ("with periods rounded" if kind == "adaptive_span" else "without candidates below 0.02") in out
+        for name in ("spans", "kept", "attention") + (("weights",) if "mix" in kind else ()):
+            assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    train.main(tiny(attention_type="softmax", max_iters=1))
+    with pytest.raises(ConfigError, match="no layer of 'softmax' learns a mask"):
+        bench.main([f"--out_dir={folder}", "--what=inspect", "--device=cpu"])
+
+
+def test_operators_of_masks(capsys):
+    options = ["--what=ops", "--lengths=64", "--batch_size=1", "--rounds=1", "--seconds=0.01", "--device=cpu"]
+    bench.main([*options, "--operators=span,mask_mix", "--spans=8,40"])
+    out = capsys.readouterr().out
+    assert all(row in out for row in ("| span 8 | 64 |", "| span 40 | 64 |", "| mask_mix of 5 | 64 |"))
+    with pytest.raises(ConfigError, match="--spans=8,x: write numbers"):
+        bench.main([*options, "--operators=span", "--spans=8,x"])
