@@ -452,19 +452,22 @@ class NativeSparseAttention(nn.Module):
         return rotate(x.transpose(1, 2), offset, self.rope_base).transpose(1, 2)  # (B, T, heads, D)
 
     def _compress(self, kv):
-        """(B, T, 2, Hk, D) -> its complete blocks (B, N, 2, Hk, D)."""
-        (block, stride), T = self.sizes[:2], kv.size(1)
-        N = max(0, (T - block) // stride + 1)
+        """(B, T, 2, Hk, D) -> its complete blocks (B, N, 2, Hk, D). Blocks overlap: a block is the sum of what its
+        l / d parts give, each part taken once for each place that it has in a block."""
+        (block, stride), (B, T) = self.sizes[:2], kv.shape[:2]
+        r, N = block // stride, max(0, (T - block) // stride + 1)
         if N == 0:
             return kv[:, :0]
-        r = block // stride
-        parts = kv[:, : (N + r - 1) * stride].unflatten(1, (-1, stride))
-        blocks = torch.cat([parts[:, i : i + N] for i in range(r)], 2)  # (B, N, l, 2, Hk, D)
+        parts = kv[:, : (N + r - 1) * stride].unflatten(1, (-1, stride))  # (B, N + r - 1, d, 2, Hk, D)
         if self.mean:
-            return blocks.mean(2)
-        blocks = blocks.permute(3, 0, 1, 4, 2, 5) + self.slots[:, None, None, None]  # (2, B, N, Hk, l, D)
-        hidden = F.gelu(torch.bmm(blocks.flatten(4).flatten(1, 3), self.phi_in))
-        return torch.bmm(hidden, self.phi_out).view(*blocks.shape[:4], -1).permute(1, 2, 0, 3, 4)
+            parts = parts.mean(2)
+            return sum(parts[:, i : i + N] for i in range(r)) / r
+        parts = parts.permute(3, 0, 1, 4, 2, 5).flatten(4).flatten(1, 3)  # (2, B (N + r - 1) Hk, d D)
+        hidden = torch.bmm(self.slots.flatten(1).unsqueeze(1), self.phi_in)[:, None, None]  # (2, 1, 1, 1, 2 D)
+        for i, phi in enumerate(self.phi_in.chunk(r, 1)):
+            hidden = hidden + torch.bmm(parts, phi).view(2, B, -1, self.n_kv, 2 * self.d_head)[:, :, i : i + N]
+        blocks = torch.bmm(F.gelu(hidden).flatten(1, 3), self.phi_out)
+        return blocks.view(2, B, N, self.n_kv, -1).permute(1, 2, 0, 3, 4)
 
     def _gates(self, x):
         return self.c_gate(x).sigmoid().unflatten(-1, (3, self.n_head))  # (B, T, 3, H)

@@ -328,11 +328,12 @@ def selected_backward(q, k, v, index, o, lse, do, scale, select_block):
         new.taken = 0
         shape = tiles.block.shape[0], -1, 1
         query = tiles.query.clamp(min=0) + lo
+        own = (torch.arange(lo, hi, device=q.device) % T + offset) % select_block
         level = lse[query].masked_fill_(tiles.query.unsqueeze(1) < 0, math.inf)  # no pair: probabilities of 0
         qt, kt, vt = gather(rows, tiles, lo, new), gather_blocks(ks, tiles, new), gather_blocks(vs, tiles, new)
         dot = gather(dos, tiles, lo, new)
         p = torch.baddbmm(level.neg_().view(shape), qt, kt.mT, out=new(*qt.shape[:2], select_block))
-        mask_own(p, tiles, (torch.arange(lo, hi, device=q.device) % T + offset) % select_block, diagonal)
+        mask_own(p, tiles, own, diagonal)
         p.exp_()
         dv.flatten(0, 1).index_add_(0, tiles.block, new.bmm(p.mT, dot))
         ds = torch.baddbmm(delta[query].neg_().view(shape), dot, vt.mT, out=new(*p.shape)).mul_(p)
@@ -360,11 +361,27 @@ def row_products(a, b):
 class Band:
     """Keys or values with w rows before them, so that the tiles' keys are overlapping views of one tensor."""
 
-    def __init__(self, x, T, c, w):
-        self.c, self.w, self.kept = c, w, min(x.shape[1], T + w)
-        self.x = x.new_zeros(x.shape[0], w + -(-T // c) * c, x.shape[2])
+    def __init__(self, like, T, c, w):
+        B, S, Hk, D = like.shape
+        self.c, self.w, self.kept = c, w, min(S, T + w)
         self.at = w + T - self.kept  # the first row that holds a key
-        self.x[:, self.at : w + T] = x[:, x.shape[1] - self.kept :]
+        self.x = like.new_zeros(B * Hk, w + -(-T // c) * c, D, dtype=compute_dtype(like.dtype))
+
+    def inner(self, x):
+        """Its part of x (B, S, Hk, D), and where that lies here, (B, kept, Hk, D). Earlier keys are seen by no query."""
+        place = self.x[:, self.at : self.at + self.kept].unflatten(0, (x.shape[0], -1))
+        return x[:, x.shape[1] - self.kept :], place.transpose(1, 2)
+
+    def read(self, x):
+        x, place = self.inner(x)
+        place.copy_(x)
+        return self
+
+    def write(self, like):
+        out = like.new_zeros(like.shape)
+        x, place = self.inner(out)
+        x.copy_(place)
+        return out
 
     def view(self, n, lo, hi, width=None, start=0):
         """Group n, tiles lo to hi: (hi - lo, w + c, D), or a part of each."""
@@ -377,13 +394,6 @@ class Band:
         for start in range(0, self.w + self.c, self.c):
             part = x[:, start : start + self.c]
             self.view(n, lo, hi, part.shape[1], start).add_(part)
-
-    def inner(self, like):
-        """(B, S, Hk, D): what was put in, zeros for keys that no query sees."""
-        out = like.new_zeros(like.shape)
-        x = self.x[:, self.at : self.at + self.kept].unflatten(0, (like.shape[0], -1)).transpose(1, 2)
-        out[:, like.shape[1] - self.kept :] = x
-        return out
 
 
 def window_shape(T, S, window):
@@ -425,7 +435,7 @@ def window_probabilities(q, k, n, lo, hi, mask, new):
 def window_forward(q, k, v, scale, window):
     (w, c), like, Hk, T = window_shape(q.shape[1], k.shape[1], window), q, k.shape[2], q.shape[1]
     q = window_queries(q, Hk, c, scale)
-    k, v = (Band(grouped(x, Hk).squeeze(2), T, c, w) for x in (k, v))
+    k, v = (Band(x, T, c, w).read(x) for x in (k, v))
     o, new, mask = torch.empty_like(q), Workspace(q), window_mask(c, w, q)
     for n, lo, hi in window_tiles(q, q.shape[1] // c, w, c):
         _, p = window_probabilities(q, k, n, lo, hi, mask, new)
@@ -437,7 +447,7 @@ def window_forward(q, k, v, scale, window):
 def window_backward(q, k, v, do, scale, window):
     (w, c), like, Hk, T = window_shape(q.shape[1], k.shape[1], window), (q, k, v), k.shape[2], q.shape[1]
     q, do = window_queries(q, Hk, c, scale), window_queries(do, Hk, c)
-    k, v, dk, dv = (Band(grouped(x, Hk, factor).squeeze(2), T, c, w) for factor in (1.0, 0.0) for x in (k, v))
+    (k, v), (dk, dv) = (Band(x, T, c, w).read(x) for x in (k, v)), (Band(x, T, c, w) for x in (k, v))
     dq, new, mask = torch.empty_like(q), Workspace(q), window_mask(c, w, q)
     for n, lo, hi in window_tiles(q, q.shape[1] // c, w, c):
         qs, p = window_probabilities(q, k, n, lo, hi, mask, new)
@@ -447,7 +457,7 @@ def window_backward(q, k, v, do, scale, window):
         dk.add(n, lo, hi, new.bmm(ds.mT, qs))
         place = dq[n, lo * c : hi * c].view(qs.shape)
         torch.baddbmm(place, ds, k.view(n, lo, hi), beta=0, alpha=scale, out=place)
-    return ungrouped(dq[:, :T], like[0]), dk.inner(like[1]), dv.inner(like[2])
+    return ungrouped(dq[:, :T], like[0]), dk.write(like[1]), dv.write(like[2])
 
 
 # ----------------------------------------------------------------------------- ops
