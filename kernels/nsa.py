@@ -6,15 +6,19 @@ own keys and values:
     nsa_window       the last w tokens
 
 Queries are q (B, T, H, D), the last T tokens of the sequence; keys and values (B, S, Hk, D), Hk heads shared by
-G = H / Hk query heads each. Forms: an oracle with dense masks; blocked matrix products on the CPU and, without Triton,
-elsewhere. Nothing is ever T x T: scores are made tile by tile, and again in the backward pass.
+G = H / Hk query heads each. Forms: an oracle with dense masks; blocked matrix products, which every device runs; for
+the selected branch Triton kernels too. Nothing is ever T x T: scores are made tile by tile, and again in the backward
+pass.
 """
 
+import functools
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 
+from . import interpreting, jit, tl, triton, warn_once
 from .gla import Workspace, compute_dtype
 
 SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
@@ -223,7 +227,8 @@ def compressed_backward(q, k, v, do, scale, block, stride, offset):
 class Tiles:
     """index (M, n): the blocks of M queries, -1 for none.
 
-    block (tiles): each tile's block.  query (tiles r): each place's query, -1 in the rest of a block's last tile.
+    block (tiles): each tile's block.  first (blocks + 1): each block's first tile.
+    query (tiles r): each place's query, -1 in the rest of a block's last tile.
     place (M, n): where a pair went, 0 for none, which `real` is false for.
     """
 
@@ -234,7 +239,8 @@ class Tiles:
         count = torch.bincount(block, minlength=n_blocks + 1)[:n_blocks]
         tiles = (count + r - 1) // r
         self.block = torch.repeat_interleave(torch.arange(n_blocks, device=device), tiles)
-        jump = (tiles.cumsum(0) - tiles) * r - (count.cumsum(0) - count)
+        self.first = F.pad(tiles.cumsum(0), (1, 0))
+        jump = self.first[:-1] * r - (count.cumsum(0) - count)
         pairs = M * n - int((~self.real).sum())
         block, order = block[:pairs], order[:pairs]
         place = torch.arange(pairs, device=device) + jump[block]
@@ -253,12 +259,16 @@ def selected_tiles(q, k, index, select_block):
     """Stretches of the N T queries, each as tiles: (lo, hi, Tiles, gather) with gather(x, new) the rows of x (N T, G D)
     at the tiles' places."""
     (N, T, G, _), n, n_blocks = q.shape, index.shape[2], k.shape[1]
-    first = torch.arange(N, device=q.device).view(-1, 1, 1) * n_blocks
-    index = torch.where(index < 0, -1, index + first).flatten(0, 1)  # blocks numbered over all groups
-    step, r = max(1, PAIRS // (n * G)), max(8, ROWS // G)
+    index, step, r = numbered(index, n_blocks), max(1, PAIRS // (n * G)), max(8, ROWS // G)
     for lo in range(0, N * T, step):
         hi = min(N * T, lo + step)
         yield lo, hi, Tiles(index[lo:hi], N * n_blocks, r)
+
+
+def numbered(index, n_blocks):
+    """index (N, T, n) -> (N T, n), the blocks numbered over all groups."""
+    first = torch.arange(index.shape[0], device=index.device).view(-1, 1, 1) * n_blocks
+    return torch.where(index < 0, -1, index + first).flatten(0, 1)
 
 
 def in_blocks(x, Hk, select_block):
@@ -368,7 +378,7 @@ class Band:
         self.x = like.new_zeros(B * Hk, w + -(-T // c) * c, D, dtype=compute_dtype(like.dtype))
 
     def inner(self, x):
-        """Its part of x (B, S, Hk, D), and where that lies here, (B, kept, Hk, D). Earlier keys are seen by no query."""
+        """Its part of x (B, S, Hk, D), and the place of that part here. Earlier keys are seen by no query."""
         place = self.x[:, self.at : self.at + self.kept].unflatten(0, (x.shape[0], -1))
         return x[:, x.shape[1] - self.kept :], place.transpose(1, 2)
 
@@ -460,6 +470,227 @@ def window_backward(q, k, v, do, scale, window):
     return ungrouped(dq[:, :T], like[0]), dk.write(like[1]), dv.write(like[2])
 
 
+# ----------------------------------------------------------------------------- Triton
+#
+# The selected branch in the tiles of the form above: ROWS rows are pairs of one block, each with its G heads, so the
+# matrix units are full however small the group. A query's parts are merged by the logs of their sums. Logs base 2.
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@jit
+def load_pairs(p_query, i_tile, T, offset, R: tl.constexpr, G: tl.constexpr):
+    """Of the tile's rows: the numbers among all query heads, the positions in the sequence, and which are real."""
+    o_r = tl.arange(0, R)
+    b_query = tl.load(p_query + i_tile * (R // G) + o_r // G, mask=o_r // G < R // G, other=-1)
+    return b_query * G + o_r % G, b_query % T + offset, b_query >= 0
+
+
+@jit
+def nsa_tile_kernel(
+    p_q,  # (N, T, G, D)
+    p_k, p_v,  # (N, S, D)
+    p_query,  # (tiles, R // G)
+    p_block,  # (tiles)
+    p_part,  # (tiles, R, D)
+    p_level,  # (tiles, R)
+    scale, T, S, n_blocks,
+    D: tl.constexpr, BD: tl.constexpr, LS: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """Attention of a tile's queries to its block alone, and the log of the sum of exponentials."""
+    i_tile = tl.program_id(0).to(tl.int64)
+    b_row, b_t, m_r = load_pairs(p_query, i_tile, T, S - T, R, G)
+    b_block = tl.load(p_block + i_tile)
+    o_s, o_d = tl.arange(0, BS), tl.arange(0, BD)
+    o_key = (b_block % n_blocks) * LS + o_s
+    m_s, m_d = (o_s < LS) & (o_key < S), o_d < D
+    o_k, m_k = ((b_block // n_blocks) * S + o_key)[:, None] * D + o_d[None, :], m_s[:, None] & m_d[None, :]
+    b_q = tl.load(p_q + b_row[:, None] * D + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0)  # (R, BD)
+    b_k = tl.load(p_k + o_k, mask=m_k, other=0.0)  # (BS, BD)
+    b_s = tl.dot(b_q.to(DOT), tl.trans(b_k.to(DOT)), input_precision="ieee") * (scale * LOG2E)  # (R, BS)
+    b_s = tl.where(m_r[:, None] & m_s[None, :] & (o_key[None, :] <= b_t[:, None]), b_s, float("-inf"))
+    b_top = tl.where(m_r, tl.max(b_s, 1), 0.0)
+    b_p = tl.exp2(b_s - b_top[:, None])
+    b_total = tl.where(m_r, tl.sum(b_p, 1), 1.0)
+    b_v = tl.load(p_v + o_k, mask=m_k, other=0.0)
+    b_o = tl.dot(b_p.to(DOT), b_v.to(DOT), input_precision="ieee") / b_total[:, None]  # (R, BD)
+    o_part = i_tile * R + tl.arange(0, R)
+    tl.store(p_part + o_part[:, None] * D + o_d[None, :], b_o, mask=m_r[:, None] & m_d[None, :])
+    tl.store(p_level + o_part, b_top + tl.log2(b_total), mask=m_r)
+
+
+@jit
+def nsa_merge_kernel(
+    p_part, p_level,  # as above
+    p_place,  # (N T, n): the pair's place among the tiles' pairs, -1 for none
+    p_o,  # (N, T, G, D)
+    p_lse,  # (N, T, G)
+    scale, n_rows, n,
+    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Of BR query heads: their parts weighed by their sums, or with SUM the plain sum of the parts times scale."""
+    o_r, o_d = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BD)
+    m_r, m_d = o_r < n_rows, o_d < D
+    b_top, b_total = tl.full([BR], float("-inf"), tl.float32), tl.zeros([BR], tl.float32)
+    b_o = tl.zeros([BR, BD], tl.float32)
+    for i in range(0, n):  # the first, a query's own block, is always there
+        b_place = tl.load(p_place + (o_r // G) * n + i, mask=m_r, other=-1)
+        m_p = b_place >= 0
+        b_at = (b_place // (R // G)) * R + (b_place % (R // G)) * G + o_r % G
+        b_part = tl.load(p_part + b_at[:, None] * D + o_d[None, :], mask=m_p[:, None] & m_d[None, :], other=0.0)
+        if SUM:
+            b_o += b_part
+        else:
+            b_level = tl.load(p_level + b_at, mask=m_p, other=float("-inf"))
+            b_new = tl.maximum(b_top, b_level)
+            b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_old, b_w = tl.exp2(b_top - b_base), tl.exp2(b_level - b_base)
+            b_o = b_o * b_old[:, None] + b_part * b_w[:, None]
+            b_total = b_total * b_old + b_w
+            b_top = b_new
+    if SUM:
+        b_o *= scale
+    else:
+        b_total = tl.where(m_r, b_total, 1.0)
+        b_o /= b_total[:, None]
+        tl.store(p_lse + o_r, (b_top + tl.log2(b_total)) / LOG2E, mask=m_r)
+    tl.store(p_o + o_r[:, None] * D + o_d[None, :], b_o.to(p_o.dtype.element_ty), mask=m_r[:, None] & m_d[None, :])
+
+
+@jit
+def nsa_block_kernel(
+    p_q, p_do,  # (N, T, G, D)
+    p_k, p_v,  # (N, S, D)
+    p_lse, p_delta,  # (N, T, G)
+    p_query,  # (tiles, R // G)
+    p_first,  # (N n_blocks + 1)
+    p_part,  # (tiles, R, D): the pairs' gradients of q, without scale
+    p_dk, p_dv,  # (N, S, D)
+    scale, T, S, n_blocks,
+    D: tl.constexpr, BD: tl.constexpr, LS: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a block's keys and values, over its tiles."""
+    i_block = tl.program_id(0).to(tl.int64)
+    o_s, o_d = tl.arange(0, BS), tl.arange(0, BD)
+    o_key = (i_block % n_blocks) * LS + o_s
+    m_s, m_d = (o_s < LS) & (o_key < S), o_d < D
+    o_k, m_k = ((i_block // n_blocks) * S + o_key)[:, None] * D + o_d[None, :], m_s[:, None] & m_d[None, :]
+    b_k, b_v = tl.load(p_k + o_k, mask=m_k, other=0.0).to(DOT), tl.load(p_v + o_k, mask=m_k, other=0.0).to(DOT)
+    b_dk, b_dv = tl.zeros([BS, BD], tl.float32), tl.zeros([BS, BD], tl.float32)
+    for i_tile in range(tl.load(p_first + i_block), tl.load(p_first + i_block + 1)):
+        b_row, b_t, m_r = load_pairs(p_query, i_tile, T, S - T, R, G)
+        o_q, m_q = b_row[:, None] * D + o_d[None, :], m_r[:, None] & m_d[None, :]
+        b_q = tl.load(p_q + o_q, mask=m_q, other=0.0).to(DOT)  # (R, BD)
+        b_do = tl.load(p_do + o_q, mask=m_q, other=0.0).to(DOT)
+        b_lse = tl.load(p_lse + b_row, mask=m_r, other=0.0)
+        b_delta = tl.load(p_delta + b_row, mask=m_r, other=0.0)
+        b_s = (tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None]) * LOG2E  # (R, BS)
+        m_p = m_r[:, None] & m_s[None, :] & (o_key[None, :] <= b_t[:, None])
+        b_p = tl.exp2(tl.where(m_p, b_s, float("-inf")))
+        b_dv += tl.dot(tl.trans(b_p.to(DOT)), b_do, input_precision="ieee")
+        b_ds = (b_p * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])).to(DOT)
+        b_dk += tl.dot(tl.trans(b_ds), b_q, input_precision="ieee")
+        o_part = (i_tile * R + tl.arange(0, R))[:, None] * D + o_d[None, :]
+        tl.store(p_part + o_part, tl.dot(b_ds, b_k, input_precision="ieee"), mask=m_q)
+    tl.store(p_dk + o_k, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_k)
+    tl.store(p_dv + o_k, b_dv.to(p_dv.dtype.element_ty), mask=m_k)
+
+
+AUTOTUNE = False  # else the first configuration
+KERNELS = {  # num_warps, num_stages
+    "tile": (nsa_tile_kernel, [(4, 1), (8, 1), (2, 1)]),
+    "merge": (nsa_merge_kernel, [(4, 1), (2, 1), (4, 2), (4, 3)]),
+    "block": (nsa_block_kernel, [(8, 1), (4, 1), (8, 2), (4, 2)]),
+}
+MAX_WIDTH = 128  # of heads and selected blocks
+MERGED = 16  # query heads in a program of the merge
+
+
+@functools.cache
+def tuned(name):
+    kernel, configs = KERNELS[name]
+    configs = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in configs]
+    return triton.autotune(configs, key=["D", "BS", "G"])(kernel)
+
+
+def launch(name, programs, *args, **constants):
+    kernel, ((warps, stages), *_) = KERNELS[name]
+    if AUTOTUNE:
+        tuned(name)[(programs,)](*args, **constants)
+    else:
+        kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+
+
+def power(n):
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def triton_inputs(q, k, v, index, select_block):
+    """q (N, T, G, D), k, v (N, S, D) in one type, the tiles of all pairs, the pairs' places, and the constants."""
+    B, T, Hk, n = index.shape
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
+    q, k, v = (x.to(dtype).unflatten(2, (Hk, -1)).transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))
+    G, D, n_blocks = *q.shape[2:], -(-k.shape[1] // select_block)
+    tiles = Tiles(numbered(index.transpose(1, 2).flatten(0, 1), n_blocks), B * Hk * n_blocks, ROWS // G)
+    dot = tl.float32 if dtype == torch.float32 else tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+    widths = dict(D=D, BD=power(D), G=G, R=ROWS)
+    sizes = widths | dict(LS=select_block, BS=power(select_block), DOT=dot)
+    return q, k, v, tiles, torch.where(tiles.real, tiles.place, -1), n_blocks, widths, sizes
+
+
+def merge(part, level, place, o, lse, scale, widths, add):
+    rows = o.shape[0] * o.shape[1] * o.shape[2]
+    args = part, level, place, o, lse, scale, rows, place.shape[1]
+    launch("merge", -(-rows // MERGED), *args, **widths, BR=MERGED, SUM=add)
+    return o
+
+
+def selected_fwd(q, k, v, index, scale, select_block):
+    """o and the logs of the sums, in two launches."""
+    like, Hk = q, k.shape[2]
+    q, k, v, tiles, place, n_blocks, widths, sizes = triton_inputs(q, k, v, index, select_block)
+    count = tiles.block.shape[0]
+    part = q.new_empty(count, ROWS, q.shape[3], dtype=torch.float32)
+    level, lse = part.new_empty(count, ROWS), part.new_empty(q.shape[:3])
+    args = q, k, v, tiles.query, tiles.block, part, level, scale, q.shape[1], k.shape[1], n_blocks
+    launch("tile", count, *args, **sizes)
+    o = merge(part, level, place, torch.empty_like(q), lse, scale, widths, False)
+    return ungrouped(o, like), lse.unflatten(0, (-1, Hk)).transpose(1, 2).flatten(2).contiguous()
+
+
+def selected_bwd(q, k, v, index, o, lse, do, scale, select_block):
+    """dq, dk, dv, in two launches."""
+    like, Hk, dtype = (q, k, v), k.shape[2], q.dtype
+    lse, delta = (x.unflatten(2, (Hk, -1)).transpose(1, 2).contiguous() for x in (lse, row_products(do, o)))
+    q, k, v, tiles, place, n_blocks, widths, sizes = triton_inputs(q, k, v, index, select_block)
+    do = do.to(q.dtype).unflatten(2, (Hk, -1)).transpose(1, 2).contiguous()
+    part = q.new_empty(tiles.block.shape[0], ROWS, q.shape[3], dtype=torch.float32)
+    dq, dk, dv = torch.empty_like(q, dtype=dtype), torch.empty_like(k), torch.empty_like(v)
+    args = q, do, k, v, lse, delta, tiles.query, tiles.first, part, dk, dv, scale, q.shape[1], k.shape[1], n_blocks
+    launch("block", tiles.first.shape[0] - 1, *args, **sizes)
+    merge(part, lse, place, dq, lse, scale, widths, True)
+    return [ungrouped(x, y) for x, y in zip((dq, dk, dv), like)]
+
+
+def aot_specs():
+    """(name, kernel, signature, constants) of every kernel and configuration, for the report. Default first."""
+    specs = []
+    for name, (kernel, configs) in KERNELS.items():
+        for width, select_block, (i, (warps, stages)) in itertools.product((64, 128), (32, 64), enumerate(configs)):
+            constants = dict(D=width, BD=width, G=4, R=ROWS, num_warps=warps, num_stages=stages)
+            constants |= dict(BR=MERGED, SUM=False) if name == "merge" else {}
+            constants |= {} if name == "merge" else dict(LS=select_block, BS=select_block, DOT=tl.bfloat16)
+            kinds = dict.fromkeys(("p_part", "p_level", "p_lse", "p_delta"), "*fp32")
+            kinds |= dict.fromkeys(("p_query", "p_block", "p_place", "p_first"), "*i64") | dict(scale="fp32")
+            signature = {x: kinds.get(x, "*bf16" if x[:2] == "p_" else "i32") for x in kernel.arg_names}
+            signature = {x: kind for x, kind in signature.items() if x not in constants}
+            if name != "merge" or select_block == 32:
+                specs.append((f"nsa_{name} {width} {select_block} #{i}", kernel, signature, constants))
+    return specs
+
+
 # ----------------------------------------------------------------------------- ops
 
 
@@ -515,23 +746,26 @@ def compressed_autograd(ctx, do, _):
 compressed_op.register_autograd(compressed_autograd, setup_context=compressed_context)
 
 
-@op("nsa_selected", "(Tensor q, Tensor k, Tensor v, Tensor index, float scale, int select_block) -> (Tensor, Tensor)")
-def selected_op(q, k, v, index, scale, select_block):
-    return selected_forward(q, k, v, index, scale, select_block)
+@op(
+    "nsa_selected",
+    "(Tensor q, Tensor k, Tensor v, Tensor index, float scale, int select_block, bool by_triton) -> (Tensor, Tensor)",
+)
+def selected_op(q, k, v, index, scale, select_block, by_triton):
+    return (selected_fwd if by_triton else selected_forward)(q, k, v, index, scale, select_block)
 
 
 @selected_op.register_fake
-def _(q, k, v, index, scale, select_block):
+def _(q, k, v, index, scale, select_block, by_triton):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
 
 
 @op(
     "nsa_selected_backward",
-    "(Tensor q, Tensor k, Tensor v, Tensor index, Tensor o, Tensor lse, Tensor do, float scale, int select_block)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor index, Tensor o, Tensor lse, Tensor do, float scale, int select_block,"
+    " bool by_triton) -> (Tensor, Tensor, Tensor)",
 )
-def selected_backward_op(q, k, v, index, o, lse, do, scale, select_block):
-    return tuple(selected_backward(q, k, v, index, o, lse, do, scale, select_block))
+def selected_backward_op(q, k, v, index, o, lse, do, scale, select_block, by_triton):
+    return tuple((selected_bwd if by_triton else selected_backward)(q, k, v, index, o, lse, do, scale, select_block))
 
 
 @selected_backward_op.register_fake
@@ -540,12 +774,13 @@ def _(q, k, v, *_):
 
 
 def selected_context(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.select_block = inputs
+    *tensors, ctx.scale, ctx.select_block, ctx.by_triton = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def selected_autograd(ctx, do, _):
-    return *selected_backward_op(*ctx.saved_tensors, do, ctx.scale, ctx.select_block), None, None, None
+    grads = selected_backward_op(*ctx.saved_tensors, do, ctx.scale, ctx.select_block, ctx.by_triton)
+    return *grads, None, None, None, None
 
 
 selected_op.register_autograd(selected_autograd, setup_context=selected_context)
@@ -615,18 +850,19 @@ def nsa_selected(q, k, v, index, select_block, scale=None, backend="auto"):
     """o (B, T, H, D): attention to the tokens of the chosen blocks, up to the query.
 
     k, v (B, S, Hk, D), S >= T: the queries are the last T of S tokens.  index (B, T, Hk, n): block numbers, the query's
-    own first, -1 for none; no block twice.  backend: auto | torch | gather, the last for the few queries of a decoding
-    step.
+    own first, -1 for none; no block twice.  backend: auto | triton | torch | gather, the last for the few queries of a
+    decoding step.
     """
     check("nsa_selected", q, k, v, longer=True)
     if index.dim() != 4 or index.shape[:3] != (*q.shape[:2], k.shape[2]) or index.dtype != torch.long:
         wanted = (*q.shape[:2], k.shape[2])
         raise ValueError(f"nsa_selected: index must be int64 {wanted} and n, got {index.dtype} {tuple(index.shape)}")
-    if backend not in ("auto", "torch", "gather"):
-        raise ValueError(f"nsa_selected: backend must be auto, torch or gather, got {backend!r}")
+    if backend not in ("auto", "triton", "torch", "gather"):
+        raise ValueError(f"nsa_selected: backend must be auto, triton, torch or gather, got {backend!r}")
     if backend == "gather":
         return selected_gathered(q, k, v, index, select_block, scaling(q, scale))
-    return selected_op(q, k, v, index, scaling(q, scale), select_block)[0]
+    by_triton = takes_triton(backend, q, k.shape[2], select_block)
+    return selected_op(q, k, v, index, scaling(q, scale), select_block, by_triton)[0]
 
 
 def nsa_window(q, k, v, window, scale=None):
@@ -635,6 +871,24 @@ def nsa_window(q, k, v, window, scale=None):
     if window < 1:
         raise ValueError(f"nsa_window: window must be at least 1, got {window}")
     return window_op(q, k, v, scaling(q, scale), window)
+
+
+def takes_triton(backend, q, Hk, select_block):
+    """A wish that cannot be met is answered with its reason, once."""
+    if backend == "torch" or (backend == "auto" and not q.is_cuda):
+        return False
+    reason = None
+    if triton is None:
+        reason = "Triton is not installed"
+    elif not q.is_cuda and not interpreting():
+        reason = f"Triton does not run on {q.device.type}"
+    elif q.dtype == torch.float64:
+        reason = "the Triton kernels do not compute in fp64"
+    elif max(q.shape[3], select_block) > MAX_WIDTH or q.shape[2] // Hk > ROWS:
+        reason = f"the Triton kernels take heads and blocks up to {MAX_WIDTH} wide, groups up to {ROWS}"
+    if reason:
+        warn_once(f"nsa_selected runs its PyTorch form: {reason}")
+    return reason is None
 
 
 def scaling(q, scale):

@@ -518,7 +518,7 @@ def test_opcheck():
     index = some_index(1, 40, 1, 4, 8)
     few = [x.detach()[:, :9].requires_grad_() for x in (k, v)]
     torch.library.opcheck(K.compressed_op, (q, *few, 0.5, *SIZES, 0))
-    torch.library.opcheck(K.selected_op, (q, k, v, index, 0.5, 8))
+    torch.library.opcheck(K.selected_op, (q, k, v, index, 0.5, 8, False))
     torch.library.opcheck(K.window_op, (q, k, v, 0.5, 16))
 
 
