@@ -559,19 +559,52 @@ def nsa_merge_kernel(
 
 
 @jit
+def nsa_query_kernel(
+    p_q, p_do,  # (N, T, G, D)
+    p_k, p_v,  # (N, S, D)
+    p_lse, p_delta,  # (N, T, G)
+    p_query, p_block,  # as above
+    p_part,  # (tiles, R, D): the pairs' gradients of q, without scale
+    scale, T, S, n_blocks,
+    D: tl.constexpr, BD: tl.constexpr, LS: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a tile's queries from its block."""
+    i_tile = tl.program_id(0).to(tl.int64)
+    b_row, b_t, m_r = load_pairs(p_query, i_tile, T, S - T, R, G)
+    b_block = tl.load(p_block + i_tile)
+    o_s, o_d = tl.arange(0, BS), tl.arange(0, BD)
+    o_key = (b_block % n_blocks) * LS + o_s
+    m_s, m_d = (o_s < LS) & (o_key < S), o_d < D
+    o_k, m_k = ((b_block // n_blocks) * S + o_key)[:, None] * D + o_d[None, :], m_s[:, None] & m_d[None, :]
+    o_q, m_q = b_row[:, None] * D + o_d[None, :], m_r[:, None] & m_d[None, :]
+    b_k = tl.load(p_k + o_k, mask=m_k, other=0.0).to(DOT)  # (BS, BD)
+    b_v = tl.load(p_v + o_k, mask=m_k, other=0.0).to(DOT)
+    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0).to(DOT)  # (R, BD)
+    b_do = tl.load(p_do + o_q, mask=m_q, other=0.0).to(DOT)
+    b_lse = tl.load(p_lse + b_row, mask=m_r, other=0.0)
+    b_delta = tl.load(p_delta + b_row, mask=m_r, other=0.0)
+    b_s = (tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None]) * LOG2E  # (R, BS)
+    m_p = m_r[:, None] & m_s[None, :] & (o_key[None, :] <= b_t[:, None])
+    b_p = tl.exp2(tl.where(m_p, b_s, float("-inf")))
+    b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
+    o_part = (i_tile * R + tl.arange(0, R))[:, None] * D + o_d[None, :]
+    tl.store(p_part + o_part, tl.dot(b_ds.to(DOT), b_k, input_precision="ieee"), mask=m_q)
+
+
+@jit
 def nsa_block_kernel(
     p_q, p_do,  # (N, T, G, D)
     p_k, p_v,  # (N, S, D)
     p_lse, p_delta,  # (N, T, G)
-    p_query,  # (tiles, R // G)
+    p_query,  # as above
     p_first,  # (N n_blocks + 1)
-    p_part,  # (tiles, R, D): the pairs' gradients of q, without scale
     p_dk, p_dv,  # (N, S, D)
     scale, T, S, n_blocks,
     D: tl.constexpr, BD: tl.constexpr, LS: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a block's keys and values, over its tiles."""
+    """The gradients of a block's keys and values, over its tiles; scores are transposed, (BS, R)."""
     i_block = tl.program_id(0).to(tl.int64)
     o_s, o_d = tl.arange(0, BS), tl.arange(0, BD)
     o_key = (i_block % n_blocks) * LS + o_s
@@ -583,17 +616,15 @@ def nsa_block_kernel(
         b_row, b_t, m_r = load_pairs(p_query, i_tile, T, S - T, R, G)
         o_q, m_q = b_row[:, None] * D + o_d[None, :], m_r[:, None] & m_d[None, :]
         b_q = tl.load(p_q + o_q, mask=m_q, other=0.0).to(DOT)  # (R, BD)
-        b_do = tl.load(p_do + o_q, mask=m_q, other=0.0).to(DOT)
         b_lse = tl.load(p_lse + b_row, mask=m_r, other=0.0)
-        b_delta = tl.load(p_delta + b_row, mask=m_r, other=0.0)
-        b_s = (tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None]) * LOG2E  # (R, BS)
-        m_p = m_r[:, None] & m_s[None, :] & (o_key[None, :] <= b_t[:, None])
+        b_s = (tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale - b_lse[None, :]) * LOG2E  # (BS, R)
+        m_p = m_r[None, :] & m_s[:, None] & (o_key[:, None] <= b_t[None, :])
         b_p = tl.exp2(tl.where(m_p, b_s, float("-inf")))
-        b_dv += tl.dot(tl.trans(b_p.to(DOT)), b_do, input_precision="ieee")
-        b_ds = (b_p * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])).to(DOT)
-        b_dk += tl.dot(tl.trans(b_ds), b_q, input_precision="ieee")
-        o_part = (i_tile * R + tl.arange(0, R))[:, None] * D + o_d[None, :]
-        tl.store(p_part + o_part, tl.dot(b_ds, b_k, input_precision="ieee"), mask=m_q)
+        b_do = tl.load(p_do + o_q, mask=m_q, other=0.0).to(DOT)
+        b_dv += tl.dot(b_p.to(DOT), b_do, input_precision="ieee")
+        b_delta = tl.load(p_delta + b_row, mask=m_r, other=0.0)
+        b_ds = b_p * (tl.dot(b_v, tl.trans(b_do), input_precision="ieee") - b_delta[None, :])
+        b_dk += tl.dot(b_ds.to(DOT), b_q, input_precision="ieee")
     tl.store(p_dk + o_k, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_k)
     tl.store(p_dv + o_k, b_dv.to(p_dv.dtype.element_ty), mask=m_k)
 
@@ -602,6 +633,7 @@ AUTOTUNE = False  # else the first configuration
 KERNELS = {  # num_warps, num_stages
     "tile": (nsa_tile_kernel, [(4, 1), (8, 1), (2, 1)]),
     "merge": (nsa_merge_kernel, [(4, 1), (2, 1), (4, 2), (4, 3)]),
+    "query": (nsa_query_kernel, [(8, 1), (4, 1), (2, 1)]),
     "block": (nsa_block_kernel, [(8, 1), (4, 1), (8, 2), (4, 2)]),
 }
 MAX_WIDTH = 128  # of heads and selected blocks
@@ -661,15 +693,16 @@ def selected_fwd(q, k, v, index, scale, select_block):
 
 
 def selected_bwd(q, k, v, index, o, lse, do, scale, select_block):
-    """dq, dk, dv, in two launches."""
+    """dq, dk, dv, in three launches."""
     like, Hk, dtype = (q, k, v), k.shape[2], q.dtype
     lse, delta = (x.unflatten(2, (Hk, -1)).transpose(1, 2).contiguous() for x in (lse, row_products(do, o)))
     q, k, v, tiles, place, n_blocks, widths, sizes = triton_inputs(q, k, v, index, select_block)
     do = do.to(q.dtype).unflatten(2, (Hk, -1)).transpose(1, 2).contiguous()
     part = q.new_empty(tiles.block.shape[0], ROWS, q.shape[3], dtype=torch.float32)
     dq, dk, dv = torch.empty_like(q, dtype=dtype), torch.empty_like(k), torch.empty_like(v)
-    args = q, do, k, v, lse, delta, tiles.query, tiles.first, part, dk, dv, scale, q.shape[1], k.shape[1], n_blocks
-    launch("block", tiles.first.shape[0] - 1, *args, **sizes)
+    inputs, numbers = (q, do, k, v, lse, delta, tiles.query), (scale, q.shape[1], k.shape[1], n_blocks)
+    launch("query", part.shape[0], *inputs, tiles.block, part, *numbers, **sizes)
+    launch("block", tiles.first.shape[0] - 1, *inputs, tiles.first, dk, dv, *numbers, **sizes)
     merge(part, lse, place, dq, lse, scale, widths, True)
     return [ungrouped(x, y) for x, y in zip((dq, dk, dv), like)]
 

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from conftest import oracle
 from test_attention import make, pieces
 
+import kernels
 from kernels import nsa as K
 from kernels.nsa import nsa_compressed, nsa_pairs, nsa_selected, nsa_sizes, nsa_window
 from model import GPT, GPTConfig
@@ -582,6 +584,65 @@ def test_errors_name_the_argument(name, f):
     with pytest.raises(ValueError, match=rf"^{name}") as error:
         f(q, k, index)
     assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------- Triton
+
+
+def test_triton_under_the_interpreter():
+    """The test below, in a process whose kernels run on the CPU."""
+    if kernels.triton is None:
+        pytest.skip("Triton is not installed")
+    if kernels.interpreting():
+        pytest.skip("already inside")
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, cwd=Path(__file__).parent.parent, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert " passed" in result.stdout and "skipped" not in result.stdout, result.stdout[-4000:]
+
+
+def compare_triton(T, H, Hk, D, n, select_block, past, dtype=torch.float32, device="cpu", tolerance=FP32):
+    """All groups and lengths share one oracle: float64, dense."""
+    inputs = [x.to(dtype).double() for x in draw(2, T, H, Hk, D, T + past)]
+    index = some_index(2, T, Hk, n, select_block, past)
+    wanted = run(lambda q, k, v: K.nsa_selected_dense(q, k, v, index, select_block), inputs, torch.float64)
+    index, inputs = index.to(device), [x.to(device) for x in inputs]
+    found = run(lambda q, k, v: nsa_selected(q, k, v, index, select_block, backend="triton"), inputs, dtype)
+    agree([x.cpu() for x in found], wanted, tolerance)
+
+
+SHAPES = [(70, 4, 1, 16, 4, 16, 0), (37, 3, 1, 20, 3, 8, 0), (33, 2, 2, 24, 4, 8, 13), (1, 5, 1, 8, 3, 12, 0)]
+
+
+WIDE = [(300, 8, 2, 64, 8, 32, 0), (99, 4, 4, 128, 5, 64, 9)]
+
+
+@pytest.mark.skipif(not kernels.interpreting(), reason="runs inside test_triton_under_the_interpreter")
+@pytest.mark.parametrize("T, H, Hk, D, n, select_block, past", SHAPES)
+def test_interpreted(T, H, Hk, D, n, select_block, past):
+    compare_triton(T, H, Hk, D, n, select_block, past)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or kernels.triton is None, reason="needs a GPU and Triton")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, FP32), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("T, H, Hk, D, n, select_block, past", SHAPES + WIDE)
+def test_on_a_gpu(T, H, Hk, D, n, select_block, past, dtype, tolerance):
+    compare_triton(T, H, Hk, D, n, select_block, past, dtype, "cuda", tolerance)
+
+
+def test_a_fallback_says_its_reason_once():
+    if kernels.interpreting():
+        pytest.skip("the interpreter runs Triton on a CPU")
+    q, k, v, _ = draw(1, 9, 2, 1, 4, dtype=torch.float32)
+    index = some_index(1, 9, 1, 3, 4)
+    kernels._said.clear()
+    with pytest.warns(UserWarning, match="nsa_selected runs its PyTorch form: Triton"):
+        o = nsa_selected(q, k, v, index, 4, backend="triton")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(nsa_selected(q, k, v, index, 4, backend="triton"), o)
 
 
 @pytest.mark.slow
