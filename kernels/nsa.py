@@ -479,9 +479,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @jit
-def load_pairs(p_query, i_tile, T, offset, R: tl.constexpr, G: tl.constexpr):
-    """Of the tile's rows: the numbers among all query heads, the positions in the sequence, and which are real."""
-    o_r = tl.arange(0, R)
+def load_pairs(p_query, i_tile, o_r, T, offset, R: tl.constexpr, G: tl.constexpr):
+    """Of the rows o_r of a tile: the numbers among all query heads, the positions in the sequence, which are real."""
     b_query = tl.load(p_query + i_tile * (R // G) + o_r // G, mask=o_r // G < R // G, other=-1)
     return b_query * G + o_r % G, b_query % T + offset, b_query >= 0
 
@@ -500,7 +499,7 @@ def nsa_tile_kernel(
 ):  # fmt: skip
     """Attention of a tile's queries to its block alone, and the log of the sum of exponentials."""
     i_tile = tl.program_id(0).to(tl.int64)
-    b_row, b_t, m_r = load_pairs(p_query, i_tile, T, S - T, R, G)
+    b_row, b_t, m_r = load_pairs(p_query, i_tile, tl.arange(0, R), T, S - T, R, G)
     b_block = tl.load(p_block + i_tile)
     o_s, o_d = tl.arange(0, BS), tl.arange(0, BD)
     o_key = (b_block % n_blocks) * LS + o_s
@@ -571,7 +570,7 @@ def nsa_query_kernel(
 ):  # fmt: skip
     """The gradients of a tile's queries from its block."""
     i_tile = tl.program_id(0).to(tl.int64)
-    b_row, b_t, m_r = load_pairs(p_query, i_tile, T, S - T, R, G)
+    b_row, b_t, m_r = load_pairs(p_query, i_tile, tl.arange(0, R), T, S - T, R, G)
     b_block = tl.load(p_block + i_tile)
     o_s, o_d = tl.arange(0, BS), tl.arange(0, BD)
     o_key = (b_block % n_blocks) * LS + o_s
@@ -604,7 +603,7 @@ def nsa_block_kernel(
     D: tl.constexpr, BD: tl.constexpr, LS: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a block's keys and values, over its tiles; scores are transposed, (BS, R)."""
+    """The gradients of a block's keys and values, over its tiles; scores are transposed."""
     i_block = tl.program_id(0).to(tl.int64)
     o_s, o_d = tl.arange(0, BS), tl.arange(0, BD)
     o_key = (i_block % n_blocks) * LS + o_s
@@ -612,12 +611,12 @@ def nsa_block_kernel(
     o_k, m_k = ((i_block // n_blocks) * S + o_key)[:, None] * D + o_d[None, :], m_s[:, None] & m_d[None, :]
     b_k, b_v = tl.load(p_k + o_k, mask=m_k, other=0.0).to(DOT), tl.load(p_v + o_k, mask=m_k, other=0.0).to(DOT)
     b_dk, b_dv = tl.zeros([BS, BD], tl.float32), tl.zeros([BS, BD], tl.float32)
-    for i_tile in range(tl.load(p_first + i_block), tl.load(p_first + i_block + 1)):
-        b_row, b_t, m_r = load_pairs(p_query, i_tile, T, S - T, R, G)
+    for i in range(2 * tl.load(p_first + i_block), 2 * tl.load(p_first + i_block + 1)):  # half a tile: few registers
+        b_row, b_t, m_r = load_pairs(p_query, i // 2, i % 2 * (R // 2) + tl.arange(0, R // 2), T, S - T, R, G)
         o_q, m_q = b_row[:, None] * D + o_d[None, :], m_r[:, None] & m_d[None, :]
-        b_q = tl.load(p_q + o_q, mask=m_q, other=0.0).to(DOT)  # (R, BD)
+        b_q = tl.load(p_q + o_q, mask=m_q, other=0.0).to(DOT)  # (R / 2, BD)
         b_lse = tl.load(p_lse + b_row, mask=m_r, other=0.0)
-        b_s = (tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale - b_lse[None, :]) * LOG2E  # (BS, R)
+        b_s = (tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale - b_lse[None, :]) * LOG2E  # (BS, R / 2)
         m_p = m_r[None, :] & m_s[:, None] & (o_key[:, None] <= b_t[None, :])
         b_p = tl.exp2(tl.where(m_p, b_s, float("-inf")))
         b_do = tl.load(p_do + o_q, mask=m_q, other=0.0).to(DOT)
@@ -634,7 +633,7 @@ KERNELS = {  # num_warps, num_stages
     "tile": (nsa_tile_kernel, [(4, 1), (8, 1), (2, 1)]),
     "merge": (nsa_merge_kernel, [(4, 1), (2, 1), (4, 2), (4, 3)]),
     "query": (nsa_query_kernel, [(8, 1), (4, 1), (2, 1)]),
-    "block": (nsa_block_kernel, [(8, 1), (4, 1), (8, 2), (4, 2)]),
+    "block": (nsa_block_kernel, [(8, 2), (8, 1), (4, 2), (4, 1)]),
 }
 MAX_WIDTH = 128  # of heads and selected blocks
 MERGED = 16  # query heads in a program of the merge
