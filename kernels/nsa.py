@@ -243,7 +243,7 @@ class Tiles:
         jump = self.first[:-1] * r - (count.cumsum(0) - count)
         pairs = M * n - int((~self.real).sum())
         block, order = block[:pairs], order[:pairs]
-        place = torch.arange(pairs, device=device) + jump[block]
+        place = torch.arange(pairs, device=device) + jump.index_select(0, block)
         self.query = order.new_full((self.block.shape[0] * r,), -1)
         self.query[place] = order // n
         self.place = order.new_zeros(M * n)
@@ -290,7 +290,7 @@ def gather_blocks(x, tiles, new):
 
 def mask_own(s, tiles, own, diagonal):
     """Adds -inf to later tokens of a query's own block; s (tiles, r G, l'), own (M): the query's place in its block."""
-    s.view(-1, diagonal.shape[1]).index_add_(0, tiles.place[:, 0], diagonal[own])
+    s.view(-1, diagonal.shape[1]).index_add_(0, tiles.place[:, 0], diagonal.index_select(0, own))
 
 
 def diagonal_mask(select_block, G, like):
@@ -314,10 +314,10 @@ def selected_forward(q, k, v, index, scale, select_block):
         total = s.sub_(top).exp_().sum(-1)
         part = new.bmm(s, gather_blocks(vs, tiles, new))  # (tiles, r G, D)
         place, real = tiles.heads(G), tiles.real.repeat_interleave(G, 0)
-        top = top.flatten()[place].masked_fill_(~real, -math.inf)  # (M G, n)
+        top = torch.take(top, place).masked_fill_(~real, -math.inf)  # (M G, n)
         highest = top.amax(-1, keepdim=True)
         weight = top.sub_(highest).exp_()
-        total = (weight * total.flatten()[place]).sum(-1, keepdim=True)
+        total = (weight * torch.take(total, place)).sum(-1, keepdim=True)
         weight /= total
         o.view(N * T * G, D)[lo * G : hi * G] = F.embedding_bag(
             place, part.flatten(0, 1), per_sample_weights=weight, mode="sum"
@@ -339,14 +339,15 @@ def selected_backward(q, k, v, index, o, lse, do, scale, select_block):
         shape = tiles.block.shape[0], -1, 1
         query = tiles.query.clamp(min=0) + lo
         own = (torch.arange(lo, hi, device=q.device) % T + offset) % select_block
-        level = lse[query].masked_fill_(tiles.query.unsqueeze(1) < 0, math.inf)  # no pair: probabilities of 0
+        level = lse.index_select(0, query)
+        level.masked_fill_(tiles.query.unsqueeze(1) < 0, math.inf)  # no pair: probabilities of 0
         qt, kt, vt = gather(rows, tiles, lo, new), gather_blocks(ks, tiles, new), gather_blocks(vs, tiles, new)
         dot = gather(dos, tiles, lo, new)
         p = torch.baddbmm(level.neg_().view(shape), qt, kt.mT, out=new(*qt.shape[:2], select_block))
         mask_own(p, tiles, own, diagonal)
         p.exp_()
         dv.flatten(0, 1).index_add_(0, tiles.block, new.bmm(p.mT, dot))
-        ds = torch.baddbmm(delta[query].neg_().view(shape), dot, vt.mT, out=new(*p.shape)).mul_(p)
+        ds = torch.baddbmm(delta.index_select(0, query).neg_().view(shape), dot, vt.mT, out=new(*p.shape)).mul_(p)
         dk.flatten(0, 1).index_add_(0, tiles.block, new.bmm(ds.mT, qt))
         part = new.bmm(ds, kt).flatten(0, 1)
         weight = tiles.real.repeat_interleave(G, 0).to(part.dtype).mul_(scale)
