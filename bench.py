@@ -35,6 +35,7 @@ from data import DataError, Dataset, SymbolsCodec, windows, write_meta, write_sp
 from kernels.distance import distance, plans
 from kernels.gla import gla
 from kernels.gsa import gsa
+from kernels.nsa import nsa_compressed, nsa_selected, nsa_sizes, nsa_window
 from kernels.performer import performer
 from model import GPT, GPTConfig, ModelError, random_features
 from train import Run, TrainConfig, World, evaluate, token_nats
@@ -223,11 +224,21 @@ def sdpa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def nsa(q, k, v, g, s):
+    """The three branches of native sparse attention with the sizes for T, a key head for all query heads, blocks
+    compressed to their means, and gates of 1."""
+    sizes, k, v = nsa_sizes(q.shape[1]), k[:, :, :1], v[:, :, :1]
+    blocks = (x.unfold(1, sizes[0], sizes[1]).mean(-1) for x in (k, v))  # (B, N, 1, D)
+    o, index = nsa_compressed(q, *blocks, *sizes[:4])
+    return o + nsa_selected(q, k, v, index, sizes[2]) + nsa_window(q, k, v, sizes[4])
+
+
 OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T, H, K) and slot gates s (B, T, H, 64)
     "softmax": lambda q, k, v, g, s: sdpa(q, k, v),
     "gla": lambda q, k, v, g, s: gla(q, k, v, g, gate_min=-1.25)[0],
     "gla_exact": lambda q, k, v, g, s: gla(q, k, v, g)[0],
     "gsa": lambda q, k, v, g, s: gsa(q, k, v, -torch.expm1(s), s, scale=1.0)[0],
+    "nsa": nsa,
 }
 WITH_TABLES = ("performer", "span", "mask_mix")  # these take q, k, v, and features or a mask by distance
 PEERS = {  # name: ours, device, module of fla-core, function, how it is called

@@ -28,6 +28,7 @@ from config import build, key
 from kernels.distance import distance, executed_pairs, plans
 from kernels.gla import gla
 from kernels.gsa import gsa
+from kernels.nsa import nsa_compressed, nsa_pairs, nsa_selected, nsa_sizes, nsa_window
 from kernels.performer import feature_map, performer
 
 
@@ -87,6 +88,13 @@ class GPTConfig:
     performer_num_features: int = key(0, "features of a head; 0: d ln d, to a power of two", "performer", low=0)
     performer_redraw_interval: int = key(1000, "steps between draws of random features; 0: one", "performer", low=0)
     performer_max_norm2: float = key(4.0, "bound of the squared norm of q and k", "performer", low=0.01, high=8.0)
+    nsa_kv_head: int = key(0, "heads of keys and values; 0: one for four of n_head, else n_head", "nsa", low=0)
+    nsa_compress: str = key("mlp", "how a block becomes one key and one value", "nsa", choices=("mlp", "mean"))
+    nsa_compress_block: int = key(0, "tokens of a compressed block; 0: by block_size", "nsa", low=0)
+    nsa_compress_stride: int = key(0, "tokens from one compressed block to the next; 0: by block_size", "nsa", low=0)
+    nsa_select_block: int = key(0, "tokens of a selected block; 0: by block_size", "nsa", low=0)
+    nsa_select_count: int = key(0, "selected blocks, three of them fixed; 0: by block_size", "nsa", low=0)
+    nsa_window: int = key(0, "tokens of the window; 0: by block_size", "nsa", low=0)
 
     def __post_init__(self):
         for name in self.types():
@@ -107,6 +115,14 @@ class GPTConfig:
         if "mask_mix" in self.types():
             for name in self.mask_mix_candidates.split(","):
                 parse_candidate(name)
+        if self.nsa_kv_head and self.n_head % self.nsa_kv_head:
+            raise ValueError(f"n_head={self.n_head} is not a multiple of nsa_kv_head={self.nsa_kv_head}")
+        block, stride, select_block, count, _ = self.nsa_sizes()
+        if block % stride or select_block % stride or block > select_block:
+            sizes = f"nsa_compress_block={block}, nsa_compress_stride={stride}, nsa_select_block={select_block}"
+            raise ValueError(f"the stride must divide both blocks, and the selected one be no smaller: {sizes}")
+        if count < 3:
+            raise ValueError(f"nsa_select_count={count}: write at least 3, the first and the two most recent blocks")
         if self.embedding == "onehot" and self.vocab_size and self.vocab_size != self.n_embd:
             raise ValueError(f"embedding=onehot needs n_embd={self.vocab_size}, the vocabulary, not {self.n_embd}")
 
@@ -114,6 +130,12 @@ class GPTConfig:
         """The attention type of each layer, the pattern cycled over the layers."""
         pattern = [name.strip() for name in self.attention_type.split(",")]
         return [pattern[i % len(pattern)] for i in range(max(self.n_layer, len(pattern)))]
+
+    def nsa_sizes(self):
+        """Compressed block, its stride, selected block, their count, window: what was set, else by block_size."""
+        own = (self.nsa_compress_block, self.nsa_compress_stride, self.nsa_select_block)
+        own += (self.nsa_select_count, self.nsa_window)
+        return tuple(a or b for a, b in zip(own, nsa_sizes(self.block_size)))
 
     @property
     def d_head(self):
@@ -741,6 +763,152 @@ class PerformerAttention(nn.Module):
         return self.resid_dropout(self.c_proj(o.flatten(2)))  # (B, T, H D) -> (B, T, C)
 
 
+@dataclass
+class NSAState:
+    """Keys and values (B, tokens, 2, Hk, D) by branch; of the compressed one, its blocks and the raw tokens that the
+    next block still needs. `selected` and `blocks` have room at their ends, and double when it is used up: the context
+    has no end, and no key is forgotten."""
+
+    max_len: int
+    n: int = 0  # tokens so far
+    n_blocks: int = 0
+    raw: torch.Tensor = None
+    blocks: torch.Tensor = None
+    selected: torch.Tensor = None
+    window: torch.Tensor = None
+
+
+class NativeSparseAttention(nn.Module):
+    """Native sparse attention (Yuan et al. 2025, arXiv 2502.11089, section 3): three branches, each softmax attention
+    on its own keys and values, weighed for each head by gates that need not sum to one,
+
+        o_t = sum_c g_t^c Attn(q_t, K_t^c, V_t^c),   g_t = sigmoid(W_g x_t),   c = compressed, selected, window
+
+    compressed: one key for each block of l tokens, every d; selected: the tokens of the n blocks that the compressed
+    scores rank highest, the first and the two most recent among them; window: the last w tokens. H / Hk heads share
+    keys, values and selection. Rotary positions turn the selected and the window branch; the compressed one has its
+    slots."""
+
+    mask_parameters = ()
+
+    def __init__(self, config):
+        super().__init__()
+        H, D, C = config.n_head, config.d_head, config.n_embd
+        self.n_head, self.d_head = H, D
+        self.n_kv = config.nsa_kv_head or (H // 4 if H % 4 == 0 else H)
+        self.sizes = config.nsa_sizes()
+        self.widths = [H * D, *(2 * self.n_kv * D,) * 3]
+        self.c_attn = nn.Linear(C, sum(self.widths), bias=config.bias)  # q, then keys and values by branch
+        self.c_gate = nn.Linear(C, 3 * H)
+        self.c_proj = nn.Linear(H * D, C, bias=config.bias)
+        self.mean = config.nsa_compress == "mean"
+        if not self.mean:  # for keys and for values: a vector for each slot, and an MLP over the flattened block
+            flat = self.sizes[0] * D
+            self.slots = nn.Parameter(0.02 * torch.randn(2, self.sizes[0], D))
+            self.phi_in = nn.Parameter(torch.randn(2, flat, 2 * D) / math.sqrt(flat))
+            self.phi_out = nn.Parameter(torch.randn(2, 2 * D, D) / math.sqrt(2 * D))
+        self.resid_dropout = make_dropout(config)
+        self.rope_base = config.rope_base if config.pos_emb == "rope" else None
+
+    def forward(self, x):
+        q, raw, selected, window = self._inputs(x, 0)
+        y = self._attend(x, q, self._compress(raw), selected, window, 0, "auto")
+        return y, torch.zeros((), device=x.device)
+
+    def init_state(self, batch, max_len):
+        return NSAState(max_len)
+
+    def step(self, x, state):
+        _, stride, _, _, width = self.sizes
+        n, t = state.n, x.size(1)
+        q, raw, selected, window = self._inputs(x, n)
+        raw = raw if n == 0 else torch.cat((state.raw, raw), 1)
+        blocks = self._compress(raw)
+        new = blocks.size(1)
+        state.raw = raw[:, new * stride :]
+        state.blocks = append(state.blocks, state.n_blocks, blocks, state.max_len // stride)
+        state.selected = append(state.selected, n, selected, state.max_len)
+        window = window if n == 0 else torch.cat((state.window, window), 1)
+        state.window = window[:, -width:]
+        state.n, state.n_blocks = n + t, state.n_blocks + new
+        caches = state.blocks[:, : state.n_blocks], state.selected[:, : state.n], window
+        return self._attend(x, q, *caches, n, "gather" if t <= 16 else "auto"), state
+
+    def flops(self, T):
+        block, stride = self.sizes[:2]
+        H, Hk, D, N = self.n_head, self.n_kv, self.d_head, max(0, (T - block) // stride + 1)
+        each = block * D if self.mean else 2 * block * D * 2 * D + 2 * 2 * D * D
+        return tuple(4 * H * D * pairs + 2 * Hk * N * each for pairs in nsa_pairs(T, self.sizes, H // Hk))
+
+    @torch.no_grad()
+    def stats(self, x=None):
+        """With x (B, T, C): the mean gate of each branch and head (3, H), and the share of the queries of block i that
+        read block j (T / l', T / l')."""
+        if x is None:
+            return {}
+        q, raw, _, _ = self._inputs(x, 0)
+        _, index = nsa_compressed(q, *self._compress(raw).unbind(2), *self.sizes[:4])
+        own, size = index[..., :1].expand_as(index), self.sizes[2]
+        n_blocks = -(-x.size(1) // size)
+        reads = torch.bincount((own * n_blocks + index)[index >= 0], minlength=n_blocks**2).view(n_blocks, -1).float()
+        return {"gate": self._gates(x).mean((0, 1)), "reads": reads / reads.diagonal()[:, None]}
+
+    def _inputs(self, x, offset):
+        q, *kv = self.c_attn(x).split(self.widths, -1)
+        q = q.unflatten(-1, (self.n_head, self.d_head))  # (B, T, H, D)
+        raw, *kv = (t.unflatten(-1, (2, self.n_kv, self.d_head)) for t in kv)  # (B, T, 2, Hk, D)
+        if self.rope_base is not None:
+            kv = (torch.stack((self._rotate(t[:, :, 0], offset), t[:, :, 1]), 2) for t in kv)
+        return q, raw, *kv
+
+    def _rotate(self, x, offset):
+        return rotate(x.transpose(1, 2), offset, self.rope_base).transpose(1, 2)  # (B, T, heads, D)
+
+    def _compress(self, kv):
+        """(B, T, 2, Hk, D) -> its complete blocks (B, N, 2, Hk, D). Blocks overlap: a block is the sum of what its
+        l / d parts give, each part taken once for each place that it has in a block."""
+        (block, stride), (B, T) = self.sizes[:2], kv.shape[:2]
+        r, N = block // stride, max(0, (T - block) // stride + 1)
+        if N == 0:
+            return kv[:, :0]
+        parts = kv[:, : (N + r - 1) * stride].unflatten(1, (-1, stride))  # (B, N + r - 1, d, 2, Hk, D)
+        if self.mean:
+            parts = parts.mean(2)
+            return sum(parts[:, i : i + N] for i in range(r)) / r
+        parts = parts.permute(3, 0, 1, 4, 2, 5).flatten(4).flatten(1, 3)  # (2, B (N + r - 1) Hk, d D)
+        hidden = torch.bmm(self.slots.flatten(1).unsqueeze(1), self.phi_in)[:, None, None]  # (2, 1, 1, 1, 2 D)
+        for i, phi in enumerate(self.phi_in.chunk(r, 1)):
+            hidden = hidden + torch.bmm(parts, phi).view(2, B, -1, self.n_kv, 2 * self.d_head)[:, :, i : i + N]
+        blocks = torch.bmm(F.gelu(hidden).flatten(1, 3), self.phi_out)
+        return blocks.view(2, B, N, self.n_kv, -1).permute(1, 2, 0, 3, 4)
+
+    def _gates(self, x):
+        return self.c_gate(x).sigmoid().unflatten(-1, (3, self.n_head))  # (B, T, 3, H)
+
+    def _attend(self, x, q, blocks, selected, window, offset, backend):
+        """x, q are T tokens from `offset` on; keys and values end with the last of them."""
+        *sizes, width = self.sizes
+        compressed, index = nsa_compressed(q, *blocks.unbind(2), *sizes, offset=offset)
+        if self.rope_base is not None:
+            q = self._rotate(q, offset)
+        chosen = nsa_selected(q, *selected.unbind(2), index, sizes[2], backend=backend)
+        branches = compressed, chosen, nsa_window(q, *window.unbind(2), width)
+        o = sum(g.unsqueeze(-1) * o for g, o in zip(self._gates(x).unbind(2), branches))  # (B, T, H, D)
+        return self.resid_dropout(self.c_proj(o.flatten(2)))
+
+
+def append(buffer, n, x, room):
+    """A buffer (B, tokens, ...) that holds n, with x written after them; a longer one where they do not fit."""
+    m = n + x.size(1)
+    if buffer is None or m > buffer.size(1):
+        longer = x.new_empty(x.size(0), max(room, 2 * m if n else m), *x.shape[2:])
+        if n:
+            longer[:, :n] = buffer[:, :n]
+        buffer = longer
+    buffer[:, n:m] = x
+    return buffer
+
+
 class NoAttention(nn.Module):
     """Zero output and no parameters: the control that each type must beat. With `mlp_hidden` widened it has as many
     parameters as the model it stands beside."""
@@ -773,6 +941,7 @@ ATTENTION = {
     "gla": GatedLinearAttention,
     "gsa": GatedSlotAttention,
     "performer": PerformerAttention,
+    "nsa": NativeSparseAttention,
     "none": NoAttention,
 }
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 
-OPERATORS = ("gla", "gsa", "performer")
+OPERATORS = ("gla", "gsa", "performer", "nsa")
 ARCHS = (80, 90)
 SMALL_SHARED = 99 * 1024
 COLUMNS = ("registers", "stack", "local", "shared", "HMMA", "HGMMA")

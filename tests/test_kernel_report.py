@@ -27,7 +27,7 @@ def quick(name, arch):
 def test_default_does_not_spill_and_uses_tensor_cores(spec, arch):
     row = report.resources(*spec[1:], arch)
     assert row["stack"] == 0 and row["local"] == 0, row
-    assert row["HMMA"] + row["HGMMA"] > 0, row
+    assert row["HMMA"] + row["HGMMA"] > 0 or spec[0].startswith("nsa_merge"), row  # a weighted sum, without products
 
 
 @pytest.mark.slow

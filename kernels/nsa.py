@@ -1,0 +1,942 @@
+"""The three branches of native sparse attention (arXiv 2502.11089, section 3), each causal softmax attention on its
+own keys and values:
+
+    nsa_compressed   one key for a block of l tokens, a block every d tokens; block i is seen from token i d + l - 1 on
+    nsa_selected     the tokens of the n blocks of l' tokens that the compressed scores rank highest
+    nsa_window       the last w tokens
+
+Queries are q (B, T, H, D), the last T tokens of the sequence; keys and values (B, S, Hk, D), Hk heads shared by
+G = H / Hk query heads each. Forms: an oracle with dense masks; blocked matrix products, which every device runs; for
+the selected branch Triton kernels too. Nothing is ever T x T: scores are made tile by tile, and again in the backward
+pass.
+"""
+
+import functools
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from . import interpreting, jit, tl, triton, warn_once
+from .gla import Workspace, compute_dtype
+
+SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
+    128: (8, 4, 8, 4, 16),
+    256: (16, 8, 16, 4, 32),
+    512: (16, 8, 16, 6, 64),
+    1024: (32, 16, 32, 8, 128),
+    4096: (32, 16, 64, 16, 512),
+}
+FORCED = 3  # a query's own block, block 0 and the block before its own
+QUERIES = 64  # queries in a tile of the compressed and the window branch
+ROWS = 64  # scores in a tile of the selected branch, along the queries
+SCORES = 2**18  # scores that are worked on at a time, so that they stay in cache
+PAIRS = 2**13  # of the selected branch: pairs of a query head and a block
+
+
+def nsa_sizes(T):
+    """(l, d, l', n, w) that are worth their cost at sequences of T: fewer tokens are read than softmax reads."""
+    return SIZES[min((x for x in SIZES if x >= T), default=max(SIZES))]
+
+
+def nsa_pairs(T, sizes, G=1):
+    """Pairs of a query and a key in a sequence of T, (read, executed in tiles): the three branches together."""
+    block, stride, select_block, count, window = sizes
+    blocks, own = max(0, (T - block) // stride + 1), -(-T // select_block)
+    c = min(max(16, min(window, QUERIES)), T)
+    chosen = sum(min(t // select_block, count - 1) * select_block for t in range(T))
+    read = sum(max(0, (t + 1 - block) // stride + 1) + t % select_block + 1 + min(t + 1, window) for t in range(T))
+    ends = [min(T, t + QUERIES) for t in range(block - 1, T, QUERIES)]
+    compressed = sum((b - a) * ((b - block) // stride + 1) for a, b in zip([block - 1, *ends], ends)) if blocks else 0
+    rest = own * select_block * max(8, ROWS // G) // 2  # half a tile for each block
+    return read + chosen, compressed + chosen + T * select_block + rest + -(-T // c) * c * (min(window, T) + c)
+
+
+# ----------------------------------------------------------------------------- oracle
+
+
+def dense(q, k, v, mask, scale=None):
+    """Softmax attention under a mask (B or 1, H or 1, T, S): o (B, T, H, D), p (B, H, T, S); nothing seen gives 0."""
+    G = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(G, 2), v.repeat_interleave(G, 2)
+    s = torch.einsum("bthd,bshd->bhts", q, k) * (q.shape[3] ** -0.5 if scale is None else scale)
+    p = s.masked_fill(~mask, -math.inf).softmax(-1).masked_fill(~mask, 0.0)
+    return torch.einsum("bhts,bshd->bthd", p, v), p
+
+
+def overlap(N, block, stride, n_blocks, select_block):
+    """(N, n_blocks): the tokens that compressed block i and selectable block j share, in strides."""
+    a, b = torch.arange(N)[:, None] * stride, torch.arange(n_blocks) * select_block
+    shared = torch.minimum(a + block, b + select_block) - torch.maximum(a, b)
+    return shared.clamp(min=0) / stride
+
+
+def nsa_compressed_dense(q, k, v, block, stride, select_block, select_count, offset=0, scale=None):
+    """The oracle of nsa_compressed: o, and the chosen blocks (B, T, Hk, n), -1 where there are fewer."""
+    (B, T, H, _), (N, Hk) = q.shape, k.shape[1:3]
+    t = torch.arange(offset, offset + T)
+    o, p = dense(q, k, v, torch.arange(N) * stride + block - 1 <= t[:, None], scale)
+    n_blocks = (offset + T - 1) // select_block + 1
+    weight = overlap(N, block, stride, n_blocks, select_block).to(p.dtype)
+    score = p.view(B, Hk, H // Hk, T, N).sum(2) @ weight  # (B, Hk, T, n_blocks)
+    index = torch.full((B, T, Hk, min(select_count, n_blocks)), -1)
+    for b, h, i in torch.cartesian_prod(*map(torch.arange, (B, Hk, T))).tolist():
+        own = (offset + i) // select_block
+        forced = list(dict.fromkeys((own, 0, max(own - 1, 0))))
+        rest = sorted((j for j in range(own) if j not in forced), key=lambda j: -score[b, h, i, j].item())
+        chosen = (forced + rest)[:select_count]
+        index[b, i, h, : len(chosen)] = torch.tensor(chosen)
+    return o, index
+
+
+def nsa_selected_dense(q, k, v, index, select_block, scale=None):
+    T, H, S, Hk = *q.shape[1:3], *k.shape[1:3]
+    s, t = torch.arange(S), torch.arange(S - T, S)
+    chosen = (s // select_block == index[..., None]).any(3).transpose(1, 2)  # (B, Hk, T, S)
+    return dense(q, k, v, chosen.repeat_interleave(H // Hk, 1) & (s <= t[:, None]), scale)[0]
+
+
+def nsa_window_dense(q, k, v, window, scale=None):
+    T, S = q.shape[1], k.shape[1]
+    distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
+    return dense(q, k, v, (distance >= 0) & (distance < window), scale)[0]
+
+
+def selected_gathered(q, k, v, index, select_block, scale):
+    """The tokens of the chosen blocks gathered for each query: what decoding reads, (B, T, Hk, n l', D)."""
+    (B, T, H, D), (S, Hk), dtype = q.shape, k.shape[1:3], compute_dtype(q.dtype)
+    token = (index[..., None] * select_block + torch.arange(select_block, device=q.device)).flatten(3)
+    b, h = torch.arange(B, device=q.device).view(-1, 1, 1, 1), torch.arange(Hk, device=q.device).view(-1, 1)
+    own = torch.arange(S - T, S, device=q.device).view(-1, 1, 1)
+    seen = (token >= 0) & (token <= own)
+    token = token.clamp(0, S - 1)
+    k, v = k[b, token, h].to(dtype), v[b, token, h].to(dtype)
+    s = (q.to(dtype) * scale).view(B, T, Hk, -1, D) @ k.mT  # (B, T, Hk, G, n l')
+    p = s.masked_fill(~seen.unsqueeze(3), -math.inf).softmax(-1)
+    return (p @ v).view(B, T, H, D).to(q.dtype)
+
+
+# ----------------------------------------------------------------------------- blocked PyTorch
+#
+# N = B Hk groups. Inside, a group's G query heads lie side by side, (N, T, G, D), so that they are rows of one product
+# with the keys that they share.
+
+
+def grouped(x, Hk, factor=1.0):
+    """(B, T, H, D) -> (N, T, G, D), in the precision that is computed in, times a factor."""
+    x = x.to(compute_dtype(x.dtype)).unflatten(2, (Hk, -1)).transpose(1, 2)
+    return torch.mul(x, factor, out=x.new_empty(x.shape)).flatten(0, 1)
+
+
+def ungrouped(x, like):
+    """(N, T, G, D) -> (B, T, H, D), contiguous."""
+    return like.new_empty(like.shape).copy_(x.unflatten(0, (like.shape[0], -1)).transpose(1, 2).flatten(2, 3))
+
+
+def softmax_backward(p, dp):
+    """The scores' gradient, in place of dp."""
+    return torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+
+
+def open_or_shut(mask, like):
+    """What is added to scores: 0 where the mask is true, else -inf."""
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, -math.inf)
+
+
+# compressed
+
+
+def compressed_tiles(q, k, block, stride, offset):
+    """Groups, queries lo to hi and the blocks that the last of them sees. Queries that see none are in no tile."""
+    (N, T, G, _), n_blocks = q.shape, k.shape[1]
+    some = max(1, SCORES // (QUERIES * G * max(1, n_blocks)))
+    for n in range(0, N, some):
+        for lo in range(max(0, block - 1 - offset), T, QUERIES):
+            hi = min(T, lo + QUERIES)
+            yield slice(n, min(N, n + some)), lo, hi, (offset + hi - block) // stride + 1
+
+
+def compressed_probabilities(q, k, rows, lo, hi, seen, block, stride, offset, new):
+    """The tile's queries (n, (hi - lo) G, D) and their probabilities (n, (hi - lo) G, seen)."""
+    new.taken = 0
+    q = q[rows, lo:hi].flatten(1, 2)
+    s = new.bmm(q, k[rows, :seen].mT)
+    by_all = (offset + lo + 1 - block) // stride + 1
+    if by_all < seen:
+        t = torch.arange(offset + lo, offset + hi, device=q.device)
+        i = torch.arange(by_all, seen, device=q.device)
+        mask = open_or_shut(i * stride + block - 1 <= t[:, None], s)
+        s.unflatten(1, (hi - lo, -1))[..., by_all:].add_(mask.unsqueeze(1))
+    return q, torch.softmax(s, -1, out=new(*s.shape))
+
+
+def compressed_forward(q, k, v, scale, block, stride, select_block, select_count, offset):
+    """o (B, T, H, D) and the chosen blocks (B, T, Hk, n)."""
+    B, T, H, D = q.shape
+    Hk, like = k.shape[2], q
+    q, k, v = grouped(q, Hk, scale), grouped(k, Hk).squeeze(2), grouped(v, Hk).squeeze(2)
+    o, new = torch.zeros_like(q), Workspace(q)
+    own = torch.arange(offset, offset + T, device=q.device) // select_block
+    index = own.new_full((q.shape[0], T, min(select_count, (offset + T - 1) // select_block + 1)), -1)
+    forced = torch.stack((own, torch.where(own > 0, 0, -1), torch.where(own > 1, own - 1, -1)), -1)
+    index[..., :FORCED] = forced[:, : index.shape[2]]
+    for rows, lo, hi, seen in compressed_tiles(q, k, block, stride, offset):
+        _, p = compressed_probabilities(q, k, rows, lo, hi, seen, block, stride, offset, new)
+        o[rows, lo:hi] = new.bmm(p, v[rows, :seen]).view(-1, hi - lo, *o.shape[2:])
+        n_blocks = (offset + hi - 1) // select_block - 2  # candidates of the last query: 1 ... own - 2
+        count = min(n_blocks, index.shape[2] - FORCED)
+        if count > 0:
+            p = p.unflatten(1, (hi - lo, -1)).sum(2)  # over the group's heads
+            score = importance(p, n_blocks, block, stride, select_block)
+            late = torch.arange(1, n_blocks + 1, device=q.device) > own[lo:hi, None] - 2
+            score, best = score.masked_fill_(late, -1.0).topk(count, -1, sorted=False)
+            index[rows, lo:hi, FORCED : FORCED + count] = (best + 1).masked_fill_(score < 0, -1)
+    index = index.view(B, Hk, T, -1).transpose(1, 2).contiguous()
+    return ungrouped(o, like), index
+
+
+def importance(p, n_blocks, block, stride, select_block):
+    """The scores of blocks 1 ... n_blocks from p (n, t, seen): compressed block i counts in block j by the tokens that
+    the two share, in strides. Written as l/d shifted sums over l'/d neighbours; none of them is beyond `seen`."""
+    r = select_block // stride
+    return sum(p.narrow(-1, r - n, r * n_blocks) for n in range(block // stride)).unflatten(-1, (-1, r)).sum(-1)
+
+
+def compressed_backward(q, k, v, do, scale, block, stride, offset):
+    Hk, like = k.shape[2], (q, k, v)
+    q, do, k, v = grouped(q, Hk, scale), grouped(do, Hk), grouped(k, Hk).squeeze(2), grouped(v, Hk).squeeze(2)
+    dq, dk, dv, new = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), Workspace(q)
+    for rows, lo, hi, seen in compressed_tiles(q, k, block, stride, offset):
+        qs, p = compressed_probabilities(q, k, rows, lo, hi, seen, block, stride, offset, new)
+        dos = do[rows, lo:hi].flatten(1, 2)
+        dv[rows, :seen] += new.bmm(p.mT, dos)
+        ds = softmax_backward(p, new.bmm(dos, v[rows, :seen].mT))
+        dk[rows, :seen] += new.bmm(ds.mT, qs)
+        torch.mul(new.bmm(ds, k[rows, :seen]).view(-1, hi - lo, *dq.shape[2:]), scale, out=dq[rows, lo:hi])
+    return [ungrouped(x, y) for x, y in zip((dq, dk.unsqueeze(2), dv.unsqueeze(2)), like)]
+
+
+# selected
+#
+# The pairs of a query and a block that it chose are sorted by block and cut into tiles of pairs with the same block:
+# a tile is one product of gathered queries with the block's keys, however small the group. The own block is a query's
+# first choice, so the diagonal is the only place with a mask.
+
+
+class Tiles:
+    """index (M, n): the blocks of M queries, -1 for none.
+
+    block (tiles): each tile's block.  first (blocks + 1): each block's first tile.
+    query (tiles r): each place's query, -1 in the rest of a block's last tile.
+    place (M, n): where a pair went, 0 for none, which `real` is false for.
+    """
+
+    def __init__(self, index, n_blocks, r):
+        (M, n), device = index.shape, index.device
+        self.real = index >= 0
+        block, order = torch.where(self.real, index, n_blocks).flatten().sort(stable=True)
+        count = torch.bincount(block, minlength=n_blocks + 1)[:n_blocks]
+        tiles = (count + r - 1) // r
+        self.block = torch.repeat_interleave(torch.arange(n_blocks, device=device), tiles)
+        self.first = F.pad(tiles.cumsum(0), (1, 0))
+        jump = self.first[:-1] * r - (count.cumsum(0) - count)
+        pairs = M * n - int((~self.real).sum())
+        block, order = block[:pairs], order[:pairs]
+        place = torch.arange(pairs, device=device) + jump.index_select(0, block)
+        self.query = order.new_full((self.block.shape[0] * r,), -1)
+        self.query[place] = order // n
+        self.place = order.new_zeros(M * n)
+        self.place[order] = place
+        self.place = self.place.view(M, n)
+
+    def heads(self, G):
+        """The places of each query head's pairs, (M G, n)."""
+        return (self.place.unsqueeze(1) * G + torch.arange(G, device=self.place.device).view(-1, 1)).flatten(0, 1)
+
+
+def selected_tiles(q, k, index, select_block):
+    """Stretches of the N T queries, each as tiles: (lo, hi, Tiles, gather) with gather(x, new) the rows of x (N T, G D)
+    at the tiles' places."""
+    (N, T, G, _), n, n_blocks = q.shape, index.shape[2], k.shape[1]
+    index, step, r = numbered(index, n_blocks), max(1, PAIRS // (n * G)), max(8, ROWS // G)
+    for lo in range(0, N * T, step):
+        hi = min(N * T, lo + step)
+        yield lo, hi, Tiles(index[lo:hi], N * n_blocks, r)
+
+
+def numbered(index, n_blocks):
+    """index (N, T, n) -> (N T, n), the blocks numbered over all groups."""
+    first = torch.arange(index.shape[0], device=index.device).view(-1, 1, 1) * n_blocks
+    return torch.where(index < 0, -1, index + first).flatten(0, 1)
+
+
+def in_blocks(x, Hk, select_block):
+    """(B, S, Hk, D) -> (N, blocks, l', D), the last one filled up with zeros."""
+    x = grouped(x, Hk).squeeze(2)
+    return F.pad(x, (0, 0, 0, -x.shape[1] % select_block)).unflatten(1, (-1, select_block))
+
+
+def gather(x, tiles, lo, new):
+    """Rows of x (N T, G, D) at the tiles' places: (tiles, r G, D)."""
+    query = tiles.query.clamp(min=0) + lo
+    out = torch.index_select(x, 0, query, out=new(query.shape[0], *x.shape[1:]))
+    return out.view(tiles.block.shape[0], -1, x.shape[-1])
+
+
+def gather_blocks(x, tiles, new):
+    return torch.index_select(x, 0, tiles.block, out=new(tiles.block.shape[0], *x.shape[1:]))
+
+
+def mask_own(s, tiles, own, diagonal):
+    """Adds -inf to later tokens of a query's own block; s (tiles, r G, l'), own (M): the query's place in its block."""
+    s.view(-1, diagonal.shape[1]).index_add_(0, tiles.place[:, 0], diagonal.index_select(0, own))
+
+
+def diagonal_mask(select_block, G, like):
+    i = torch.arange(select_block, device=like.device)
+    return open_or_shut(i <= i[:, None], like).repeat(1, G)  # (l', G l')
+
+
+def selected_forward(q, k, v, index, scale, select_block):
+    """o (B, T, H, D) and the log of the sums of exponentials (B, T, H)."""
+    like, offset, Hk = q, k.shape[1] - q.shape[1], k.shape[2]
+    q, k, v, index = grouped(q, Hk, scale), *(in_blocks(x, Hk, select_block) for x in (k, v)), index.transpose(1, 2)
+    (N, T, G, D), new = q.shape, Workspace(q)
+    o, lse, diagonal = torch.empty_like(q), q.new_empty(N, T, G), diagonal_mask(select_block, G, q)
+    rows, ks, vs = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    for lo, hi, tiles in selected_tiles(q, k, index.flatten(0, 1), select_block):
+        new.taken = 0
+        s = new.bmm(gather(rows, tiles, lo, new), gather_blocks(ks, tiles, new).mT)
+        own = (torch.arange(lo, hi, device=q.device) % T + offset) % select_block
+        mask_own(s, tiles, own, diagonal)
+        top = s.amax(-1, keepdim=True)
+        total = s.sub_(top).exp_().sum(-1)
+        part = new.bmm(s, gather_blocks(vs, tiles, new))  # (tiles, r G, D)
+        place, real = tiles.heads(G), tiles.real.repeat_interleave(G, 0)
+        top = torch.take(top, place).masked_fill_(~real, -math.inf)  # (M G, n)
+        highest = top.amax(-1, keepdim=True)
+        weight = top.sub_(highest).exp_()
+        total = (weight * torch.take(total, place)).sum(-1, keepdim=True)
+        weight /= total
+        o.view(N * T * G, D)[lo * G : hi * G] = F.embedding_bag(
+            place, part.flatten(0, 1), per_sample_weights=weight, mode="sum"
+        )
+        lse.view(-1)[lo * G : hi * G] = (highest + total.log()).squeeze(1)
+    return ungrouped(o, like), lse.unflatten(0, (-1, Hk)).transpose(1, 2).flatten(2).contiguous()
+
+
+def selected_backward(q, k, v, index, o, lse, do, scale, select_block):
+    like, offset, Hk = (q, k, v), k.shape[1] - q.shape[1], k.shape[2]
+    lse, delta = (x.unflatten(2, (Hk, -1)).transpose(1, 2).flatten(0, 2) for x in (lse, row_products(do, o)))
+    q, do, index = grouped(q, Hk, scale), grouped(do, Hk), index.transpose(1, 2)
+    k, v = (in_blocks(x, Hk, select_block) for x in (k, v))
+    (N, T, G, D), new = q.shape, Workspace(q)
+    dq, dk, dv, diagonal = torch.empty_like(q), *map(torch.zeros_like, (k, v)), diagonal_mask(select_block, G, q)
+    rows, dos, ks, vs = (x.flatten(0, 1) for x in (q, do, k, v))
+    for lo, hi, tiles in selected_tiles(q, k, index.flatten(0, 1), select_block):
+        new.taken = 0
+        shape = tiles.block.shape[0], -1, 1
+        query = tiles.query.clamp(min=0) + lo
+        own = (torch.arange(lo, hi, device=q.device) % T + offset) % select_block
+        level = lse.index_select(0, query)
+        level.masked_fill_(tiles.query.unsqueeze(1) < 0, math.inf)  # no pair: probabilities of 0
+        qt, kt, vt = gather(rows, tiles, lo, new), gather_blocks(ks, tiles, new), gather_blocks(vs, tiles, new)
+        dot = gather(dos, tiles, lo, new)
+        p = torch.baddbmm(level.neg_().view(shape), qt, kt.mT, out=new(*qt.shape[:2], select_block))
+        mask_own(p, tiles, own, diagonal)
+        p.exp_()
+        dv.flatten(0, 1).index_add_(0, tiles.block, new.bmm(p.mT, dot))
+        ds = torch.baddbmm(delta.index_select(0, query).neg_().view(shape), dot, vt.mT, out=new(*p.shape)).mul_(p)
+        dk.flatten(0, 1).index_add_(0, tiles.block, new.bmm(ds.mT, qt))
+        part = new.bmm(ds, kt).flatten(0, 1)
+        weight = tiles.real.repeat_interleave(G, 0).to(part.dtype).mul_(scale)
+        dq.view(N * T * G, D)[lo * G : hi * G] = F.embedding_bag(
+            tiles.heads(G), part, per_sample_weights=weight, mode="sum"
+        )
+    dk, dv = (x.flatten(1, 2)[:, : like[1].shape[1]].unsqueeze(2) for x in (dk, dv))
+    return [ungrouped(x, y) for x, y in zip((dq, dk, dv), like)]
+
+
+def row_products(a, b):
+    """(B, T, H, D), (B, T, H, D) -> (B, T, H)."""
+    dtype = compute_dtype(a.dtype)
+    return (a.to(dtype) * b.to(dtype)).sum(-1)
+
+
+# window
+#
+# A tile of c queries sees w + c keys, its own and the w before its first (one more than needed, for even sizes).
+
+
+class Band:
+    """Keys or values with w rows before them, so that the tiles' keys are overlapping views of one tensor."""
+
+    def __init__(self, like, T, c, w):
+        B, S, Hk, D = like.shape
+        self.c, self.w, self.kept = c, w, min(S, T + w)
+        self.at = w + T - self.kept  # the first row that holds a key
+        self.x = like.new_zeros(B * Hk, w + -(-T // c) * c, D, dtype=compute_dtype(like.dtype))
+
+    def inner(self, x):
+        """Its part of x (B, S, Hk, D), and the place of that part here. Earlier keys are seen by no query."""
+        place = self.x[:, self.at : self.at + self.kept].unflatten(0, (x.shape[0], -1))
+        return x[:, x.shape[1] - self.kept :], place.transpose(1, 2)
+
+    def read(self, x):
+        x, place = self.inner(x)
+        place.copy_(x)
+        return self
+
+    def write(self, like):
+        out = like.new_zeros(like.shape)
+        x, place = self.inner(out)
+        x.copy_(place)
+        return out
+
+    def view(self, n, lo, hi, width=None, start=0):
+        """Group n, tiles lo to hi: (hi - lo, w + c, D), or a part of each."""
+        _, L, D = self.x.shape
+        shape = hi - lo, self.w + self.c if width is None else width, D
+        return self.x.as_strided(shape, (self.c * D, D, 1), (n * L + lo * self.c + start) * D)
+
+    def add(self, n, lo, hi, x):
+        """Adds x (hi - lo, w + c, D) to the view, in parts that do not overlap."""
+        for start in range(0, self.w + self.c, self.c):
+            part = x[:, start : start + self.c]
+            self.view(n, lo, hi, part.shape[1], start).add_(part)
+
+
+def window_shape(T, S, window):
+    """w and c: a window never longer than the sequence; as many queries in a tile as a window, within bounds."""
+    w = min(window, S)
+    return w, min(max(16, min(w, QUERIES)), T)
+
+
+def window_tiles(q, tiles, w, c):
+    N, G = q.shape[0], q.shape[2]
+    step = max(1, SCORES // (c * G * (w + c)))
+    return [(n, lo, min(tiles, lo + step)) for n in range(N) for lo in range(0, tiles, step)]
+
+
+def window_queries(x, Hk, c, factor=1.0):
+    """(B, T, H, D) -> (N, tiles c, G, D), filled up with zeros."""
+    x = grouped(x, Hk, factor)
+    return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % c)) if x.shape[1] % c else x
+
+
+def window_mask(c, w, like):
+    """(c, 1, w + c): key u is u - w tokens after the tile's first query."""
+    distance = torch.arange(c, device=like.device)[:, None] + w - torch.arange(w + c, device=like.device)
+    return open_or_shut((distance >= 0) & (distance < w), like).unsqueeze(1)
+
+
+def window_probabilities(q, k, n, lo, hi, mask, new):
+    """The tiles' queries (hi - lo, c G, D) and probabilities (hi - lo, c G, w + c)."""
+    new.taken = 0
+    c = k.c
+    q = q[n, lo * c : hi * c].view(hi - lo, -1, q.shape[-1])
+    s = new.bmm(q, k.view(n, lo, hi).mT)
+    s.unflatten(1, (c, -1)).add_(mask)
+    for i in range(lo, min(hi, -(-k.at // c))):  # before the first key there is nothing
+        s[i - lo, :, : k.at - i * c] = -math.inf
+    return q, torch.softmax(s, -1, out=new(*s.shape))
+
+
+def window_forward(q, k, v, scale, window):
+    (w, c), like, Hk, T = window_shape(q.shape[1], k.shape[1], window), q, k.shape[2], q.shape[1]
+    q = window_queries(q, Hk, c, scale)
+    k, v = (Band(x, T, c, w).read(x) for x in (k, v))
+    o, new, mask = torch.empty_like(q), Workspace(q), window_mask(c, w, q)
+    for n, lo, hi in window_tiles(q, q.shape[1] // c, w, c):
+        _, p = window_probabilities(q, k, n, lo, hi, mask, new)
+        place = o[n, lo * c : hi * c].view(hi - lo, -1, o.shape[-1])
+        torch.bmm(p, v.view(n, lo, hi), out=place)
+    return ungrouped(o[:, :T], like)
+
+
+def window_backward(q, k, v, do, scale, window):
+    (w, c), like, Hk, T = window_shape(q.shape[1], k.shape[1], window), (q, k, v), k.shape[2], q.shape[1]
+    q, do = window_queries(q, Hk, c, scale), window_queries(do, Hk, c)
+    (k, v), (dk, dv) = (Band(x, T, c, w).read(x) for x in (k, v)), (Band(x, T, c, w) for x in (k, v))
+    dq, new, mask = torch.empty_like(q), Workspace(q), window_mask(c, w, q)
+    for n, lo, hi in window_tiles(q, q.shape[1] // c, w, c):
+        qs, p = window_probabilities(q, k, n, lo, hi, mask, new)
+        dos = do[n, lo * c : hi * c].view(qs.shape)
+        dv.add(n, lo, hi, new.bmm(p.mT, dos))
+        ds = softmax_backward(p, new.bmm(dos, v.view(n, lo, hi).mT))
+        dk.add(n, lo, hi, new.bmm(ds.mT, qs))
+        place = dq[n, lo * c : hi * c].view(qs.shape)
+        torch.baddbmm(place, ds, k.view(n, lo, hi), beta=0, alpha=scale, out=place)
+    return ungrouped(dq[:, :T], like[0]), dk.write(like[1]), dv.write(like[2])
+
+
+# ----------------------------------------------------------------------------- Triton
+#
+# The selected branch in the tiles of the form above: ROWS rows are pairs of one block, each with its G heads, so the
+# matrix units are full however small the group. A query's parts are merged by the logs of their sums. Logs base 2.
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@jit
+def load_pairs(p_query, i_tile, o_r, T, offset, R: tl.constexpr, G: tl.constexpr):
+    """Of the rows o_r of a tile: the numbers among all query heads, the positions in the sequence, which are real."""
+    b_query = tl.load(p_query + i_tile * (R // G) + o_r // G, mask=o_r // G < R // G, other=-1)
+    return b_query * G + o_r % G, b_query % T + offset, b_query >= 0
+
+
+@jit
+def nsa_tile_kernel(
+    p_q,  # (N, T, G, D)
+    p_k, p_v,  # (N, S, D)
+    p_query,  # (tiles, R // G)
+    p_block,  # (tiles)
+    p_part,  # (tiles, R, D)
+    p_level,  # (tiles, R)
+    scale, T, S, n_blocks,
+    D: tl.constexpr, BD: tl.constexpr, LS: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """Attention of a tile's queries to its block alone, and the log of the sum of exponentials."""
+    i_tile = tl.program_id(0).to(tl.int64)
+    b_row, b_t, m_r = load_pairs(p_query, i_tile, tl.arange(0, R), T, S - T, R, G)
+    b_block = tl.load(p_block + i_tile)
+    o_s, o_d = tl.arange(0, BS), tl.arange(0, BD)
+    o_key = (b_block % n_blocks) * LS + o_s
+    m_s, m_d = (o_s < LS) & (o_key < S), o_d < D
+    o_k, m_k = ((b_block // n_blocks) * S + o_key)[:, None] * D + o_d[None, :], m_s[:, None] & m_d[None, :]
+    b_q = tl.load(p_q + b_row[:, None] * D + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0)  # (R, BD)
+    b_k = tl.load(p_k + o_k, mask=m_k, other=0.0)  # (BS, BD)
+    b_s = tl.dot(b_q.to(DOT), tl.trans(b_k.to(DOT)), input_precision="ieee") * (scale * LOG2E)  # (R, BS)
+    b_s = tl.where(m_r[:, None] & m_s[None, :] & (o_key[None, :] <= b_t[:, None]), b_s, float("-inf"))
+    b_top = tl.where(m_r, tl.max(b_s, 1), 0.0)
+    b_p = tl.exp2(b_s - b_top[:, None])
+    b_total = tl.where(m_r, tl.sum(b_p, 1), 1.0)
+    b_v = tl.load(p_v + o_k, mask=m_k, other=0.0)
+    b_o = tl.dot(b_p.to(DOT), b_v.to(DOT), input_precision="ieee") / b_total[:, None]  # (R, BD)
+    o_part = i_tile * R + tl.arange(0, R)
+    tl.store(p_part + o_part[:, None] * D + o_d[None, :], b_o, mask=m_r[:, None] & m_d[None, :])
+    tl.store(p_level + o_part, b_top + tl.log2(b_total), mask=m_r)
+
+
+@jit
+def nsa_merge_kernel(
+    p_part, p_level,  # as above
+    p_place,  # (N T, n): the pair's place among the tiles' pairs, -1 for none
+    p_o,  # (N, T, G, D)
+    p_lse,  # (N, T, G)
+    scale, n_rows, n,
+    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Of BR query heads: their parts weighed by their sums, or with SUM the plain sum of the parts times scale."""
+    o_r, o_d = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BD)
+    m_r, m_d = o_r < n_rows, o_d < D
+    b_top, b_total = tl.full([BR], float("-inf"), tl.float32), tl.zeros([BR], tl.float32)
+    b_o = tl.zeros([BR, BD], tl.float32)
+    for i in range(0, n):  # the first, a query's own block, is always there
+        b_place = tl.load(p_place + (o_r // G) * n + i, mask=m_r, other=-1)
+        m_p = b_place >= 0
+        b_at = (b_place // (R // G)) * R + (b_place % (R // G)) * G + o_r % G
+        b_part = tl.load(p_part + b_at[:, None] * D + o_d[None, :], mask=m_p[:, None] & m_d[None, :], other=0.0)
+        if SUM:
+            b_o += b_part
+        else:
+            b_level = tl.load(p_level + b_at, mask=m_p, other=float("-inf"))
+            b_new = tl.maximum(b_top, b_level)
+            b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_old, b_w = tl.exp2(b_top - b_base), tl.exp2(b_level - b_base)
+            b_o = b_o * b_old[:, None] + b_part * b_w[:, None]
+            b_total = b_total * b_old + b_w
+            b_top = b_new
+    if SUM:
+        b_o *= scale
+    else:
+        b_total = tl.where(m_r, b_total, 1.0)
+        b_o /= b_total[:, None]
+        tl.store(p_lse + o_r, (b_top + tl.log2(b_total)) / LOG2E, mask=m_r)
+    tl.store(p_o + o_r[:, None] * D + o_d[None, :], b_o.to(p_o.dtype.element_ty), mask=m_r[:, None] & m_d[None, :])
+
+
+@jit
+def nsa_query_kernel(
+    p_q, p_do,  # (N, T, G, D)
+    p_k, p_v,  # (N, S, D)
+    p_lse, p_delta,  # (N, T, G)
+    p_query, p_block,  # as above
+    p_part,  # (tiles, R, D): the pairs' gradients of q, without scale
+    scale, T, S, n_blocks,
+    D: tl.constexpr, BD: tl.constexpr, LS: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a tile's queries from its block."""
+    i_tile = tl.program_id(0).to(tl.int64)
+    b_row, b_t, m_r = load_pairs(p_query, i_tile, tl.arange(0, R), T, S - T, R, G)
+    b_block = tl.load(p_block + i_tile)
+    o_s, o_d = tl.arange(0, BS), tl.arange(0, BD)
+    o_key = (b_block % n_blocks) * LS + o_s
+    m_s, m_d = (o_s < LS) & (o_key < S), o_d < D
+    o_k, m_k = ((b_block // n_blocks) * S + o_key)[:, None] * D + o_d[None, :], m_s[:, None] & m_d[None, :]
+    o_q, m_q = b_row[:, None] * D + o_d[None, :], m_r[:, None] & m_d[None, :]
+    b_k = tl.load(p_k + o_k, mask=m_k, other=0.0).to(DOT)  # (BS, BD)
+    b_v = tl.load(p_v + o_k, mask=m_k, other=0.0).to(DOT)
+    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0).to(DOT)  # (R, BD)
+    b_do = tl.load(p_do + o_q, mask=m_q, other=0.0).to(DOT)
+    b_lse = tl.load(p_lse + b_row, mask=m_r, other=0.0)
+    b_delta = tl.load(p_delta + b_row, mask=m_r, other=0.0)
+    b_s = (tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None]) * LOG2E  # (R, BS)
+    m_p = m_r[:, None] & m_s[None, :] & (o_key[None, :] <= b_t[:, None])
+    b_p = tl.exp2(tl.where(m_p, b_s, float("-inf")))
+    b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
+    o_part = (i_tile * R + tl.arange(0, R))[:, None] * D + o_d[None, :]
+    tl.store(p_part + o_part, tl.dot(b_ds.to(DOT), b_k, input_precision="ieee"), mask=m_q)
+
+
+@jit
+def nsa_block_kernel(
+    p_q, p_do,  # (N, T, G, D)
+    p_k, p_v,  # (N, S, D)
+    p_lse, p_delta,  # (N, T, G)
+    p_query,  # as above
+    p_first,  # (N n_blocks + 1)
+    p_dk, p_dv,  # (N, S, D)
+    scale, T, S, n_blocks,
+    D: tl.constexpr, BD: tl.constexpr, LS: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a block's keys and values, over its tiles; scores are transposed."""
+    i_block = tl.program_id(0).to(tl.int64)
+    o_s, o_d = tl.arange(0, BS), tl.arange(0, BD)
+    o_key = (i_block % n_blocks) * LS + o_s
+    m_s, m_d = (o_s < LS) & (o_key < S), o_d < D
+    o_k, m_k = ((i_block // n_blocks) * S + o_key)[:, None] * D + o_d[None, :], m_s[:, None] & m_d[None, :]
+    b_k, b_v = tl.load(p_k + o_k, mask=m_k, other=0.0).to(DOT), tl.load(p_v + o_k, mask=m_k, other=0.0).to(DOT)
+    b_dk, b_dv = tl.zeros([BS, BD], tl.float32), tl.zeros([BS, BD], tl.float32)
+    for i in range(2 * tl.load(p_first + i_block), 2 * tl.load(p_first + i_block + 1)):  # half a tile: few registers
+        b_row, b_t, m_r = load_pairs(p_query, i // 2, i % 2 * (R // 2) + tl.arange(0, R // 2), T, S - T, R, G)
+        o_q, m_q = b_row[:, None] * D + o_d[None, :], m_r[:, None] & m_d[None, :]
+        b_q = tl.load(p_q + o_q, mask=m_q, other=0.0).to(DOT)  # (R / 2, BD)
+        b_lse = tl.load(p_lse + b_row, mask=m_r, other=0.0)
+        b_s = (tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale - b_lse[None, :]) * LOG2E  # (BS, R / 2)
+        m_p = m_r[None, :] & m_s[:, None] & (o_key[:, None] <= b_t[None, :])
+        b_p = tl.exp2(tl.where(m_p, b_s, float("-inf")))
+        b_do = tl.load(p_do + o_q, mask=m_q, other=0.0).to(DOT)
+        b_dv += tl.dot(b_p.to(DOT), b_do, input_precision="ieee")
+        b_delta = tl.load(p_delta + b_row, mask=m_r, other=0.0)
+        b_ds = b_p * (tl.dot(b_v, tl.trans(b_do), input_precision="ieee") - b_delta[None, :])
+        b_dk += tl.dot(b_ds.to(DOT), b_q, input_precision="ieee")
+    tl.store(p_dk + o_k, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_k)
+    tl.store(p_dv + o_k, b_dv.to(p_dv.dtype.element_ty), mask=m_k)
+
+
+AUTOTUNE = False  # else the first configuration
+KERNELS = {  # num_warps, num_stages
+    "tile": (nsa_tile_kernel, [(4, 1), (8, 1), (2, 1)]),
+    "merge": (nsa_merge_kernel, [(4, 1), (2, 1), (4, 2), (4, 3)]),
+    "query": (nsa_query_kernel, [(8, 1), (4, 1), (2, 1)]),
+    "block": (nsa_block_kernel, [(8, 2), (8, 1), (4, 2), (4, 1)]),
+}
+MAX_WIDTH = 128  # of heads and selected blocks
+MERGED = 16  # query heads in a program of the merge
+
+
+@functools.cache
+def tuned(name):
+    kernel, configs = KERNELS[name]
+    configs = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in configs]
+    return triton.autotune(configs, key=["D", "BS", "G"])(kernel)
+
+
+def launch(name, programs, *args, **constants):
+    kernel, ((warps, stages), *_) = KERNELS[name]
+    if AUTOTUNE:
+        tuned(name)[(programs,)](*args, **constants)
+    else:
+        kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+
+
+def power(n):
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def triton_inputs(q, k, v, index, select_block):
+    """q (N, T, G, D), k, v (N, S, D) in one type, the tiles of all pairs, the pairs' places, and the constants."""
+    B, T, Hk, n = index.shape
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
+    q, k, v = (x.to(dtype).unflatten(2, (Hk, -1)).transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))
+    G, D, n_blocks = *q.shape[2:], -(-k.shape[1] // select_block)
+    tiles = Tiles(numbered(index.transpose(1, 2).flatten(0, 1), n_blocks), B * Hk * n_blocks, ROWS // G)
+    dot = tl.float32 if dtype == torch.float32 else tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+    widths = dict(D=D, BD=power(D), G=G, R=ROWS)
+    sizes = widths | dict(LS=select_block, BS=power(select_block), DOT=dot)
+    return q, k, v, tiles, torch.where(tiles.real, tiles.place, -1), n_blocks, widths, sizes
+
+
+def merge(part, level, place, o, lse, scale, widths, add):
+    rows = o.shape[0] * o.shape[1] * o.shape[2]
+    args = part, level, place, o, lse, scale, rows, place.shape[1]
+    launch("merge", -(-rows // MERGED), *args, **widths, BR=MERGED, SUM=add)
+    return o
+
+
+def selected_fwd(q, k, v, index, scale, select_block):
+    """o and the logs of the sums, in two launches."""
+    like, Hk = q, k.shape[2]
+    q, k, v, tiles, place, n_blocks, widths, sizes = triton_inputs(q, k, v, index, select_block)
+    count = tiles.block.shape[0]
+    part = q.new_empty(count, ROWS, q.shape[3], dtype=torch.float32)
+    level, lse = part.new_empty(count, ROWS), part.new_empty(q.shape[:3])
+    args = q, k, v, tiles.query, tiles.block, part, level, scale, q.shape[1], k.shape[1], n_blocks
+    launch("tile", count, *args, **sizes)
+    o = merge(part, level, place, torch.empty_like(q), lse, scale, widths, False)
+    return ungrouped(o, like), lse.unflatten(0, (-1, Hk)).transpose(1, 2).flatten(2).contiguous()
+
+
+def selected_bwd(q, k, v, index, o, lse, do, scale, select_block):
+    """dq, dk, dv, in three launches."""
+    like, Hk, dtype = (q, k, v), k.shape[2], q.dtype
+    lse, delta = (x.unflatten(2, (Hk, -1)).transpose(1, 2).contiguous() for x in (lse, row_products(do, o)))
+    q, k, v, tiles, place, n_blocks, widths, sizes = triton_inputs(q, k, v, index, select_block)
+    do = do.to(q.dtype).unflatten(2, (Hk, -1)).transpose(1, 2).contiguous()
+    part = q.new_empty(tiles.block.shape[0], ROWS, q.shape[3], dtype=torch.float32)
+    dq, dk, dv = torch.empty_like(q, dtype=dtype), torch.empty_like(k), torch.empty_like(v)
+    inputs, numbers = (q, do, k, v, lse, delta, tiles.query), (scale, q.shape[1], k.shape[1], n_blocks)
+    launch("query", part.shape[0], *inputs, tiles.block, part, *numbers, **sizes)
+    launch("block", tiles.first.shape[0] - 1, *inputs, tiles.first, dk, dv, *numbers, **sizes)
+    merge(part, lse, place, dq, lse, scale, widths, True)
+    return [ungrouped(x, y) for x, y in zip((dq, dk, dv), like)]
+
+
+def aot_specs():
+    """(name, kernel, signature, constants) of every kernel and configuration, for the report. Default first."""
+    specs = []
+    for name, (kernel, configs) in KERNELS.items():
+        for width, select_block, (i, (warps, stages)) in itertools.product((64, 128), (32, 64), enumerate(configs)):
+            constants = dict(D=width, BD=width, G=4, R=ROWS, num_warps=warps, num_stages=stages)
+            constants |= dict(BR=MERGED, SUM=False) if name == "merge" else {}
+            constants |= {} if name == "merge" else dict(LS=select_block, BS=select_block, DOT=tl.bfloat16)
+            kinds = dict.fromkeys(("p_part", "p_level", "p_lse", "p_delta"), "*fp32")
+            kinds |= dict.fromkeys(("p_query", "p_block", "p_place", "p_first"), "*i64") | dict(scale="fp32")
+            signature = {x: kinds.get(x, "*bf16" if x[:2] == "p_" else "i32") for x in kernel.arg_names}
+            signature = {x: kind for x, kind in signature.items() if x not in constants}
+            if name != "merge" or select_block == 32:
+                specs.append((f"nsa_{name} {width} {select_block} #{i}", kernel, signature, constants))
+    return specs
+
+
+# ----------------------------------------------------------------------------- ops
+
+
+def new_like(*xs):
+    return tuple(x.new_empty(x.shape) for x in xs)
+
+
+def op(name, schema):
+    return torch.library.custom_op(f"nanoattention::{name}", mutates_args=(), schema=schema)
+
+
+@op(
+    "nsa_compressed",
+    "(Tensor q, Tensor k, Tensor v, float scale, int block, int stride, int select_block, int select_count, int offset)"
+    " -> (Tensor, Tensor)",
+)
+def compressed_op(q, k, v, scale, block, stride, select_block, select_count, offset):
+    return compressed_forward(q, k, v, scale, block, stride, select_block, select_count, offset)
+
+
+@compressed_op.register_fake
+def _(q, k, v, scale, block, stride, select_block, select_count, offset):
+    n_blocks = (offset + q.shape[1] - 1) // select_block + 1
+    index = q.new_empty(q.shape[0], q.shape[1], k.shape[2], min(select_count, n_blocks), dtype=torch.long)
+    return q.new_empty(q.shape), index
+
+
+@op(
+    "nsa_compressed_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor do, float scale, int block, int stride, int offset)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def compressed_backward_op(q, k, v, do, scale, block, stride, offset):
+    return tuple(compressed_backward(q, k, v, do, scale, block, stride, offset))
+
+
+@compressed_backward_op.register_fake
+def _(q, k, v, do, *_):
+    return new_like(q, k, v)
+
+
+def compressed_context(ctx, inputs, output):
+    q, k, v, ctx.scale, ctx.block, ctx.stride, _, _, ctx.offset = inputs
+    ctx.save_for_backward(q, k, v)
+    ctx.mark_non_differentiable(output[1])
+
+
+def compressed_autograd(ctx, do, _):
+    grads = compressed_backward_op(*ctx.saved_tensors, do, ctx.scale, ctx.block, ctx.stride, ctx.offset)
+    return *grads, *(None,) * 6
+
+
+compressed_op.register_autograd(compressed_autograd, setup_context=compressed_context)
+
+
+@op(
+    "nsa_selected",
+    "(Tensor q, Tensor k, Tensor v, Tensor index, float scale, int select_block, bool by_triton) -> (Tensor, Tensor)",
+)
+def selected_op(q, k, v, index, scale, select_block, by_triton):
+    return (selected_fwd if by_triton else selected_forward)(q, k, v, index, scale, select_block)
+
+
+@selected_op.register_fake
+def _(q, k, v, index, scale, select_block, by_triton):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+
+
+@op(
+    "nsa_selected_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor index, Tensor o, Tensor lse, Tensor do, float scale, int select_block,"
+    " bool by_triton) -> (Tensor, Tensor, Tensor)",
+)
+def selected_backward_op(q, k, v, index, o, lse, do, scale, select_block, by_triton):
+    return tuple((selected_bwd if by_triton else selected_backward)(q, k, v, index, o, lse, do, scale, select_block))
+
+
+@selected_backward_op.register_fake
+def _(q, k, v, *_):
+    return new_like(q, k, v)
+
+
+def selected_context(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.select_block, ctx.by_triton = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def selected_autograd(ctx, do, _):
+    grads = selected_backward_op(*ctx.saved_tensors, do, ctx.scale, ctx.select_block, ctx.by_triton)
+    return *grads, None, None, None, None
+
+
+selected_op.register_autograd(selected_autograd, setup_context=selected_context)
+
+
+@op("nsa_window", "(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")
+def window_op(q, k, v, scale, window):
+    return window_forward(q, k, v, scale, window)
+
+
+@window_op.register_fake
+def _(q, k, v, scale, window):
+    return q.new_empty(q.shape)
+
+
+@op(
+    "nsa_window_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor do, float scale, int window) -> (Tensor, Tensor, Tensor)",
+)
+def window_backward_op(q, k, v, do, scale, window):
+    return window_backward(q, k, v, do, scale, window)
+
+
+@window_backward_op.register_fake
+def _(q, k, v, *_):
+    return new_like(q, k, v)
+
+
+def window_context(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def window_autograd(ctx, do):
+    return *window_backward_op(*ctx.saved_tensors, do, ctx.scale, ctx.window), None, None
+
+
+window_op.register_autograd(window_autograd, setup_context=window_context)
+
+
+# ----------------------------------------------------------------------------- public
+
+
+def nsa_compressed(q, k, v, block, stride, select_block, select_count, offset=0, scale=None):
+    """o (B, T, H, D) and the chosen blocks (B, T, Hk, n), own block first, -1 where there are fewer.
+
+    k, v (B, N, Hk, D): block i stands for tokens i * stride ... i * stride + block - 1 and is seen by those from its
+    last token on; a query that sees none gets 0.  Of the blocks of select_block tokens, select_count are chosen for a
+    group of heads: a query's own, block 0, the one before its own, and those with the largest sum of probabilities.
+    The choice has no gradient.  offset: the position of the first query.
+    """
+    check("nsa_compressed", q, k, v)
+    if min(block, stride) < 1 or block % stride or select_block % stride or block > select_block:
+        sizes = f"block={block}, stride={stride}, select_block={select_block}"
+        raise ValueError(f"nsa_compressed: stride must divide block and select_block, the larger: {sizes}")
+    if select_count < FORCED:
+        raise ValueError(f"nsa_compressed: select_count must be at least {FORCED}, got {select_count}")
+    if offset < 0:
+        raise ValueError(f"nsa_compressed: offset must be at least 0, got {offset}")
+    seen = max(0, (offset + q.shape[1] - block) // stride + 1)
+    if k.shape[1] != seen:
+        raise ValueError(f"nsa_compressed: k must hold the {seen} complete blocks, got {k.shape[1]}")
+    return compressed_op(q, k, v, scaling(q, scale), block, stride, select_block, select_count, offset)
+
+
+def nsa_selected(q, k, v, index, select_block, scale=None, backend="auto"):
+    """o (B, T, H, D): attention to the tokens of the chosen blocks, up to the query.
+
+    k, v (B, S, Hk, D), S >= T: the queries are the last T of S tokens.  index (B, T, Hk, n): block numbers, the query's
+    own first, -1 for none; no block twice.  backend: auto | triton | torch | gather, the last for the few queries of a
+    decoding step.
+    """
+    check("nsa_selected", q, k, v, longer=True)
+    if index.dim() != 4 or index.shape[:3] != (*q.shape[:2], k.shape[2]) or index.dtype != torch.long:
+        wanted = (*q.shape[:2], k.shape[2])
+        raise ValueError(f"nsa_selected: index must be int64 {wanted} and n, got {index.dtype} {tuple(index.shape)}")
+    if backend not in ("auto", "triton", "torch", "gather"):
+        raise ValueError(f"nsa_selected: backend must be auto, triton, torch or gather, got {backend!r}")
+    if backend == "gather":
+        return selected_gathered(q, k, v, index, select_block, scaling(q, scale))
+    by_triton = takes_triton(backend, q, k.shape[2], select_block)
+    return selected_op(q, k, v, index, scaling(q, scale), select_block, by_triton)[0]
+
+
+def nsa_window(q, k, v, window, scale=None):
+    """o (B, T, H, D): attention to the last `window` tokens, the query's own among them. k, v (B, S, Hk, D), S >= T."""
+    check("nsa_window", q, k, v, longer=True)
+    if window < 1:
+        raise ValueError(f"nsa_window: window must be at least 1, got {window}")
+    return window_op(q, k, v, scaling(q, scale), window)
+
+
+def takes_triton(backend, q, Hk, select_block):
+    """A wish that cannot be met is answered with its reason, once."""
+    if backend == "torch" or (backend == "auto" and not q.is_cuda):
+        return False
+    reason = None
+    if triton is None:
+        reason = "Triton is not installed"
+    elif not q.is_cuda and not interpreting():
+        reason = f"Triton does not run on {q.device.type}"
+    elif q.dtype == torch.float64:
+        reason = "the Triton kernels do not compute in fp64"
+    elif max(q.shape[3], select_block) > MAX_WIDTH or q.shape[2] // Hk > ROWS:
+        reason = f"the Triton kernels take heads and blocks up to {MAX_WIDTH} wide, groups up to {ROWS}"
+    if reason:
+        warn_once(f"nsa_selected runs its PyTorch form: {reason}")
+    return reason is None
+
+
+def scaling(q, scale):
+    return float(q.shape[3] ** -0.5 if scale is None else scale)
+
+
+def check(name, q, k, v, longer=False):
+    for what, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or not x.is_floating_point():
+            raise ValueError(f"{name}: {what} must be a float (B, T, H, D), got {x.dtype} {tuple(x.shape)}")
+    if min(q.shape) < 1:
+        raise ValueError(f"{name}: q must have no dimension of 0, got {tuple(q.shape)}")
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"{name}: k and v must be (B, S, Hk, D) like q {tuple(q.shape)}, got {tuple(k.shape)}")
+    if k.shape[2] < 1 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"{name}: k has {k.shape[2]} heads, which do not divide the {q.shape[2]} of q")
+    if longer and k.shape[1] < q.shape[1]:
+        raise ValueError(f"{name}: k must be at least as long as q, {q.shape[1]}, got {k.shape[1]}")
