@@ -293,7 +293,7 @@ def operator_rows(names, shape, bench, runtime):
             table = torch.full((1, T), -math.inf, device=runtime.device)
             table[0, kept] = -torch.rand(len(kept), device=runtime.device)
             rows[f"mask_mix of {len(kept)}"] = distance, [*qkv, table.requires_grad_()]
-        else:
+        elif name != "nsa" or K == V:  # its values are as wide as its keys
             rows[name] = OPERATORS[name], [*qkv, *gates]
     for name, (ours, device, *_) in PEERS.items() if bench.peers else ():
         near = "naive" not in name or T <= NAIVE_LIMIT
