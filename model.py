@@ -797,8 +797,9 @@ class NativeSparseAttention(nn.Module):
         self.n_head, self.d_head = H, D
         self.n_kv = config.nsa_kv_head or (H // 4 if H % 4 == 0 else H)
         self.sizes = config.nsa_sizes()
-        self.widths = [H * D, *(2 * self.n_kv * D,) * 3]
-        self.c_attn = nn.Linear(C, sum(self.widths), bias=config.bias)  # q, then keys and values by branch
+        kv = 2 * self.n_kv * D  # keys and values of a branch
+        self.parts = dict(q=H * D, compressed=kv, selected=kv, window=kv)  # the rows of c_attn
+        self.c_attn = nn.Linear(C, sum(self.parts.values()), bias=config.bias)
         self.c_gate = nn.Linear(C, 3 * H)
         self.c_proj = nn.Linear(H * D, C, bias=config.bias)
         self.mean = config.nsa_compress == "mean"
@@ -854,7 +855,7 @@ class NativeSparseAttention(nn.Module):
         return {"gate": self._gates(x).mean((0, 1)), "reads": reads / reads.diagonal()[:, None]}
 
     def _inputs(self, x, offset):
-        q, *kv = self.c_attn(x).split(self.widths, -1)
+        q, *kv = self.c_attn(x).split(list(self.parts.values()), -1)
         q = q.unflatten(-1, (self.n_head, self.d_head))  # (B, T, H, D)
         raw, *kv = (t.unflatten(-1, (2, self.n_kv, self.d_head)) for t in kv)  # (B, T, 2, Hk, D)
         if self.rope_base is not None:
@@ -1322,7 +1323,7 @@ def copy_projections(attn, value, weights, name):
     layer = name.removesuffix("c_attn.weight")
     owned = {other.removeprefix(layer).split(".")[0] for other in weights if other.startswith(layer)}
     parts = getattr(attn, "parts", {})
-    if owned != {"c_attn", "c_proj"} or value.size(1) != attn.c_attn.weight.size(1):
+    if not parts or owned != {"c_attn", "c_proj"} or value.size(1) != attn.c_attn.weight.size(1):
         return []
     source, taken = dict(zip("qkv", value.chunk(3))), []
     for part, rows in zip(parts, attn.c_attn.weight.split(list(parts.values()))):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import config
 import sample
 import train
-from model import GPT, GPTConfig, load_weights, read_checkpoint
+from model import ATTENTION, GPT, GPTConfig, load_weights, read_checkpoint
 from train import Objective, compare_with_teacher, kl_divergence
 
 TINY = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
@@ -146,6 +146,22 @@ def test_projections_go_where_they_fit(keys, taken):
     for copied in ("transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.mlp.c_fc.weight"):
         assert torch.equal(student.state_dict()[copied], teacher.state_dict()[copied])
     assert torch.equal(attn.c_proj.weight, teacher.transformer.h[1].attn.c_proj.weight)
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTION if name != "none"])
+def test_every_type_converts_and_learns_from_a_teacher(name, fresh_rng):
+    """Embeddings, MLPs and the output projection are the teacher's; a step of each objective reaches the attention."""
+    teacher, student, batch = make(), make(attention_type=name), tokens()
+    report = load_weights(student, teacher.state_dict())
+    assert all(".attn." in part for part in report.new + report.left)
+    assert "transformer.h.0.attn.c_proj.weight" in report.copied
+    for matching in (False, True):
+        student.zero_grad()
+        Objective(student, teacher)(batch, matching)[0].backward()
+        assert student.transformer.h[1].attn.c_proj.weight.grad.isfinite().all()
+    if name == "nsa":
+        rows = student.transformer.h[0].attn.c_attn.weight[:32]
+        assert torch.equal(rows, teacher.transformer.h[0].attn.c_attn.weight[:32])  # the queries
 
 
 def test_another_mechanisms_projections_are_not_taken_for_softmaxs():
