@@ -123,6 +123,7 @@ class Tree:
     def __init__(self, q, k, g, new):
         N, C, K = g.shape
         self.new, self.levels = new, []
+        self.decay = g.sum(1).exp_()  # not a product of e^g: near 1 each rounds the same way, and over chunks it adds up
         self.alpha = g.exp_()
         self.q = torch.mul(q, self.alpha.view(q.shape), out=new(*q.shape)).view_as(g)
         self.k = new(*k.shape).copy_(k).view_as(g)
@@ -138,7 +139,6 @@ class Tree:
             kl.mul_(right)
             total = torch.mul(left, right, out=new(*left.shape))
             h *= 2
-        self.decay = total.view(N, K)
 
     def scores(self):
         return self.A
