@@ -123,7 +123,7 @@ class Tree:
     def __init__(self, q, k, g, new):
         N, C, K = g.shape
         self.new, self.levels = new, []
-        self.decay = g.sum(1).exp_()  # not a product of e^g: near 1 each rounds the same way, and over chunks it adds up
+        self.decay = g.sum(1).exp_()  # a product of e^g near 1 would round one way, chunk after chunk
         self.alpha = g.exp_()
         self.q = torch.mul(q, self.alpha.view(q.shape), out=new(*q.shape)).view_as(g)
         self.k = new(*k.shape).copy_(k).view_as(g)
