@@ -372,7 +372,7 @@ def test_the_layer_is_its_equation(compress):
     attn, T = make("nsa", n_head=4, nsa_kv_head=2, nsa_compress=compress), 61
     block, stride, select_block, count, window = attn.sizes
     x = torch.randn(2, T, 32, dtype=torch.float64)
-    q, *kv = attn.c_attn(x).split(attn.widths, -1)
+    q, *kv = attn.c_attn(x).split(list(attn.parts.values()), -1)
     q = q.view(2, T, 4, 8)
     kv = [t.view(2, T, 2, 2, 8) for t in kv]
     blocks = []
