@@ -12,6 +12,7 @@ none of them.
 """
 
 import copy
+import ctypes
 import functools
 import importlib.util
 import itertools
@@ -37,7 +38,7 @@ from kernels.gla import gla
 from kernels.gsa import gsa
 from kernels.nsa import nsa_compressed, nsa_selected, nsa_sizes, nsa_window
 from kernels.performer import performer
-from model import GPT, GPTConfig, ModelError, random_features
+from model import ATTENTION, GPT, GPTConfig, ModelError, random_features
 from train import Run, TrainConfig, World, evaluate, token_nats
 
 NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a long block
@@ -63,7 +64,7 @@ class BenchConfig:
     shapes: str = key(
         "2x1024x4x64x64,2x4096x4x64x64,2x16384x4x64x64", "batch x time x heads x key size x value size, ... (ops)"
     )
-    peers: bool = key(False, "other implementations beside ours, from fla-core (ops)")
+    peers: bool = key(False, "other implementations beside ours, from requirements-dev.txt (ops)")
     autotune: bool = key(False, "try every configuration of the Triton kernels first (ops)")
     spans: str = key("256", "spans of `span`, a ramp of 32 included (ops)")
     offsets: str = key("0,1,2,3,4", "distances that `mask_mix` keeps (ops)")
@@ -233,6 +234,14 @@ def nsa(q, k, v, g, s):
     return o + nsa_selected(q, k, v, index, sizes[2]) + nsa_window(q, k, v, sizes[4])
 
 
+def performer_with(w, q, k, v):
+    return performer(q, k, v, w, w)[0]
+
+
+def layer(attn, x, *parameters):
+    return attn(x)[0]
+
+
 OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T, H, K) and slot gates s (B, T, H, 64)
     "softmax": lambda q, k, v, g, s: sdpa(q, k, v),
     "gla": lambda q, k, v, g, s: gla(q, k, v, g, gate_min=-1.25)[0],
@@ -241,7 +250,51 @@ OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T
     "nsa": nsa,
 }
 WITH_TABLES = ("performer", "span", "mask_mix")  # these take q, k, v, and features or a mask by distance
-PEERS = {  # name: ours, device, module of fla-core, function, how it is called
+
+
+def performer_pytorch(public, ours, inputs):
+    """Its causal path on a CPU, with our draw of features. The eps that it adds to them is 0 here, so that both are the
+    same function; with it, a later key moves earlier outputs."""
+    w, public = ours.args[0][0], public.performer_pytorch
+
+    def call(q, k, v):
+        q, k = (
+            public.softmax_kernel(x.transpose(1, 2) * x.shape[3] ** 0.25, projection_matrix=w, is_query=is_query, eps=0)
+            for x, is_query in ((q, True), (k, False))
+        )  # it scales by D^(-1/4)
+        return public.causal_linear_attention_noncuda(q, k, v.transpose(1, 2), eps=0).transpose(1, 2)
+
+    return call, inputs
+
+
+def nsa_layer(T, H, D, n_kv):
+    """Our layer with the sizes for T. All branches are computed, the window's gate alone is open: there the public
+    module's definition is ours."""
+    attn = ATTENTION["nsa"](GPTConfig(block_size=T, n_head=H, n_embd=H * D, attention_type="nsa", nsa_kv_head=n_kv))
+    nn.init.zeros_(attn.c_gate.weight)
+    attn.c_gate.bias.data = torch.tensor([-30.0, -30.0, 30.0]).repeat_interleave(H)
+    return attn
+
+
+def native_sparse_attention_pytorch(public, ours, inputs):
+    """Its module, projections and all, with our sizes and weights; without its norm and its rotary positions."""
+    attn, x = ours.args[0], inputs[0]
+    block, stride, select_block, count, window = attn.sizes
+    theirs = public.SparseAttention(
+        dim=x.shape[2], dim_head=attn.d_head, heads=attn.n_head, kv_heads=attn.n_kv, causal=True, norm=False,
+        sliding_window_size=window - 1,  # it sees one token more than it says
+        compress_block_size=block, compress_block_sliding_stride=stride, compress_mlp_expand_factor=2 / block,
+        selection_block_size=select_block, num_selected_blocks=count - 1,  # and the own block
+    )  # fmt: skip
+    theirs.rotary_emb.rotate_queries_with_cached_keys = lambda q, k: (q, k)
+    q, _, _, kv = attn.c_attn.weight.data.split(list(attn.parts.values()))
+    theirs.to_qkv.weight.data = torch.cat((q, kv))
+    theirs.combine_heads.weight.data = attn.c_proj.weight.data
+    theirs.to_strategy_combine[0].bias.data = attn.c_gate.bias.data.view(3, -1).T.flatten()
+    return lambda x, *parameters: theirs(x), [x, *(p for p in theirs.parameters() if p.requires_grad)]
+
+
+PEERS = {  # name: ours, device, module, function, how it is called
     "gla, fla naive": ("gla", "cpu", "gla/naive", "naive_recurrent_gla", lambda f, q, k, v, g, s: f(q, k, v, g)[0]),
     "gsa, fla naive": (
         "gsa", "cpu", "gsa/naive", "naive_recurrent_gsa",
@@ -252,16 +305,25 @@ PEERS = {  # name: ours, device, module of fla-core, function, how it is called
         "gsa", "cuda", "gsa", "chunk_gsa",
         lambda f, q, k, v, g, s: f(q, k, v, -torch.expm1(s), s, scale=1.0)[0],
     ),
+    "performer, performer-pytorch": ("performer", "cpu", "performer_pytorch", None, performer_pytorch),
+    "nsa layer, native-sparse-attention-pytorch": (
+        "nsa layer", "cpu", "native_sparse_attention_pytorch", None, native_sparse_attention_pytorch,
+    ),
+    "nsa layer, one key head, native-sparse-attention-pytorch": (
+        "nsa layer, one key head", "cpu", "native_sparse_attention_pytorch", None, native_sparse_attention_pytorch,
+    ),
 }  # fmt: skip
-NAIVE_LIMIT = 1024  # tokens; a loop over time takes a second for these already
+NAIVE_LIMIT = 1024  # tokens; peers on a CPU take a second for these already
 
 
-def peer(name):
-    """The operator of fla-core as one of OPERATORS. Its naive files are read by path: the package wants a GPU."""
+def peer(name, ours, inputs):
+    """A peer as (operator, its inputs), as our row is. fla-core's naive files are read by path: it wants a GPU."""
     _, device, module, function, call = PEERS[name]
-    spec = importlib.util.find_spec("fla")
+    spec = importlib.util.find_spec("fla" if function else module)
     if spec is None:
-        raise ConfigError("--peers needs fla-core: pip install -r requirements-dev.txt -c requirements.txt")
+        raise ConfigError("--peers needs requirements-dev.txt: pip install -r requirements-dev.txt -c requirements.txt")
+    if not function:
+        return call(importlib.import_module(module), ours, inputs)
     if device == "cuda":
         found = importlib.import_module("fla.ops." + module)
     else:
@@ -269,7 +331,7 @@ def peer(name):
         file = importlib.util.spec_from_file_location(module.replace("/", "_"), path)
         found = importlib.util.module_from_spec(file)
         file.loader.exec_module(found)
-    return functools.partial(call, getattr(found, function))
+    return functools.partial(call, getattr(found, function)), inputs
 
 
 def operator_rows(names, shape, bench, runtime):
@@ -281,9 +343,9 @@ def operator_rows(names, shape, bench, runtime):
     gates, x, rows = [t.requires_grad_() for t in gates], torch.arange(T, device=runtime.device), {}
     for name in names:
         if name == "performer":
-            w = random_features(H, 256, K).to(runtime.device)
+            w = random_features(1, 256, K).expand(H, -1, -1).to(runtime.device)
             unit = [F.normalize(t.detach(), dim=-1).requires_grad_() for t in qkv[:2]]
-            rows[name] = lambda q, k, v, w=w: performer(q, k, v, w, w)[0], [*unit, qkv[2]]
+            rows[name] = functools.partial(performer_with, w), [*unit, qkv[2]]
         elif name == "span":
             for span in numbers(bench.spans, "spans"):
                 table = ((span - x) / 32).clamp(0, 1).log().repeat(H, 1)
@@ -295,10 +357,14 @@ def operator_rows(names, shape, bench, runtime):
             rows[f"mask_mix of {len(kept)}"] = distance, [*qkv, table.requires_grad_()]
         elif name != "nsa" or K == V:  # its values are as wide as its keys
             rows[name] = OPERATORS[name], [*qkv, *gates]
+            if name == "nsa" and bench.peers:
+                for row, n_kv in (("nsa layer", H), ("nsa layer, one key head", 1)):
+                    attn, x = nsa_layer(T, H, K, n_kv).to(**options), torch.randn(B, T, H * K, **options)
+                    rows[row] = functools.partial(layer, attn), [x.requires_grad_(), *attn.parameters()]
     for name, (ours, device, *_) in PEERS.items() if bench.peers else ():
-        near = "naive" not in name or T <= NAIVE_LIMIT
-        if ours in names and device == runtime.device_type and near:
-            rows[name] = peer(name), [*qkv, *gates]
+        near = device == "cuda" or T <= NAIVE_LIMIT
+        if ours in rows and device == runtime.device_type and near:
+            rows[name] = peer(name, *rows[ours])
     return rows
 
 
@@ -315,15 +381,29 @@ def operator_step(call, inputs):
 
 
 def peak_memory(step, device_type):
-    """MiB that a forward and backward pass takes at its peak beyond its inputs, gradients included. CUDA only."""
-    if device_type != "cuda":
+    """MiB that a forward and backward pass takes at its peak beyond its inputs, gradients included: of the allocator on
+    CUDA, of the process's resident pages on a CPU, where Linux resets their peak on request."""
+    if device_type == "cuda":
+        synchronize(device_type)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        synchronize(device_type)
+        return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:,.0f}"
+    if not os.path.exists("/proc/self/clear_refs"):
         return "-"
-    synchronize(device_type)
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that earlier calls freed and the allocator kept
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")
+    before = resident("VmRSS")
     step()
-    synchronize(device_type)
-    return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:,.0f}"
+    return f"{resident('VmHWM') - before:,.0f}"
+
+
+def resident(name):
+    """MiB of this process by a line of /proc/self/status."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(name)) / 1024
 
 
 def parse_shapes(text):
