@@ -8,7 +8,16 @@
     python bench.py --what=inspect --out_dir=out/a         # what masks keep, what that costs, and pictures of it
 
 Timings are medians over interleaved rounds (A B A B), with minimum and maximum, so that a drifting machine favours
-none of them.
+none of them; a range of more than half is printed alone, marked `wide`. Every table goes into --json as well:
+
+    schema    1
+    what      the value of --what, `time` when it ended (UTC), `commit` of the code
+    machine   device, dtype, threads, processor, matmul_gflops, copy_gb_s: measured before the rest
+    versions  python, torch
+    config    bench: every key of this script; model: the keys that were given
+    tables    {name: {title, columns, keys, rows}}: a row has a cell for each column, its unit in the column's name, and
+              its first `keys` cells name it. A cell is text, a number, null, or a list: one number for each round
+    notes     lines printed under the tables
 """
 
 import copy
@@ -19,10 +28,11 @@ import itertools
 import json
 import math
 import os
+import platform
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
@@ -39,7 +49,7 @@ from kernels.gsa import gsa
 from kernels.nsa import nsa_compressed, nsa_selected, nsa_sizes, nsa_window
 from kernels.performer import performer
 from model import ATTENTION, GPT, GPTConfig, ModelError, random_features
-from train import Run, TrainConfig, World, evaluate, token_nats
+from train import Run, TrainConfig, World, evaluate, git_commit, token_nats, write_atomically
 
 NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a long block
     dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, vocab_size=65),
@@ -78,9 +88,144 @@ class BenchConfig:
     eval_stride: int = key(0, "step between its windows; 0: its context", low=0)
     eval_batch_size: int = key(16, "windows at once", low=1)
     png: str = key("curves.png", "picture to write (curves)")
+    json: str = key("bench.json", "file to write the tables to; empty: none")
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = key("auto", "autocast precision", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = key(False, "torch.compile our training step")
+
+
+# -----------------------------------------------------------------------------
+# tables, the file that they go into, and pictures
+
+
+def number(x, decimals=None):
+    """With thousands separators and four significant digits, or rounded to `decimals` (below 0: to tens, hundreds)."""
+    if isinstance(x, int) or not math.isfinite(x):
+        return f"{x:,}"
+    decimals = 3 - math.floor(math.log10(abs(x) or 1)) if decimals is None else decimals
+    return f"{round(x, decimals):,.{max(0, decimals)}f}"
+
+
+def spread(values):
+    """'median (min - max)', with digits down to a tenth of the range; the range alone where it is more than half."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    if low == high:
+        return number(middle)
+    if high - low > 0.5 * abs(middle):
+        decimals = 1 - math.floor(math.log10(high))
+        return f"{number(low, decimals)} - {number(high, decimals)} (wide)"
+    decimals = min(math.ceil(1 - math.log10(high - low)), 3 - math.floor(math.log10(high)))
+    return f"{number(middle, decimals)} ({number(low, decimals)} - {number(high, decimals)})"
+
+
+class Table:
+    """Rows of cells under headings that name the unit; the first `keys` cells name a row. A cell is text, a number,
+    None or a list: one number for each round. As a context it prints itself at its end, even if an error cut it."""
+
+    def __init__(self, title, columns, keys):
+        self.title, self.keys, self.rows = title, keys, []
+        self.specs = dict(columns) if isinstance(columns, dict) else dict.fromkeys(columns.split(", "))
+
+    def add(self, *cells):
+        self.rows.append(dict(zip(self.specs, cells, strict=True)))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        texts = [list(self.specs)] + [[self.text(name, cell) for name, cell in row.items()] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*texts)]
+        numeric = [any(isinstance(row[name], (int, float, list)) for row in self.rows) for name in self.specs]
+        lines = [[c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric)] for row in texts]
+        lines[1:1] = [["-" * (w - 1) + (":" if n else "-") for w, n in zip(widths, numeric)]]
+        print("\n".join(["", self.title, ""] + [f"| {' | '.join(line)} |" for line in lines]), flush=True)
+
+    def text(self, name, cell):
+        if cell is None or isinstance(cell, str):
+            return cell or "-"
+        return (
+            spread(cell)
+            if isinstance(cell, list)
+            else format(cell, self.specs[name])
+            if self.specs[name]
+            else number(cell)
+        )
+
+
+class Report:
+    """What this run prints and writes: see the top of this file."""
+
+    def __init__(self, bench, runtime, model_keys):
+        self.path, self.tables, self.notes, self.peaks = bench.json, {}, [], {}
+        self.runtime, self.config = runtime, {"bench": asdict(bench), "model": model_keys}
+
+    def table(self, name, title, columns, keys=1):
+        self.tables[name] = Table(title, columns, keys)
+        return self.tables[name]
+
+    def note(self, text):
+        self.notes.append(text)
+        print(text, flush=True)
+
+    def measure_machine(self, seconds):
+        """Operations and bytes a second that nothing here can exceed: each figure is read beside them."""
+        gflops, copied = matmul_peak(self.runtime, seconds) / 1e9, copy_bandwidth(self.runtime, seconds) / 1e9
+        self.peaks = {"matmul_gflops": gflops, "copy_gb_s": copied}
+        print(f"matmul peak {number(gflops)} GFLOP/s, copy bandwidth {number(copied)} GB/s", flush=True)
+
+    def write(self):
+        if not self.path or not self.tables:
+            return
+        r = self.runtime
+        machine = {"device": r.device, "dtype": r.dtype, "threads": torch.get_num_threads(), "processor": processor(r)}
+        found = {"schema": 1, "what": self.config["bench"]["what"], "machine": machine | self.peaks}
+        found |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": git_commit()}
+        found |= {"versions": {"python": platform.python_version(), "torch": torch.__version__}, "config": self.config}
+        tables = {
+            name: {"title": t.title, "columns": list(t.specs), "keys": t.keys, "rows": t.rows}
+            for name, t in self.tables.items()
+        }
+        found |= {"tables": tables, "notes": self.notes}
+        text = json.dumps(found, indent=1)
+        write_atomically(self.path, lambda f: f.write(text.encode()))
+        print(f"wrote {self.path}")
+
+
+def processor(runtime):
+    if runtime.device_type == "cuda":
+        return torch.cuda.get_device_name(runtime.device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # safe for colour-blind eyes
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+    )
+    return plt
+
+
+def save_figure(figure, path):
+    """On white, with a margin of its own, so that it reads the same on a dark page."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    figure.savefig(path, dpi=110, facecolor="white")
+    pyplot().close(figure)
+    print(f"wrote {path}")
+
+
+# -----------------------------------------------------------------------------
+# clocks
 
 
 def synchronize(device_type):
@@ -102,12 +247,6 @@ def timed(step, seconds, device_type):
     return (time.perf_counter() - start) / n
 
 
-def spread(values, digits=1):
-    """'median (min - max)'."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:,.{digits}f} ({low:,.{digits}f} - {high:,.{digits}f})"
-
-
 def matmul_peak(runtime, seconds):
     """Operations a second of a square product in the run's precision: the highest of many short trials."""
     size = 1024 if runtime.device_type == "cpu" else 8192
@@ -116,6 +255,13 @@ def matmul_peak(runtime, seconds):
     out = torch.empty_like(a)
     times = [timed(lambda: torch.mm(a, b, out=out), seconds / 20, runtime.device_type) for _ in range(10)]
     return 2 * size**3 / min(times)
+
+
+def copy_bandwidth(runtime, seconds):
+    """Bytes a second, read and written, of copying what no cache holds: the highest of many short trials."""
+    n = 2**26 if runtime.device_type == "cpu" else 2**30
+    a, b = (torch.zeros(n, dtype=torch.uint8, device=runtime.device) for _ in range(2))
+    return 2 * n / min(timed(lambda: b.copy_(a), seconds / 20, runtime.device_type) for _ in range(10))
 
 
 # -----------------------------------------------------------------------------
@@ -183,13 +329,22 @@ def our_step(model_config, cfg, runtime, folder):
     return run.step, run.model
 
 
-def bench_step(shape, bench, runtime):
+def bench_steps(shapes, bench, runtime, report):
+    columns = "attention, n_layer, n_head, n_embd, block, batch, vocab, parameters, MFLOP/token, step (ms), tokens/s, "
+    columns += "plain stack (ms), ours / plain (ratio), of the peak (share)"
+    title = f"training steps, {bench.rounds} rounds; the plain stack is softmax attention from torch.nn"
+    with report.table("step", title, columns, keys=7) as table:
+        for shape in shapes:
+            bench_step(shape, bench, runtime, report, table)
+
+
+def bench_step(shape, bench, runtime, report, table):
     """One shape: our whole step (data, forward, backward, clip, AdamW) and the plain stack's, in the same rounds."""
     batch_size = shape.pop("batch_size")
     c = config.build(GPTConfig, shape)
     cfg = TrainConfig(batch_size=batch_size, learning_rate=1e-4, min_lr=1e-5)
     x, y = (torch.randint(c.vocab_size, (batch_size, c.block_size), device=runtime.device) for _ in range(2))
-    peaks, ours, plain = [], [], []
+    peaks, ours, plain = [report.peaks["matmul_gflops"]], [], []
     with tempfile.TemporaryDirectory() as folder:
         step, model = our_step(c, cfg, runtime, folder)
         # the plain stack is softmax attention, learned positions and a GELU MLP, whatever stands beside it
@@ -197,23 +352,17 @@ def bench_step(shape, bench, runtime):
         for measure in (step, beside):
             timed(measure, bench.seconds / 2, runtime.device_type)
         for i in range(bench.rounds):
-            peaks.append(matmul_peak(runtime, bench.seconds))
+            peaks.append(matmul_peak(runtime, bench.seconds) / 1e9)
             order = ((step, ours), (beside, plain))
             for measure, times in order if i % 2 == 0 else order[::-1]:
-                times.append(timed(measure, bench.seconds, runtime.device_type))
+                times.append(1000 * timed(measure, bench.seconds, runtime.device_type))
+    report.peaks["matmul_gflops"] = max(peaks)  # the machine drifts: the highest of all rounds is the peak
     tokens, N = batch_size * c.block_size, model.num_params()
     per_token = 6 * N + 12 * c.n_layer * c.n_head * c.d_head * c.block_size
-    rates = [tokens / t for t in ours]
-    share = statistics.median(rates) * per_token / max(peaks)
-    ratio = [a / b for a, b in zip(ours, plain)]
-    print(
-        f"{c.attention_type}: n_layer {c.n_layer}, n_head {c.n_head}, n_embd {c.n_embd}, block {c.block_size}, ", end=""
-    )
-    print(f"batch {batch_size}, vocab {c.vocab_size}: {N:,} parameters, {per_token / 1e6:.2f} MFLOP a token")
-    print(f"  step          {spread([1000 * t for t in ours])} ms, {spread(rates, 0)} tokens/s")
-    print(f"  plain stack   {spread([1000 * t for t in plain])} ms; ours / plain {spread(ratio, 3)}")
-    print(f"  matmul peak   {max(peaks) / 1e9:.0f} GFLOP/s (rounds {spread([p / 1e9 for p in peaks], 0)})")
-    print(f"  of the peak   {share:.3f}", flush=True)
+    rates = [1000 * tokens / t for t in ours]
+    share = statistics.median(rates) * per_token / 1e9 / max(peaks)
+    row = (c.attention_type, c.n_layer, c.n_head, c.n_embd, c.block_size, batch_size, c.vocab_size, N, per_token / 1e6)
+    table.add(*row, ours, rates, plain, [a / b for a, b in zip(ours, plain)], share)
 
 
 # -----------------------------------------------------------------------------
@@ -359,8 +508,8 @@ def operator_rows(names, shape, bench, runtime):
             rows[name] = OPERATORS[name], [*qkv, *gates]
             if name == "nsa" and bench.peers:
                 for row, n_kv in (("nsa layer", H), ("nsa layer, one key head", 1)):
-                    attn, x = nsa_layer(T, H, K, n_kv).to(**options), torch.randn(B, T, H * K, **options)
-                    rows[row] = functools.partial(layer, attn), [x.requires_grad_(), *attn.parameters()]
+                    attn, entry = nsa_layer(T, H, K, n_kv).to(**options), torch.randn(B, T, H * K, **options)
+                    rows[row] = functools.partial(layer, attn), [entry.requires_grad_(), *attn.parameters()]
     for name, (ours, device, *_) in PEERS.items() if bench.peers else ():
         near = device == "cuda" or T <= NAIVE_LIMIT
         if ours in rows and device == runtime.device_type and near:
@@ -389,15 +538,15 @@ def peak_memory(step, device_type):
         torch.cuda.reset_peak_memory_stats()
         step()
         synchronize(device_type)
-        return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:,.0f}"
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     if not os.path.exists("/proc/self/clear_refs"):
-        return "-"
+        return None
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that earlier calls freed and the allocator kept
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")
     before = resident("VmRSS")
     step()
-    return f"{resident('VmHWM') - before:,.0f}"
+    return resident("VmHWM") - before
 
 
 def resident(name):
@@ -416,7 +565,7 @@ def parse_shapes(text):
     return shapes
 
 
-def bench_operators(bench, runtime):
+def bench_operators(bench, runtime, report):
     """Forward, and forward and backward, of each operator at each shape, with the ratio to SDPA of the same round."""
     known = [*OPERATORS, *WITH_TABLES]
     names = [n.strip() for n in bench.operators.split(",") if n.strip()] or known
@@ -425,39 +574,40 @@ def bench_operators(bench, runtime):
         raise ConfigError(f"--operators: no {unknown[0]!r}; write some of {', '.join(known)}")
     names = ["softmax"] + [n for n in names if n != "softmax"]
     kernels.gla.AUTOTUNE = kernels.gsa.AUTOTUNE = bench.autotune
-    print(f"64 slots, 256 features, {bench.rounds} rounds; memory beyond the inputs, in MiB, forward + backward")
-    print("| operator | B x T x H x K x V | forward ms | forward + backward ms | of softmax | ns a token | memory |")
-    print("|---" * 7 + "|")
-    checked = []
-    for shape in parse_shapes(bench.shapes):
-        rows = operator_rows(names, shape, bench, runtime)
-        calls = {name: functools.partial(call, *inputs) for name, (call, inputs) in rows.items()}
-        steps = {name: functools.partial(operator_step, calls[name], inputs) for name, (_, inputs) in rows.items()}
-        for name in rows.keys() & PEERS.keys():
+    title = f"operators: 64 slots, 256 features, {bench.rounds} rounds; memory beyond the inputs, forward + backward"
+    columns = "operator, B x T x H x K x V, forward (ms), forward + backward (ms), of softmax (ratio), ns/token, "
+    with report.table("ops", title, columns + "peak memory (MiB)", keys=2) as table:
+        for shape in parse_shapes(bench.shapes):
+            operators_at(shape, names, bench, runtime, report, table)
+
+
+def operators_at(shape, names, bench, runtime, report, table):
+    rows = operator_rows(names, shape, bench, runtime)
+    calls = {name: functools.partial(call, *inputs) for name, (call, inputs) in rows.items()}
+    steps = {name: functools.partial(operator_step, calls[name], inputs) for name, (_, inputs) in rows.items()}
+    for name in rows.keys() & PEERS.keys():
+        with torch.no_grad():
+            ours, theirs = calls[PEERS[name][0]]().double(), calls[name]().double()
+        error = (ours - theirs).norm() / theirs.norm()
+        report.note(f"{name} at {shape}: its output differs from ours by {error:.1e} of its norm")
+    forward, both = {n: [] for n in rows}, {n: [] for n in rows}
+    for i in range(bench.rounds):
+        for name in list(rows)[:: 1 if i % 2 == 0 else -1]:
             with torch.no_grad():
-                ours, theirs = calls[PEERS[name][0]]().double(), calls[name]().double()
-            error = (ours - theirs).norm() / theirs.norm()
-            checked.append(f"{name} at {shape}: its output differs from ours by {error:.1e} of its norm")
-        forward, both = {n: [] for n in rows}, {n: [] for n in rows}
-        for i in range(bench.rounds):
-            for name in list(rows)[:: 1 if i % 2 == 0 else -1]:
-                with torch.no_grad():
-                    forward[name].append(1000 * timed(calls[name], bench.seconds / 4, runtime.device_type))
-                both[name].append(1000 * timed(steps[name], bench.seconds, runtime.device_type))
-        for name in rows:
-            ratio = spread([a / b for a, b in zip(both[name], both["softmax"])], 3)
-            each = 1e6 * statistics.median(both[name]) / (shape[0] * shape[1])
-            row = (name, " x ".join(map(str, shape)), spread(forward[name], 2), spread(both[name], 2), ratio)
-            row += (f"{each:,.0f}", peak_memory(steps[name], runtime.device_type))
-            print("| " + " | ".join(map(str, row)) + " |", flush=True)
-    print("\n".join(sorted(checked)))
+                forward[name].append(1000 * timed(calls[name], bench.seconds / 4, runtime.device_type))
+            both[name].append(1000 * timed(steps[name], bench.seconds, runtime.device_type))
+    for name in rows:
+        ratio = [a / b for a, b in zip(both[name], both["softmax"])]
+        each = [1e6 * t / (shape[0] * shape[1]) for t in both[name]]
+        memory = peak_memory(steps[name], runtime.device_type)
+        table.add(name, " x ".join(map(str, shape)), forward[name], both[name], ratio, each, memory)
 
 
 # -----------------------------------------------------------------------------
 # decoding
 
 
-def bench_decode(c, bench, runtime):
+def bench_decode(c, bench, runtime, report):
     """Greedy sampling after 12 tokens, with the cache and recomputing the prefix; the texts must be equal."""
     model = GPT(c).to(runtime.device).eval()
     idx = torch.randint(c.vocab_size, (1, 12), device=runtime.device)
@@ -473,18 +623,19 @@ def bench_decode(c, bench, runtime):
                 synchronize(runtime.device_type)
                 times[use_cache].append(time.perf_counter() - start)
     rates = {cached: [bench.tokens / t for t in ts] for cached, ts in times.items()}
-    print(f"{c.attention_type}: n_layer {c.n_layer}, n_embd {c.n_embd}, block {c.block_size}; ", end="")
-    print(f"{bench.tokens} tokens after a prompt of 12, batch 1")
-    print(f"  cached      {spread(rates[True], 0)} tokens/s")
-    print(f"  recomputed  {spread(rates[False], 0)} tokens/s")
-    print(f"  cached / recomputed {spread([a / b for a, b in zip(times[False], times[True])])}")
-    print(f"  same greedy text: {torch.equal(texts[True], texts[False])}", flush=True)
+    columns = (
+        "attention, n_layer, n_embd, block, cached (tokens/s), recomputed (tokens/s), cached / recomputed (ratio), "
+    )
+    with report.table("decode", f"{bench.tokens} tokens after 12, batch 1", columns + "same greedy text", 4) as table:
+        ratio = [a / b for a, b in zip(times[False], times[True])]
+        same = "yes" if torch.equal(texts[True], texts[False]) else "no"
+        table.add(c.attention_type, c.n_layer, c.n_embd, c.block_size, rates[True], rates[False], ratio, same)
     if c.pos_emb != "learned":  # learned positions end with the block
-        bench_positions(model, bench, runtime)
+        bench_positions(model, bench, runtime, report)
 
 
 @torch.inference_mode()
-def bench_positions(model, bench, runtime):
+def bench_positions(model, bench, runtime, report):
     """The cost of one token early and late in a text, in the same rounds, and the bytes that the state holds."""
     positions = (10, 10_000)
     states, times = [], {pos: [] for pos in positions}
@@ -499,10 +650,11 @@ def bench_positions(model, bench, runtime):
             for pos, state in list(zip(positions, states))[:: 1 if i % 2 == 0 else -1]:
                 run = functools.partial(model.step, token, copy.deepcopy(state))
                 times[pos].append(1e6 * timed(run, bench.seconds / 8, runtime.device_type))
-    for pos, state in zip(positions, states):
-        print(f"  a token at position {pos:,}: {spread(times[pos], 0)} us, state {state_bytes(state.layers):,} bytes")
-    early, late = (times[pos] for pos in positions)
-    print(f"  late / early {spread([b / a for a, b in zip(early, late)], 3)}", flush=True)
+    columns = "attention, position (tokens), a token (us), of the first row (ratio), state (bytes)"
+    with report.table("positions", "one token, by its position in the text", columns, keys=2) as table:
+        for pos, state in zip(positions, states):
+            ratio = [b / a for a, b in zip(times[positions[0]], times[pos])]
+            table.add(model.config.attention_type, pos, times[pos], ratio, state_bytes(state.layers))
 
 
 def state_bytes(state):
@@ -518,32 +670,30 @@ def state_bytes(state):
 # quality
 
 
-def bench_quality(bench, runtime):
-    """The full pass over the splits for each checkpoint folder, as a Markdown table."""
-    columns = "folder, attention, parameters, data, split, nats/token, bits/byte, token ppl, word ppl, context, stride"
-    print("| " + columns.replace(",", " |") + " |\n" + "|---" * 11 + "|")
-    for folder in run_folders(bench):
-        model = GPT.from_checkpoint(folder).to(runtime.device)
-        if model.loaded.new:
-            raise ModelError(f"{folder}: the checkpoint lacks {', '.join(model.loaded.new)}")
-        dataset = Dataset(bench.dataset or trained_on(folder))
-        if model.config.vocab_size < dataset.vocab_size:
-            raise ConfigError(f"{folder}: its vocabulary of {model.config.vocab_size} is not that of {dataset.name}")
-        context = bench.eval_context or model.config.block_size
-        for name in bench.split.split(","):
-            split = dataset.split(name.strip())
-            s = evaluate(model, split, context, bench.eval_stride or context, bench.eval_batch_size, runtime)
-            word = f"{s['word_perplexity']:.2f}" if s["word_perplexity"] else "-"
-            row = (folder, model.config.attention_type, f"{model.num_params():,}", dataset.meta["label"], name)
-            row += (
-                f"{s['loss']:.6f}",
-                f"{s['bits_per_byte']:.6f}",
-                f"{s['token_perplexity']:.3f}",
-                word,
-                context,
-                s["stride"],
-            )
-            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+def bench_quality(bench, runtime, report):
+    """The full pass over the splits for each checkpoint folder."""
+    columns = dict.fromkeys(("folder", "attention", "parameters", "data", "split"))
+    columns |= {"nats/token": ",.6f", "bits/byte": ",.6f", "token perplexity": ",.3f", "word perplexity": ",.2f"}
+    columns |= dict.fromkeys(("context (tokens)", "stride (tokens)"))
+    with report.table("quality", "full pass over whole splits", columns, keys=5) as table:
+        for folder in run_folders(bench):
+            score_checkpoint(folder, bench, runtime, table)
+
+
+def score_checkpoint(folder, bench, runtime, table):
+    model = GPT.from_checkpoint(folder).to(runtime.device)
+    if model.loaded.new:
+        raise ModelError(f"{folder}: the checkpoint lacks {', '.join(model.loaded.new)}")
+    dataset = Dataset(bench.dataset or trained_on(folder))
+    if model.config.vocab_size < dataset.vocab_size:
+        raise ConfigError(f"{folder}: its vocabulary of {model.config.vocab_size} is not that of {dataset.name}")
+    context = bench.eval_context or model.config.block_size
+    for name in bench.split.split(","):
+        split = dataset.split(name.strip())
+        s = evaluate(model, split, context, bench.eval_stride or context, bench.eval_batch_size, runtime)
+        row = (folder, model.config.attention_type, model.num_params(), dataset.meta["label"], split.name)
+        scores = (s["loss"], s["bits_per_byte"], s["token_perplexity"], s["word_perplexity"])
+        table.add(*row, *scores, context, s["stride"])
 
 
 def run_folders(bench):
@@ -565,7 +715,7 @@ def trained_on(folder):
 # masks
 
 
-def inspect(bench, runtime):
+def inspect(bench, runtime, report):
     """For each folder: what its masks keep, by layer and head; what that costs, counted and measured; what rounding
     periods or dropping light candidates does to the loss; and pictures, written to the folder."""
     for folder in run_folders(bench):
@@ -574,51 +724,51 @@ def inspect(bench, runtime):
         if not layers:
             raise ConfigError(f"{folder}: no layer of {model.config.attention_type!r} learns a mask by distance")
         print(f"{folder}: {model.config.attention_type}, block_size {model.config.block_size}")
-        mask_table(layers, model.config)
-        mask_costs(layers, model.config, bench, runtime)
+        mask_table(folder, layers, model.config, report)
+        mask_costs(folder, layers, model.config, bench, runtime, report)
         dataset = Dataset(bench.dataset or trained_on(folder))
-        mask_changes(model, layers, dataset, bench, runtime)
+        mask_changes(folder, model, layers, dataset, bench, runtime, report)
         draw_masks(folder, model, layers, dataset, bench, runtime)
 
 
-def mask_table(layers, c):
-    """A line for each head, with the path that its training takes."""
-    print("| layer | head | span | period | offset | kept distances | computed as | weights |\n" + "|---" * 8 + "|")
-    for i, attn in layers.items():
-        stats, (table, first) = attn.stats(), attn.log_mask(c.block_size)
-        first = table.new_empty(len(table), 0, c.block_size) if first is None else first
-        paths = plans(table.detach(), first)
-        for h in range(c.n_head):
-            row = [i, h] + [f"{stats[name][h]:.2f}" if name in stats else "-" for name in ("span", "period", "offset")]
+def mask_table(folder, layers, c, report):
+    """A row for each head, with the path that its training takes."""
+    columns = "layer, head, span (tokens), period (tokens), offset (tokens), kept (distances), computed as, "
+    with report.table(f"masks of {folder}", f"{folder}: masks", columns + "weights (sigmoid)", keys=2) as out:
+        for i, attn in layers.items():
+            stats, (table, first) = attn.stats(), attn.log_mask(c.block_size)
+            first = table.new_empty(len(table), 0, c.block_size) if first is None else first
+            paths = [str(path) for path in plans(table.detach(), first)]
             names = c.mask_mix_candidates.split(",")
-            weights = stats["weight"].expand(c.n_head, -1)[h].tolist() if "weight" in stats else []
-            shown = " ".join(f"{name} {w:.3f}" for name, w in zip(names, weights)) or "-"
-            row += [int(stats["kept"][h]), paths[h % len(paths)], shown]
-            print("| " + " | ".join(map(str, row)) + " |")
+            for h in range(c.n_head):
+                row = [float(stats[name][h]) if name in stats else None for name in ("span", "period", "offset")]
+                weights = stats["weight"].expand(c.n_head, -1)[h].tolist() if "weight" in stats else []
+                shown = " ".join(f"{name} {w:.3f}" for name, w in zip(names, weights))
+                out.add(i, h, *row, int(stats["kept"][h]), paths[h % len(paths)], shown)
 
 
-def mask_costs(layers, c, bench, runtime):
+def mask_costs(folder, layers, c, bench, runtime, report):
     """Operations of one sequence's forward pass, and the time of a forward and backward pass beside SDPA's."""
     T, shape = c.block_size, (bench.inspect_batch_size, c.block_size, c.n_head, c.d_head)
     q, k, v = (torch.randn(shape, device=runtime.device, requires_grad=True) for _ in range(3))
     full = 4 * c.n_head * c.d_head * (T * (T + 1) // 2)
-    print(f"T {T}, batch {shape[0]}, {bench.rounds} rounds; operations as a share of softmax's")
-    print("| layer | nominal | executed | forward + backward ms | of softmax's time |\n" + "|---" * 5 + "|")
-    for i, attn in layers.items():
-        mask = [m if m is None else m.detach().requires_grad_() for m in attn.log_mask(T)]
-        inputs = [q, k, v] + [m for m in mask if m is not None]
-        ours = functools.partial(operator_step, functools.partial(distance, q, k, v, *mask), inputs)
-        plain = functools.partial(operator_step, functools.partial(sdpa, q, k, v, None, None, None), [q, k, v])
-        times = [
-            [1000 * timed(f, bench.seconds / 4, runtime.device_type) for f in (ours, plain)]
-            for _ in range(bench.rounds)
-        ]
-        nominal, executed = (f / full for f in attn.flops(T))
-        ratio = spread([a / b for a, b in times], 3)
-        print(f"| {i} | {nominal:.3f} | {executed:.3f} | {spread([a for a, _ in times], 2)} | {ratio} |", flush=True)
+    title = f"{folder}: cost at T {T}, batch {shape[0]}, {bench.rounds} rounds; operations as a share of softmax's"
+    columns = "layer, nominal (share), executed (share), forward + backward (ms), of softmax's time (ratio)"
+    with report.table(f"costs of {folder}", title, columns) as out:
+        for i, attn in layers.items():
+            mask = [m if m is None else m.detach().requires_grad_() for m in attn.log_mask(T)]
+            inputs = [q, k, v] + [m for m in mask if m is not None]
+            ours = functools.partial(operator_step, functools.partial(distance, q, k, v, *mask), inputs)
+            plain = functools.partial(operator_step, functools.partial(sdpa, q, k, v), [q, k, v])
+            times = [
+                [1000 * timed(f, bench.seconds / 4, runtime.device_type) for f in (ours, plain)]
+                for _ in range(bench.rounds)
+            ]
+            nominal, executed = (f / full for f in attn.flops(T))
+            out.add(i, nominal, executed, [a for a, _ in times], [a / b for a, b in times])
 
 
-def mask_changes(model, layers, dataset, bench, runtime):
+def mask_changes(folder, model, layers, dataset, bench, runtime, report):
     """The loss on a part of the validation split, as trained and with simpler masks."""
     split, context, losses = dataset.split("val"), model.config.block_size, {}
 
@@ -640,9 +790,10 @@ def mask_changes(model, layers, dataset, bench, runtime):
                 losses["with periods rounded to whole tokens"] = None
         for name in [name for name, value in losses.items() if value is None]:
             losses[name] = loss()
-    first = losses["as trained"]
-    for name, value in losses.items():
-        print(f"loss {name}: {value:.5f} nats a token ({value - first:+.5f})")
+    columns = {"masks": "", "loss (nats/token)": ".5f", "difference (nats/token)": "+.5f"}
+    with report.table(f"losses of {folder}", f"{folder}: loss on a part of the validation split", columns) as out:
+        for name, value in losses.items():
+            out.add(name, value, value - losses["as trained"])
 
 
 def draw_masks(folder, model, layers, dataset, bench, runtime):
@@ -654,10 +805,7 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
     names = [f"{i}.{h}" for i in layers for h in range(H)]
 
     def save(figure, name):
-        path = os.path.join(folder, name)
-        figure.savefig(path, dpi=110, facecolor="white")
-        plt.close(figure)
-        print(f"wrote {path}")
+        save_figure(figure, os.path.join(folder, name))
 
     figure, axes = plt.subplots(figsize=(max(5, 0.35 * len(names)), 3.6), layout="constrained")
     axes.bar(range(len(names)), torch.cat([s["kept"] for s in stats.values()]).cpu(), color="#56B4E9", label="kept")
@@ -712,21 +860,6 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
 # curves
 
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # safe for colour-blind eyes
-
-
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
-    )
-    return plt
-
-
 def read_log(folder):
     """The entries of a run's log.jsonl: (training steps, evaluations)."""
     path = os.path.join(folder, "log.jsonl")
@@ -761,9 +894,7 @@ def plot_curves(bench):
     for draw, panel in zip(drawings, panels.flat):
         draw(panel=panel, runs=runs)
     panels[0][0].legend(frameon=False)
-    os.makedirs(os.path.dirname(bench.png) or ".", exist_ok=True)
-    figure.savefig(bench.png, dpi=110, facecolor="white")
-    print(f"wrote {bench.png}")
+    save_figure(figure, bench.png)
 
 
 def draw_loss(panel, runs, against):
@@ -803,27 +934,28 @@ def main(argv):
     if bench.what == "curves":
         plot_curves(bench)
         return 0
-    runtime = config.resolve_device(bench.device, bench.dtype, bench.compile)
-    versions = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-    print(f"{runtime}; {versions}")
-    if bench.what == "quality":
-        bench_quality(bench, runtime)
-        return 0
-    if bench.what == "inspect":
-        inspect(bench, runtime)
-        return 0
-    if bench.what == "ops":
-        bench_operators(bench, runtime)
-        return 0
-    explicit = config.explicit(model_config, given)
+    runtime, explicit = (
+        config.resolve_device(bench.device, bench.dtype, bench.compile),
+        config.explicit(model_config, given),
+    )
+    print(f"{runtime}; torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    report = Report(bench, runtime, explicit)
+    if bench.what in ("step", "ops", "decode"):
+        report.measure_machine(bench.seconds)
     own = explicit.keys() - {"attention_type"}  # a shape of the user's, or nanoGPT's
-    if bench.what == "decode":
+    if bench.what == "quality":
+        bench_quality(bench, runtime, report)
+    elif bench.what == "inspect":
+        inspect(bench, runtime, report)
+    elif bench.what == "ops":
+        bench_operators(bench, runtime, report)
+    elif bench.what == "decode":
         shape = dict(vocab_size=256) if own else {k: v for k, v in NANOGPT_SHAPES[2].items() if k != "batch_size"}
-        bench_decode(config.build(GPTConfig, shape | explicit), bench, runtime)
+        bench_decode(config.build(GPTConfig, shape | explicit), bench, runtime, report)
     else:
         shapes = [dict(vocab_size=256, batch_size=bench.batch_size)] if own else NANOGPT_SHAPES
-        for shape in shapes:
-            bench_step(shape | explicit, bench, runtime)
+        bench_steps([shape | explicit for shape in shapes], bench, runtime, report)
+    report.write()
     return 0
 
 

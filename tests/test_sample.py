@@ -84,51 +84,67 @@ def test_foreign_folder_needs_a_codec(checkpoint, tmp_path):
         sample.main([checkpoint])
 
 
-def test_quality_is_the_full_pass(checkpoint, text_dataset, tmp_path, capsys):
-    bench.main(["--what=quality", checkpoint, "--split=val", "--eval_stride=4", "--device=cpu"])
-    row = capsys.readouterr().out.splitlines()[-1].split(" | ")
+@pytest.fixture
+def measured(tmp_path):
+    """`measured(arguments)` runs bench.py and returns the tables that it wrote."""
+
+    def run(*arguments):
+        path = tmp_path / "bench.json"
+        assert bench.main([f"--json={path}", "--device=cpu", *arguments]) == 0
+        return json.loads(path.read_text())["tables"]
+
+    return run
+
+
+def test_quality_is_the_full_pass(checkpoint, text_dataset, tmp_path, measured, capsys):
+    row = measured("--what=quality", checkpoint, "--split=val", "--eval_stride=4")["quality"]["rows"][0]
     split = train.Dataset(text_dataset).split("val")
     scores = train.evaluate(
         GPT.from_checkpoint(str(tmp_path / "run")), split, 16, 4, 3, config.resolve_device("cpu", "auto")
     )
-    assert row[4] == "val" and row[5] == f"{scores['loss']:.6f}" and row[6] == f"{scores['bits_per_byte']:.6f}"
+    assert row["split"] == "val" and row["nats/token"] == pytest.approx(scores["loss"], rel=1e-6)
+    assert row["bits/byte"] == pytest.approx(scores["bits_per_byte"], rel=1e-6)
+    assert f"{row['nats/token']:.6f} |" in capsys.readouterr().out
 
 
-def test_step_and_decode_print_their_figures(capsys):
-    tiny = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--rounds=2", "--device=cpu"]
-    assert bench.main(["--what=step", "--batch_size=2", "--seconds=0.02", *tiny]) == 0
-    out = capsys.readouterr().out
+def test_step_and_decode_print_their_figures(measured):
+    tiny = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--rounds=2"]
+    row = measured("--what=step", "--batch_size=2", "--seconds=0.02", *tiny)["step"]["rows"][0]
     per_token = 6 * (12 * 32**2 + 3 * 32 + 256 * 32) + 12 * 32 * 32
-    assert f"{per_token / 1e6:.2f} MFLOP a token" in out
-    rate, peak, share = (float(re.search(p, out)[1].replace(",", "")) for p in (
-        r"ms, ([\d,]+) \(", r"peak   ([\d,]+) GFLOP", r"of the peak   ([\d.]+)"))  # fmt: skip
-    assert share == pytest.approx(rate * per_token / (peak * 1e9), abs=0.01)
-    assert bench.main(["--what=decode", "--tokens=50", *tiny]) == 0
-    assert "same greedy text: True" in capsys.readouterr().out
+    assert row["MFLOP/token"] == per_token / 1e6 and row["batch"] == 2
+    assert row["tokens/s"] == pytest.approx([1000 * 64 / ms for ms in row["step (ms)"]])
+    assert 0 < row["of the peak (share)"] < 1
+    tables = measured("--what=decode", "--tokens=50", "--seconds=0.02", *tiny)
+    assert tables["decode"]["rows"][0]["same greedy text"] == "yes" and "positions" not in tables
 
 
-def test_operators_beside_softmax_and_the_naive_loops(capsys):
-    options = ["--shapes=1x40x2x16x24,2x33x1x16x16", "--rounds=1", "--seconds=0.01", "--device=cpu", "--peers=true"]
-    assert bench.main(["--what=ops", *options]) == 0
+def test_operators_beside_softmax_and_other_implementations(measured, capsys):
+    options = ["--shapes=1x40x2x16x24,2x33x1x16x16", "--rounds=2", "--seconds=0.01", "--peers=true"]
+    rows = measured("--what=ops", *options)["ops"]["rows"]
+    shapes = list(dict.fromkeys(row["B x T x H x K x V"] for row in rows))
+    names = [[row["operator"] for row in rows if row["B x T x H x K x V"] == shape] for shape in shapes]
+    on_cpu = {name for name, (_, device, *_) in bench.PEERS.items() if device == "cpu"}
+    wanted = {*bench.OPERATORS, "performer", "span 256", "mask_mix of 5"} | on_cpu
+    assert shapes == ["1 x 40 x 2 x 16 x 24", "2 x 33 x 1 x 16 x 16"]
+    assert {n for n in wanted if "nsa" not in n} == set(names[0])  # nsa wants values like keys
+    assert wanted < set(names[1]) and names[0][0] == names[1][0] == "softmax"
+    for row in rows[: len(names[0])]:
+        both, softmax = row["forward + backward (ms)"], rows[0]["forward + backward (ms)"]
+        assert row["of softmax (ratio)"] == pytest.approx([a / b for a, b in zip(both, softmax)])
+        assert min(both) > 0 and len(both) == 2
     lines = capsys.readouterr().out.splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")][1:]
-    ours = [*bench.OPERATORS, "performer", "span 256", "mask_mix of 5"]
-    names = [*ours, "gla, fla naive", "gsa, fla naive"]
-    assert [row[0] for row in rows] == [name for name in names if name != "nsa"] + names  # nsa wants values like keys
-    assert rows[0][4].startswith("1.000") and all(float(row[3].split()[0].replace(",", "")) > 0 for row in rows)
     errors = [float(re.search(r"by (\S+) of its norm", line)[1]) for line in lines if "differs" in line]
-    assert len(errors) == 4 and max(errors) < 1e-5
+    assert len(errors) == sum(name in on_cpu for shape in names for name in shape) and max(errors) < 1e-5
     with pytest.raises(config.ConfigError, match="--shapes"):
         bench.main(["--what=ops", "--shapes=2x3"])
 
 
-def test_decoding_costs_by_position_and_state_size(capsys):
-    tiny = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--rounds=1", "--device=cpu"]
+def test_decoding_costs_by_position_and_state_size(measured):
+    tiny = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--rounds=1"]
     options = ["--what=decode", "--attention_type=gla", "--pos_emb=none", "--tokens=5", "--seconds=0.05"]
-    assert bench.main([*options, *tiny]) == 0
-    out = capsys.readouterr().out
-    assert out.count(f"state {2 * 16 * 32 * 4:,} bytes") == 2  # two layers of one head, 16 x 32 floats
-    assert "late / early" in out
+    rows = measured(*options, *tiny)["positions"]["rows"]
+    assert [row["state (bytes)"] for row in rows] == [2 * 16 * 32 * 4] * 2  # two layers of one head, 16 x 32 floats
+    assert [row["position (tokens)"] for row in rows] == [10, 10_000]
 
 
 def test_curves_write_a_picture(checkpoint, tmp_path):
