@@ -468,11 +468,15 @@ NAIVE_LIMIT = 1024  # tokens; peers on a CPU take a second for these already
 def peer(name, ours, inputs):
     """A peer as (operator, its inputs), as our row is. fla-core's naive files are read by path: it wants a GPU."""
     _, device, module, function, call = PEERS[name]
-    spec = importlib.util.find_spec("fla" if function else module)
-    if spec is None:
-        raise ConfigError("--peers needs requirements-dev.txt: pip install -r requirements-dev.txt -c requirements.txt")
+    needed = "pip install -r requirements-dev.txt -c requirements.txt"
     if not function:
-        return call(importlib.import_module(module), ours, inputs)
+        try:
+            return call(importlib.import_module(module), ours, inputs)
+        except ImportError as error:
+            raise ConfigError(f"--peers needs {module} ({error}): {needed}") from None
+    spec = importlib.util.find_spec("fla")
+    if spec is None:
+        raise ConfigError(f"--peers needs fla-core: {needed}")
     if device == "cuda":
         found = importlib.import_module("fla.ops." + module)
     else:
