@@ -49,7 +49,7 @@ from kernels.gsa import gsa
 from kernels.nsa import nsa_compressed, nsa_selected, nsa_sizes, nsa_window
 from kernels.performer import performer
 from model import ATTENTION, GPT, GPTConfig, ModelError, random_features
-from train import Run, TrainConfig, World, evaluate, git_commit, token_nats, write_atomically
+from train import Run, TrainConfig, World, eval_window, evaluate, git_commit, token_nats, write_atomically
 
 NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a long block
     dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, vocab_size=65),
@@ -675,29 +675,44 @@ def state_bytes(state):
 
 
 def bench_quality(bench, runtime, report):
-    """The full pass over the splits for each checkpoint folder."""
+    """The full pass over the splits for each checkpoint folder; of those that classify each label's part in it too."""
     columns = dict.fromkeys(("folder", "attention", "parameters", "data", "split"))
     columns |= {"nats/token": ",.6f", "bits/byte": ",.6f", "token perplexity": ",.3f", "word perplexity": ",.2f"}
     columns |= dict.fromkeys(("context (tokens)", "stride (tokens)"))
+    columns |= dict.fromkeys(("accuracy", "majority class", "macro precision", "macro recall", "macro F1"), ".4f")
+    labelled = []
     with report.table("quality", "full pass over whole splits", columns, keys=5) as table:
         for folder in run_folders(bench):
-            score_checkpoint(folder, bench, runtime, table)
+            labelled += score_checkpoint(folder, bench, runtime, table)
+    for folder, scores in labelled:
+        names = [row["label"] for row in scores["labels"]]
+        columns = {"label": None, "targets": None, "precision": ".4f", "recall": ".4f", "F1": ".4f"}
+        columns |= dict.fromkeys((f"called {name}" for name in names), "d")
+        title = f"labels of {folder}, {scores['split']}"
+        with report.table(title, title, columns) as table:
+            for row, called in zip(scores["labels"], scores["confusion"]):
+                table.add(*row.values(), *called)
 
 
 def score_checkpoint(folder, bench, runtime, table):
+    """A row of `table` for each split; returns the folder and the scores of those whose targets are labels."""
     model = GPT.from_checkpoint(folder).to(runtime.device)
     if model.loaded.new:
         raise ModelError(f"{folder}: the checkpoint lacks {', '.join(model.loaded.new)}")
-    dataset = Dataset(bench.dataset or trained_on(folder))
+    dataset, labelled = Dataset(bench.dataset or trained_on(folder)), []
     if model.config.vocab_size < dataset.vocab_size:
         raise ConfigError(f"{folder}: its vocabulary of {model.config.vocab_size} is not that of {dataset.name}")
-    context = bench.eval_context or model.config.block_size
+    context, stride = eval_window(model, dataset, bench.eval_context, bench.eval_stride)
     for name in bench.split.split(","):
         split = dataset.split(name.strip())
-        s = evaluate(model, split, context, bench.eval_stride or context, bench.eval_batch_size, runtime)
+        s = evaluate(model, split, context, stride, bench.eval_batch_size, runtime)
         row = (folder, model.config.attention_type, model.num_params(), dataset.meta["label"], split.name)
-        scores = (s["loss"], s["bits_per_byte"], s["token_perplexity"], s["word_perplexity"])
-        table.add(*row, *scores, context, s["stride"])
+        text = (s["loss"], s.get("bits_per_byte"), s["token_perplexity"], s.get("word_perplexity"))
+        classes = (s.get(key) for key in ("accuracy", "majority", "precision", "recall", "f1"))
+        table.add(*row, *text, s["context"], s["stride"], *classes)
+        if split.labels:
+            labelled.append((folder, s))
+    return labelled
 
 
 def run_folders(bench):

@@ -378,15 +378,17 @@ def compile_objective(objective, batch, runtime):
 
 @torch.no_grad()
 def estimate_loss(model, batches, cfg, runtime, world):
-    """{"train", "val"}: nats a token over eval_iters fixed batches: cheap, for curves; no final figure."""
+    """{"train", "val"}: nats a scored token over eval_iters fixed batches: cheap, for curves; no final figure."""
     model.eval()
     losses = {}
     for split in ("train", "val"):
         if split in batches.dataset.meta["splits"]:
-            total = 0.0
+            nats, count = 0.0, 0
             for x, y in batches.fixed(split, cfg.eval_iters):
-                total += token_nats(model, x.to(runtime.device), y.to(runtime.device), y >= 0, runtime) / y.numel()
-            losses[split] = world.sum([total])[0] / cfg.eval_iters
+                nats += token_nats(model, x.to(runtime.device), y.to(runtime.device), y >= 0, runtime)
+                count += int((y >= 0).sum())
+            nats, count = world.sum([nats, count])
+            losses[split] = nats / count if count else math.nan
     model.train()
     return losses
 
@@ -423,45 +425,73 @@ def describe_comparison(c):
 
 @torch.no_grad()
 def evaluate(model, split, context, stride, batch_size, runtime, world=None, progress=None):
-    """Score tokens 1 .. N-1 of a split once each, in eval mode: sum of nats over count.
+    """Score the targets of a split once each, in eval mode: sum of nats over count.
 
-    Window k begins at k * stride and gives each token it scores up to `context` tokens to look at. Independent of the
-    batch size and of the number of processes. Returns loss (nats a token), bits_per_byte (over the bytes of the scored
-    tokens), token_perplexity, word_perplexity (None where words are not counted), and what was counted."""
+    Of running text they are tokens 1 .. N-1: window k begins at k * stride and gives each token it scores up to
+    `context` tokens to look at. Independent of the batch size and of the number of processes. Returns loss (nats a
+    token), token_perplexity, what was counted, and of text bits_per_byte (over the bytes of the scored tokens) and
+    word_perplexity (None where words are not counted); of records accuracy and, with labels, `label_scores`."""
     world = world or World(0, 1, 0)
     was_training = model.training
     model.eval()
-    nats, count = 0.0, 0
+    nats, count, right = 0.0, 0, 0
+    ids = torch.tensor(list(split.labels.values()), device=runtime.device) if split.labels else None
+    confusion = torch.zeros(len(ids), len(ids), dtype=torch.long) if split.labels else None
     for i, (x, y, scored) in enumerate(windows(split, context, stride, batch_size)):
         if i % world.size == world.rank:
-            nats += token_nats(model, x.to(runtime.device), y.to(runtime.device), scored, runtime)
+            likeliest = None if split.record_len is None else []
+            y = y.to(runtime.device)
+            nats += token_nats(model, x.to(runtime.device), y, scored, runtime, likeliest, ids)
             count += int(scored.sum())
+            if likeliest:
+                true, likeliest = y[scored.to(y.device)], torch.cat(likeliest)
+                right += int((true == likeliest).sum())
+                if ids is not None:
+                    rows, columns = ((t[:, None] == ids).long().argmax(1) for t in (true, likeliest))
+                    pairs = torch.bincount(rows * len(ids) + columns, minlength=len(ids) ** 2)
+                    confusion += pairs.view(len(ids), len(ids)).cpu()
         if progress is not None:
             progress.update(int(scored.sum()))
     model.train(was_training)
-    nats, count = world.sum([nats, count])
-    words = split.n_words
-    return {
-        "split": split.name,
-        "loss": nats / count,
+    nats, count, right = world.sum([nats, count, right])
+    scores = {"split": split.name, "loss": nats / count, "token_perplexity": perplexity(nats, count)}
+    scores |= {"tokens": int(count), "context": context, "stride": stride}
+    if split.record_len is not None:
+        scores |= {"context": split.record_len, "stride": split.record_len, "accuracy": right / count}
+        if split.labels:
+            table = [int(n) for n in world.sum(confusion.flatten().tolist())]
+            table = [table[i : i + len(ids)] for i in range(0, len(table), len(ids))]
+            scores |= label_scores(table, list(split.labels))
+        return scores
+    return scores | {
         "bits_per_byte": nats / math.log(2) / split.scored_bytes,
-        "token_perplexity": perplexity(nats, count),
-        "word_perplexity": perplexity(nats, words) if words else None,
-        "tokens": int(count),
+        "word_perplexity": perplexity(nats, split.n_words) if split.n_words else None,
         "bytes": split.scored_bytes,
-        "words": words,
-        "context": context,
-        "stride": stride,
+        "words": split.n_words,
     }
+
+
+def label_scores(confusion, names):
+    """Precision, recall and F1 of each label, and their means over all labels (macro), from the counts of true labels
+    (rows) called each label (columns). A quotient of nothing is 0."""
+    support, called = [sum(row) for row in confusion], [sum(column) for column in zip(*confusion)]
+    right = [confusion[i][i] for i in range(len(names))]
+    precision, recall = ([r / max(n, 1) for r, n in zip(right, of)] for of in (called, support))
+    f1 = [2 * r / max(n + m, 1) for r, n, m in zip(right, called, support)]
+    scores = {key: sum(v) / len(names) for key, v in (("precision", precision), ("recall", recall), ("f1", f1))}
+    scores |= {"majority": max(support) / sum(support), "confusion": confusion}
+    labels = zip(names, support, precision, recall, f1)
+    return scores | {"labels": [dict(zip(("label", "support", "precision", "recall", "f1"), row)) for row in labels]}
 
 
 def perplexity(nats, count):
     return math.exp(nats / count) if nats / count < 700 else math.inf
 
 
-def token_nats(model, x, y, scored, runtime, chunk=2**25):
+def token_nats(model, x, y, scored, runtime, likeliest=None, among=None, chunk=2**25):
     """Sum of -log p(y) over the scored positions, in float64. x, y (B, T), scored (B, T) bool. Logits exist for at most
-    `chunk` entries at once; the softmax's sum is taken in float64, so that a uniform model gives exactly log V."""
+    `chunk` entries at once; the softmax's sum is taken in float64, so that a uniform model gives exactly log V.
+    likeliest: a list that receives the likeliest ids at the scored positions, of the ids `among` if given."""
     with runtime.autocast():
         hidden, _ = model.hidden(x)
         hidden, y = hidden[scored.to(x.device)], y[scored.to(x.device)]  # (n, C), (n,)
@@ -469,6 +499,8 @@ def token_nats(model, x, y, scored, runtime, chunk=2**25):
         rows = chunk // model.config.vocab_size + 1
         for h, t in zip(hidden.split(rows), y.split(rows)):
             logits = model.lm_head(h).float()
+            if likeliest is not None:
+                likeliest.append(logits.argmax(-1) if among is None else among[logits[:, among].argmax(-1)])
             top = logits.amax(-1, keepdim=True)
             lse = top[:, 0].double() + (logits - top).exp().sum(-1, dtype=torch.float64).log()
             total += (lse - logits.gather(1, t[:, None])[:, 0].double()).sum().item()
@@ -476,35 +508,59 @@ def token_nats(model, x, y, scored, runtime, chunk=2**25):
 
 
 def print_scores(scores, label, seconds):
+    line = f"{label} {scores['split']}: {scores['loss']:.6f} nats a token, "
+    if "accuracy" in scores:
+        line += f"accuracy {scores['accuracy']:.6f}"
+        if "labels" in scores:
+            line += f" (majority class {scores['majority']:.6f}), macro precision {scores['precision']:.6f}, "
+            line += f"recall {scores['recall']:.6f}, F1 {scores['f1']:.6f}"
+        print(f"{line} ({scores['tokens']:,} targets in records of {scores['context']}, {seconds:.0f} s)")
+        if "labels" in scores:
+            print_labels(scores)
+        return
     words = f", word perplexity {scores['word_perplexity']:.4g}" if scores["word_perplexity"] else ""
     print(
-        f"{label} {scores['split']}: {scores['loss']:.6f} nats a token, {scores['bits_per_byte']:.6f} bits per byte, "
-        f"token perplexity {scores['token_perplexity']:.4f}{words} ({scores['tokens']:,} tokens, "
-        f"context {scores['context']}, stride {scores['stride']}, {seconds:.0f} s)"
+        f"{line}{scores['bits_per_byte']:.6f} bits per byte, token perplexity {scores['token_perplexity']:.4f}{words} "
+        f"({scores['tokens']:,} tokens, context {scores['context']}, stride {scores['stride']}, {seconds:.0f} s)"
     )
+
+
+def print_labels(scores):
+    """The scores of each label, and what its records were called, as a Markdown table."""
+    names = [row["label"] for row in scores["labels"]]
+    print("| label | targets | precision | recall | F1 | " + " | ".join(f"called {name}" for name in names) + " |")
+    print("|---" * (5 + len(names)) + "|")
+    for row, counts in zip(scores["labels"], scores["confusion"]):
+        cells = [row["label"], row["support"], *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1")), *counts]
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def eval_window(model, dataset, context, stride):
+    """(context, stride) of the full pass, from the keys eval_context and eval_stride; 0: not given."""
+    if dataset.record_len is not None and (context or stride):
+        what = f"{dataset.name} is records of {dataset.record_len} tokens, each scored whole"
+        raise ConfigError(f"eval_context and eval_stride are for running text: {what}")
+    context = context or model.config.block_size
+    if stride > context:
+        raise ConfigError(f"eval_stride={stride} would skip tokens: the context is {context}")
+    if model.config.pos_emb == "learned" and context > model.config.block_size:
+        raise ConfigError(f"eval_context={context}: learned positions end at block_size={model.config.block_size}")
+    return context, stride or context
 
 
 def full_evaluation(model, dataset, cfg, runtime, world, teacher=None):
     """The full pass over val and test, printed; returns the rows. With a teacher, both compared on the same windows."""
-    context = cfg.eval_context or model.config.block_size
-    if cfg.eval_stride > context:
-        raise ConfigError(f"eval_stride={cfg.eval_stride} would skip tokens: the context is {context}")
-    if model.config.pos_emb == "learned" and context > model.config.block_size:
-        raise ConfigError(f"eval_context={context}: learned positions end at block_size={model.config.block_size}")
+    context, stride = eval_window(model, dataset, cfg.eval_context, cfg.eval_stride)
     rows = []
     for name in ("val", "test"):
         if name in dataset.meta["splits"]:
             start, split = time.perf_counter(), dataset.split(name)
-            with progress_bar(split.n_tokens - 1, f"{name}", "token", world) as bar:
-                rows.append(
-                    evaluate(
-                        model, split, context, cfg.eval_stride or context, cfg.eval_batch_size, runtime, world, bar
-                    )
-                )
+            with progress_bar(split.n_scored, f"{name}", "token", world) as bar:
+                rows.append(evaluate(model, split, context, stride, cfg.eval_batch_size, runtime, world, bar))
             if world.master:
                 print_scores(rows[-1], dataset.meta["label"], time.perf_counter() - start)
             if teacher is not None:
-                passes = windows(split, context, cfg.eval_stride or context, cfg.eval_batch_size)
+                passes = windows(split, context, stride, cfg.eval_batch_size)
                 mine = (w for i, w in enumerate(passes) if i % world.size == world.rank)
                 scored = ((x, y.masked_fill(~s, -1)) for x, y, s in mine)
                 comparison = compare_with_teacher(model, teacher, scored, runtime, world)
@@ -835,7 +891,7 @@ class Run:
     def train(self):
         """Steps until max_iters, max_seconds or a signal; returns the exit status."""
         cfg, progress, stop = self.cfg, self.progress, 0
-        tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * self.model.config.block_size
+        tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * self.batches.length
         self.model.train()
         if progress.iter_num == 0:
             self.evaluate()
@@ -911,7 +967,8 @@ def dry_run(model_config, cfg, dataset):
         model = GPT(config.override(model_config, vocab_size=model_config.vocab_size or dataset.vocab_size))
         model.activation_checkpointing = cfg.activation_checkpointing
         own = {p.untyped_storage()._cdata for p in model.parameters()}
-        idx = torch.zeros(cfg.batch_size, model.config.block_size, dtype=torch.long)
+        length = dataset.record_len or model.config.block_size
+        idx = torch.zeros(cfg.batch_size, length, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
             Objective(model)((idx, idx))
     thin = copy.copy(model.config)  # operations follow what masks keep: their first values, of layers one channel wide
@@ -924,11 +981,11 @@ def dry_run(model_config, cfg, dataset):
     count = {name: sum(p.numel() for _, p in members) for name, members in param_groups(model).items()}
     state = 4 * (4 * sum(count.values()) - (count["matrix"] if cfg.optimizer == "muon" else 0))
     sequences = cfg.batch_size * cfg.gradient_accumulation_steps
-    nominal, executed = (3 * sequences * f for f in model.flops(model.config.block_size))
+    nominal, executed = (3 * sequences * f for f in model.flops(length))
     print(f"parameters: {sum(count.values()):,} (" + ", ".join(f"{k} {v:,}" for k, v in count.items()) + ")")
     print(f"memory: {state / 1e6:,.0f} MB of weights, gradients and optimizer state, ", end="")
     print(f"{activations / 1e6:,.0f} MB of activations in float32")
-    print(f"step: {sequences * model.config.block_size:,} tokens, {nominal / 1e9:,.1f} GFLOP nominal, ", end="")
+    print(f"step: {sequences * length:,} tokens, {nominal / 1e9:,.1f} GFLOP nominal, ", end="")
     print(f"{executed / 1e9:,.1f} executed")
 
 

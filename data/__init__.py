@@ -8,6 +8,11 @@ A data set is a folder with meta.json and up to three files of little-endian tok
 
 "bytes" and "words" count the raw text of a split, so that every perplexity can say what it is divided by.
 "first_bytes" (optional) is the length of the first token's text. Nothing is ever unpickled.
+
+A data set may be records instead of running text. meta.json then has "record_len": L, each split is whole records of L
+tokens, and <split>.targets.bin holds for each token, as int32, what the model is to say there: an id of the vocabulary
+(no shift is applied), or -1 where nothing is scored. A split says {"tokens": n, "scored": n, "sha256": of the .bin,
+"targets_sha256": of the .targets.bin}. With "labels": {name: id, ...} every target is one of these classes.
 """
 
 import argparse
@@ -29,6 +34,7 @@ FORMAT = 1
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}
+TARGET = np.dtype("<i4")
 CHUNK = 1 << 20  # bytes or tokens held at once by every streaming pass
 WHITESPACE = b" \t\n\r\x0b\x0c"  # what bytes.split() splits at
 
@@ -192,6 +198,7 @@ class Dataset:
         except DataError as error:
             raise DataError(f"{self._where}: {error}") from None
         self.vocab_size = self.meta["vocab_size"]
+        self.record_len, self.labels = self.meta.get("record_len"), self.meta.get("labels")  # None for running text
         if self.codec.vocab_size != self.vocab_size:
             self._foreign(f"vocab_size {self.vocab_size} is not the {self.codec.vocab_size} of its codec")
 
@@ -231,25 +238,36 @@ class Dataset:
         if not isinstance(splits, dict) or not splits or not set(splits) <= set(SPLITS):
             self._foreign(f"splits must be some of {', '.join(SPLITS)}")
         for name, info in splits.items():
-            counts = ("tokens", "bytes") if isinstance(info, dict) else ()
-            if not counts or not all(_is_count(info.get(key)) for key in counts):
-                self._foreign(f"split {name} does not say its tokens and bytes")
+            counts = ("tokens", "bytes" if meta.get("record_len") is None else "scored")
+            if not isinstance(info, dict) or not all(_is_count(info.get(key)) for key in counts):
+                self._foreign(f"split {name} does not say its {counts[0]} and {counts[1]}")
             if info.get("words") is not None and not _is_count(info["words"]):
                 self._foreign(f"split {name} has {info['words']!r} words")
+        self._check_records(meta)
         return meta
+
+    def _check_records(self, meta):
+        length, labels = meta.get("record_len"), meta.get("labels")
+        if length is not None:
+            if not _is_count(length) or length == 0:
+                self._foreign(f"record_len {length!r} is not a number of tokens")
+            for name, info in meta["splits"].items():
+                if info["tokens"] % length:
+                    self._foreign(f"split {name} has {info['tokens']} tokens, no whole records of {length}")
+        if labels is not None:
+            ids = list(labels.values()) if isinstance(labels, dict) else []
+            if length is None or len(ids) < 2 or not all(_is_count(i) and i < meta["vocab_size"] for i in ids):
+                self._foreign("labels must be names and ids of the vocabulary, two or more, of records")
+            if len(set(ids)) < len(ids) or not all(name.strip() and name.isprintable() for name in labels):
+                self._foreign("labels must differ from each other, names as ids, and names be printable")
 
     def _check(self, split):
         file, n = f"{self._where}/{split.name}.bin", split.n_tokens
-        try:
-            size = split.file.stat().st_size
-        except OSError:
-            raise DataError(f"no prepared data in {self._where}: {split.name}.bin is missing: {self._hint}") from None
-        expected = n * split.dtype.itemsize
-        if size != expected:
-            state = "truncated" if size < expected else "too long"
-            raise DataError(f"{file} is {state}: {size} bytes, meta.json says {expected}: {self._hint} again")
+        self._check_size(split.file, n * split.dtype.itemsize)
         if n == 0:
             raise DataError(f"{file} is empty: {self._hint} again")
+        if self.record_len is not None:
+            self._check_targets(split)
         if self.vocab_size > np.iinfo(split.dtype).max:
             return  # no id can be beyond the vocabulary
         tokens = split.tokens
@@ -259,12 +277,42 @@ class Dataset:
                 f"{file} holds id {largest}, beyond its vocabulary of {self.vocab_size}: {self._hint} again"
             )
 
+    def _check_size(self, path, expected):
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise DataError(f"no prepared data in {self._where}: {path.name} is missing: {self._hint}") from None
+        if size != expected:
+            state, file = "truncated" if size < expected else "too long", f"{self._where}/{path.name}"
+            raise DataError(f"{file} is {state}: {size} bytes, meta.json says {expected}: {self._hint} again")
+
+    def _check_targets(self, split):
+        """Each target is -1, or an id of the vocabulary or of the labels; each record to train on scores something."""
+        file = f"{self._where}/{split.targets_file.name}"
+        self._check_size(split.targets_file, split.n_tokens * TARGET.itemsize)
+        known, scored = np.zeros(self.vocab_size, bool), 0
+        known[list(self.labels.values()) if self.labels else slice(None)] = True
+        targets, step = split.targets, max(1, CHUNK // self.record_len) * self.record_len
+        for first in range(0, split.n_tokens, step):
+            block = np.asarray(targets[first : first + step])
+            low, high = int(block.min()), int(block.max())
+            if low < -1 or high >= self.vocab_size or not known[block[block >= 0]].all():
+                wrong = next(int(t) for t in block if not (t == -1 or (0 <= t < self.vocab_size and known[t])))
+                what = "one of its labels" if self.labels else f"an id below its vocabulary of {self.vocab_size}"
+                raise DataError(f"{file} holds target {wrong}, neither -1 nor {what}: {self._hint} again")
+            scored += int((block >= 0).sum())
+            if split.name == "train" and not (block.reshape(-1, self.record_len) >= 0).any(1).all():
+                raise DataError(f"{file} has a record without a target, nothing to train on: {self._hint} again")
+        if scored != split.n_scored or scored == 0:
+            raise DataError(f"{file} has {scored} targets, meta.json says {split.n_scored}: {self._hint} again")
+
 
 class Split:
     """One split of a Dataset; made by Dataset.split.
 
-    name; n_tokens; n_bytes of text; n_words (None where they are not counted); scored_bytes: the bytes of tokens
-    1..N-1, which is what a full pass scores (nothing predicts token 0).
+    name; n_tokens; n_scored: the targets of a full pass (in running text nothing predicts token 0). Of running text:
+    n_bytes; n_words (None where they are not counted); scored_bytes: the bytes of tokens 1..N-1. Of records:
+    record_len and labels (None where there are none), and the targets.
     """
 
     def __init__(self, dataset, name):
@@ -273,7 +321,10 @@ class Split:
         self.where = f"{dataset._where}: {name}"
         self.file = dataset.path / f"{name}.bin"
         self.dtype = DTYPES[dataset.meta["dtype"]]
-        self.n_tokens, self.n_bytes, self.n_words = info["tokens"], info["bytes"], info.get("words")
+        self.record_len, self.labels = dataset.record_len, dataset.labels
+        self.n_tokens, self.n_bytes, self.n_words = info["tokens"], info.get("bytes"), info.get("words")
+        self.n_scored = info["tokens"] - 1 if self.record_len is None else info["scored"]
+        self.targets_file = dataset.path / f"{name}.targets.bin"
         self._codec, self._first_bytes = dataset.codec, info.get("first_bytes")
 
     @property
@@ -283,8 +334,16 @@ class Split:
         Pages that were read stay in the resident set of a process for as long as their map lives, so that one map
         kept for a whole run grows to the size of the file. Take it once per batch or pass, and let it go.
         """
+        return self._map(self.file, self.dtype)
+
+    @property
+    def targets(self):
+        """A read-only np.memmap (N,) of int32, opened anew as well."""
+        return self._map(self.targets_file, TARGET)
+
+    def _map(self, file, dtype):
         try:
-            return np.memmap(self.file, dtype=self.dtype, mode="r", shape=(self.n_tokens,))
+            return np.memmap(file, dtype=dtype, mode="r", shape=(self.n_tokens,))
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read {self.where}: {_reason(error)}: prepare the data again") from None
 
@@ -299,7 +358,8 @@ class Batches:
     """Random training batches, drawn globally and sliced by rank.
 
     One generator draws the starts of all processes, so the stream of rows depends on the seed alone: one process that
-    draws twice sees what two processes see that draw once. DataError if a split is too short for block_size.
+    draws twice sees what two processes see that draw once. Of records whole ones are drawn, `length` is theirs, and
+    block_size only has to hold one. DataError if a split is too short for block_size.
     """
 
     def __init__(self, dataset, block_size, batch_size, seed, rank=0, world_size=1):
@@ -308,14 +368,19 @@ class Batches:
                 f"batches need block_size >= 1, batch_size >= 1 and 0 <= rank < world_size, "
                 f"not {block_size}, {batch_size}, {rank} of {world_size}"
             )
-        self.dataset, self.block_size, self.batch_size = dataset, block_size, batch_size
+        if block_size < (dataset.record_len or 0):
+            raise DataError(
+                f"block_size {block_size} does not hold the {dataset.record_len} tokens of a record of {dataset.name}: "
+                f"use --block_size={dataset.record_len}"
+            )
+        self.dataset, self.length, self.batch_size = dataset, dataset.record_len or block_size, batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.generator = torch.Generator().manual_seed(seed)
         if "train" in dataset.meta["splits"]:
             self._split("train")  # a bad file shows now, not after the model has been built
 
     def batch(self, split):
-        """(x, y), int64 CPU tensors (batch_size, block_size); y is x shifted by one."""
+        """(x, y), int64 CPU tensors (batch_size, length); y is x shifted by one, or a record's targets."""
         split, n = self._split(split), self.batch_size
         starts = self._starts(split, self.world_size * n, self.generator)
         return self._rows(split, starts[self.rank * n : (self.rank + 1) * n])
@@ -345,20 +410,24 @@ class Batches:
 
     def _split(self, name):
         split = self.dataset.split(name)
-        if split.n_tokens <= self.block_size:
+        if split.record_len is None and split.n_tokens <= self.length:
             raise DataError(
-                f"{split.where} has {split.n_tokens} tokens, too short for block_size {self.block_size}: "
+                f"{split.where} has {split.n_tokens} tokens, too short for block_size {self.length}: "
                 f"use --block_size={max(1, split.n_tokens - 1)} or less, or prepare more data"
             )
         return split
 
     def _starts(self, split, n, generator):
-        return torch.randint(split.n_tokens - self.block_size, (n,), generator=generator).numpy()
+        if split.record_len is not None:
+            return torch.randint(split.n_tokens // self.length, (n,), generator=generator).numpy() * self.length
+        return torch.randint(split.n_tokens - self.length, (n,), generator=generator).numpy()
 
     def _rows(self, split, starts):
         # split.tokens is a new map for each batch, dropped on return: opening it costs some 50 us, and keeps the
         # resident set at one batch instead of the file.
-        return _gather(split.tokens, starts, self.block_size)
+        if split.record_len is not None:
+            return _gather_records(split, starts)
+        return _gather(split.tokens, starts, self.length)
 
 
 def windows(split, context, stride, batch_size=1):
@@ -367,7 +436,9 @@ def windows(split, context, stride, batch_size=1):
     x, y int64 (b, t), y is x shifted by one; scored bool (b, t), true where this window scores y. Window k starts at
     k * stride and has up to `context` inputs; it scores the targets that no earlier window has. Windows of a batch are
     equally long; the last one, if shorter, comes alone, so the pass is the same for every batch_size.
-    DataError for a stride outside 1..context, a batch_size below 1, or a split without a second token.
+    Of records the windows are the records, in order, whatever the stride; y are their targets, -1 where not scored.
+    DataError for a stride outside 1..context, a batch_size below 1, a split without a second token, or a context that
+    does not hold a record.
     """
     if not 1 <= stride <= context:
         raise DataError(
@@ -375,6 +446,14 @@ def windows(split, context, stride, batch_size=1):
         )
     if batch_size < 1:
         raise DataError(f"batch_size must be at least 1, not {batch_size}")
+    if split.record_len is not None:
+        if context < split.record_len:
+            raise DataError(f"{split.where}: a context of {context} does not hold its records of {split.record_len}")
+        step = batch_size * split.record_len
+        for first in range(0, split.n_tokens, step):
+            x, y = _gather_records(split, np.arange(first, min(first + step, split.n_tokens), split.record_len))
+            yield x, y, y >= 0
+        return
     targets = split.n_tokens - 1
     if targets < 1:
         raise DataError(f"{split.where} has {split.n_tokens} token: nothing to score, prepare more data")
@@ -400,6 +479,12 @@ def _gather(tokens, starts, length):
     return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
 
 
+def _gather_records(split, starts):
+    """x and their targets y, int64 (len(starts), record_len), from the records' first positions."""
+    rows = starts[:, None] + np.arange(split.record_len)
+    return tuple(torch.from_numpy(np.asarray(a)[rows].astype(np.int64)) for a in (split.tokens, split.targets))
+
+
 def _is_count(value):
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -414,12 +499,15 @@ def _reason(error):
 # Preparing: what the prepare.py scripts share
 
 
-def arguments(description, folder):
-    """The parser of a prepare.py with its two common options; folder is the default of --out_dir."""
+def arguments(description, folder, source=True):
+    """The parser of a prepare.py with its two common options; folder is the default of --out_dir. source=False: what
+    it makes has none."""
     parser = argparse.ArgumentParser(
         description=description.strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--source", type=Path, metavar="PATH", help="a local copy to read instead of the usual source")
+    if source:
+        usual = "a local copy to read instead of the usual source"
+        parser.add_argument("--source", type=Path, metavar="PATH", help=usual)
     parser.add_argument("--out_dir", type=Path, default=folder, metavar="PATH", help="where to write (default: here)")
     return parser
 
@@ -523,10 +611,45 @@ def write_split(out_dir, name, pieces, codec, digest=None, words=True):
     return info
 
 
-def write_meta(out_dir, codec, splits, source, sha256, label):
+def write_records(out_dir, name, blocks, codec, digest=None):
+    """Write OUT_DIR/<name>.bin.part and <name>.targets.bin.part and return the split's entry for meta.json.
+
+    blocks: an iterable of (tokens, targets), arrays (records, record_len) each. digest: a hashlib object that is fed
+    both. Memory: one block. The files get their names only from write_meta, which is told record_len.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    parts = [out_dir / f"{name}.bin.part", out_dir / f"{name}.targets.bin.part"]
+    dtypes, shas = (DTYPES[_dtype(codec)], TARGET), (hashlib.sha256(), hashlib.sha256())
+    info = {"tokens": 0, "scored": 0}
+    try:
+        with open(parts[0], "wb") as tokens_out, open(parts[1], "wb") as targets_out:
+            for block in blocks:
+                for array, dtype, out, sha in zip(block, dtypes, (tokens_out, targets_out), shas):
+                    binary = np.ascontiguousarray(array, dtype=dtype).tobytes()
+                    out.write(binary)
+                    sha.update(binary)
+                    if digest is not None:
+                        digest.update(binary)
+                info["tokens"] += block[0].size
+                info["scored"] += int((block[1] >= 0).sum())
+            _sync(tokens_out)
+            _sync(targets_out)
+        if not info["scored"]:
+            raise DataError(f"nothing is scored in the {name} split: give more of it")
+    except BaseException:
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
+    info["sha256"], info["targets_sha256"] = (sha.hexdigest() for sha in shas)
+    return info
+
+
+def write_meta(out_dir, codec, splits, source, sha256, label, record_len=None, labels=None):
     """Put the split files in their places, then meta.json, and return meta.
 
-    codec: its object; splits: {name: what write_split returned}. An interruption before this call leaves an earlier
+    codec: its object; splits: {name: what write_split or write_records returned}, the latter with the record_len of all
+    and, for classes, labels {name: id}. An interruption before this call leaves an earlier
     preparation as it was; one during it leaves no meta.json, so that nothing half-prepared can be taken for whole.
     """
     out_dir = Path(out_dir)
@@ -534,6 +657,10 @@ def write_meta(out_dir, codec, splits, source, sha256, label):
     meta = {"format": FORMAT, "dtype": _dtype(codec), "vocab_size": codec.vocab_size, "codec": name}
     if name == "symbols":
         meta["symbols"] = codec.symbols
+    if record_len is not None:
+        meta["record_len"] = record_len
+    if labels is not None:
+        meta["labels"] = labels
     meta.update(splits=splits, source=source, sha256=sha256, label=label)
     part = out_dir / "meta.json.part"
     with open(part, "w", encoding="utf-8", newline="\n") as out:
@@ -541,21 +668,26 @@ def write_meta(out_dir, codec, splits, source, sha256, label):
         _sync(out)
     (out_dir / "meta.json").unlink(missing_ok=True)
     for split in SPLITS:
-        if split in splits:
-            _replace(out_dir / f"{split}.bin.part", out_dir / f"{split}.bin")
-        else:  # of an earlier preparation that had this split
-            (out_dir / f"{split}.bin").unlink(missing_ok=True)
+        for file, made in ((f"{split}.bin", True), (f"{split}.targets.bin", record_len is not None)):
+            if made and split in splits:
+                _replace(out_dir / f"{file}.part", out_dir / file)
+            else:  # of an earlier preparation that had this file
+                (out_dir / file).unlink(missing_ok=True)
     _replace(part, out_dir / "meta.json")
     return meta
 
 
 def print_summary(meta, out_dir):
-    """Say on stdout what was prepared: label, then tokens, bytes, words and sha256 of each split."""
+    """Say on stdout what was prepared: label, then what each split counts, and its sha256."""
     print(f"{meta['label']}: codec {meta['codec']}, vocabulary {meta['vocab_size']}, in {out_dir}")
     for name, info in meta["splits"].items():
-        words = "" if info["words"] is None else f"{info['words']:>12,} words"
-        print(f"  {name:5} {info['tokens']:>12,} tokens {info['bytes']:>12,} bytes {words}  sha256 {info['sha256']}")
-    print(f"  text sha256 {meta['sha256']}")
+        if "record_len" in meta:
+            counted = f"{info['tokens'] // meta['record_len']:>12,} records {info['scored']:>12,} targets"
+        else:
+            words = "" if info["words"] is None else f"{info['words']:>12,} words"
+            counted = f"{info['tokens']:>12,} tokens {info['bytes']:>12,} bytes {words}"
+        print(f"  {name:5} {counted}  sha256 {info['sha256']}")
+    print(f"  {'records' if 'record_len' in meta else 'text'} sha256 {meta['sha256']}")
 
 
 def size_label(n):

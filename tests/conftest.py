@@ -30,6 +30,26 @@ def text_dataset(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def labelled_dataset(tmp_path_factory):
+    """Records of 6 symbols whose last is to be answered by a label: whether one of them is "x"; "never" is a
+    third label, which no record has. Its folder."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(1)
+    codec = data.SymbolsCodec([*"abcdefghwx", "no", "yes", "never"])
+    splits = {}
+    for name, n in (("train", 800), ("val", 150), ("test", 130)):
+        tokens, targets = rng.integers(0, 9, (n, 6)), np.full((n, 6), -1)
+        tokens[np.arange(n), rng.integers(0, 6, n)] = 9 - (rng.random(n) < 0.6)
+        targets[:, -1] = 10 + (tokens == 9).any(1)
+        splits[name] = data.write_records(
+            folder, name, [(tokens[:50], targets[:50]), (tokens[50:], targets[50:])], codec
+        )
+    labels = {"no": 10, "yes": 11, "never": 12}
+    data.write_meta(folder, codec, splits, source="test", sha256="", label="x", record_len=6, labels=labels)
+    return str(folder)
+
+
 @pytest.fixture
 def fresh_rng():
     """A generator with a new seed at each run, printed so that a failure can be repeated."""

@@ -44,7 +44,7 @@ def edit(folder, **changes):
 
 def fake_split(tokens):
     tokens = np.asarray(tokens, dtype=np.uint16)
-    return types.SimpleNamespace(tokens=tokens, n_tokens=len(tokens), where="fake: val")
+    return types.SimpleNamespace(tokens=tokens, n_tokens=len(tokens), where="fake: val", record_len=None)
 
 
 def one_line(error, *parts):
@@ -446,6 +446,164 @@ def test_windows_arguments(n, args, part):
     one_line(error, "nothing to score")
 
 
+# records with targets
+
+
+def write_targets(folder, targets, length=4, labels=None, tokens=None):
+    """Records of `length` whose token i is i, all splits alike; targets (n,), -1 where nothing is scored."""
+    targets = np.asarray(targets)
+    tokens = np.arange(len(targets)) if tokens is None else tokens
+    codec = data.SymbolsCodec([f"n{i}" for i in range(max(10, len(targets)))])
+    blocks = [(t[None], y[None]) for t, y in zip(tokens.reshape(-1, length), targets.reshape(-1, length))]
+    infos = {name: data.write_records(folder, name, blocks, codec) for name in data.SPLITS}
+    data.write_meta(folder, codec, infos, "made by a test", "0" * 64, "records", record_len=length, labels=labels)
+    return folder
+
+
+@pytest.fixture
+def records(tmp_path, fresh_rng):
+    """300 records of 7, and their targets (300, 7): of each record some are scored, at random."""
+    targets = fresh_rng.integers(0, 2100, (300, 7))
+    targets[fresh_rng.random((300, 7)) < 0.5] = -1
+    targets[:, 3] = fresh_rng.integers(0, 2100, 300)
+    return data.Dataset(write_targets(tmp_path / "records", targets.ravel(), 7)), targets
+
+
+def test_batches_are_whole_records(records, fresh_rng):
+    dataset, targets = records
+    seed, seen = int(fresh_rng.integers(2**31)), set()
+    for block_size, train_draws in ((7, 1000), (50, 20)):
+        batches = data.Batches(dataset, block_size, 5, seed)
+        assert batches.length == 7
+        for split, draws in [("train", train_draws), ("val", 20)]:
+            for _ in range(draws):
+                x, y = batches.batch(split)
+                assert x.shape == y.shape == (5, 7) and x.dtype == y.dtype == torch.int64
+                numbers = x[:, 0] // 7
+                assert torch.equal(x, numbers[:, None] * 7 + torch.arange(7))
+                assert np.array_equal(y, targets[numbers])
+                seen |= set(numbers.tolist())
+    assert seen == set(range(300)), "some records are never drawn"
+
+
+def test_ranks_and_state_of_records(records):
+    dataset, _ = records
+    one, ranks = data.Batches(dataset, 7, 6, 1), [data.Batches(dataset, 7, 2, 1, rank, 3) for rank in range(3)]
+    for _ in range(3):
+        parts = [b.batch("train") for b in ranks]
+        assert all(torch.equal(a, torch.cat(b)) for a, b in zip(one.batch("train"), zip(*parts)))
+    state = one.state_dict()
+    again = data.Batches(dataset, 7, 6, 99)
+    again.load_state_dict(state)
+    whole = [one.batch("train") for _ in range(4)]
+    assert all(torch.equal(a, b) for w in whole for a, b in zip(w, again.batch("train")))
+    fixed = [list(b.fixed("val", 5)) for b in (one, one)]
+    assert all(torch.equal(a, b) for f, g in zip(*fixed) for a, b in zip(f, g))
+
+
+@pytest.mark.parametrize("batch_size, context, stride", [(1, 7, 7), (16, 7, 1), (300, 64, 64), (1000, 7, 3)])
+def test_windows_of_records(records, batch_size, context, stride):
+    dataset, targets = records
+    split = dataset.split("test")
+    parts = list(data.windows(split, context, stride, batch_size))
+    x, y, scored = (torch.cat(part) for part in zip(*parts))
+    assert torch.equal(x, torch.arange(2100).view(300, 7)) and np.array_equal(y, targets)
+    assert np.array_equal(scored, targets >= 0) and int(scored.sum()) == split.n_scored
+    assert len(parts) == -(-300 // batch_size)
+
+
+def test_records_need_room(records):
+    dataset, _ = records
+    with pytest.raises(data.DataError) as error:
+        data.Batches(dataset, 6, 1, 0)
+    one_line(error, "block_size 6", "7 tokens", "--block_size=7")
+    with pytest.raises(data.DataError) as error:
+        next(data.windows(dataset.split("val"), 6, 6))
+    one_line(error, "context of 6", "records of 7")
+
+
+def targets_error(folder, split="train"):
+    with pytest.raises(data.DataError) as error:
+        data.Dataset(folder).split(split)
+    one_line(error, f"{split}.targets.bin")
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "edited, split, part",
+    [
+        ([1, 2, -1, 3], "val", "truncated: 16 bytes, meta.json says 32"),
+        ([1] * 9, "val", "too long"),
+        ([-1, 2, -1, 3, -1, 10, -1, 3], "val", "target 10, neither -1 nor an id below its vocabulary of 10"),
+        ([-1, 2, -1, 3, -1, -2, -1, 3], "test", "target -2"),
+        ([-1, 2, -1, 3, -1, 3, -1, -1], "val", "3 targets, meta.json says 4"),
+        ([2, 2, 3, 3, -1, -1, -1, -1], "train", "a record without a target"),
+        (None, "val", "missing"),
+    ],
+)
+def test_wrong_targets(tmp_path, monkeypatch, edited, split, part):
+    monkeypatch.setattr(data, "CHUNK", 4)  # so that what is wrong is in a later chunk of the check
+    write_targets(tmp_path, [-1, 2, -1, 3, -1, 2, -1, 3])
+    file = tmp_path / f"{split}.targets.bin"
+    assert data.Dataset(tmp_path).split(split).n_scored == 4
+    assert file.read_bytes() == np.array([-1, 2, -1, 3, -1, 2, -1, 3], dtype="<i4").tobytes()
+    file.unlink() if edited is None else file.write_bytes(np.array(edited, dtype="<i4").tobytes())
+    message = targets_error(tmp_path, split)
+    assert part in message and ("again" in message or "run its" in message), message
+
+
+def test_targets_must_be_labels(tmp_path):
+    write_targets(tmp_path, [-1, -1, -1, 3, -1, -1, -1, 4], labels={"no": 3, "yes": 4})
+    dataset = data.Dataset(tmp_path)
+    assert dataset.labels == dataset.split("val").labels == {"no": 3, "yes": 4}
+    edit(tmp_path, labels={"no": 3, "yes": 5})
+    assert "target 4, neither -1 nor one of its labels" in targets_error(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        ({"record_len": 0}, "record_len 0"),
+        ({"record_len": "4"}, "record_len '4'"),
+        ({"record_len": 3}, "no whole records of 3"),
+        ({"record_len": None}, "does not say its tokens and bytes"),
+        ({"labels": ["a", "b"]}, "labels must be names"),
+        ({"labels": {"a": 1}}, "two or more"),
+        ({"labels": {"a": 1, "b": 10}}, "ids of the vocabulary"),
+        ({"labels": {"a": 1, "b": 1}}, "differ"),
+        ({"labels": {"a": 1, "b\n": 2}}, "printable"),
+    ],
+)
+def test_foreign_meta_of_records(tmp_path, changes, part):
+    edit(write_targets(tmp_path, [1, -1, -1, 2, 1, -1, -1, 2]), **changes)
+    with pytest.raises(data.DataError) as error:
+        data.Dataset(tmp_path)
+    one_line(error, str(tmp_path), part)
+
+
+def test_labels_need_records(tmp_path):
+    edit(write(tmp_path, b"abc"), labels={"a": 1, "b": 2})
+    with pytest.raises(data.DataError) as error:
+        data.Dataset(tmp_path)
+    one_line(error, "of records")
+
+
+def test_interrupted_records_leave_nothing(tmp_path):
+    def interrupted():
+        yield np.ones((1, 4), int), np.ones((1, 4), int)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.write_records(tmp_path, "train", interrupted(), data.BytesCodec())
+    with pytest.raises(data.DataError) as error:
+        data.write_records(tmp_path, "val", [(np.ones((1, 4), int), -np.ones((1, 4), int))], data.BytesCodec())
+    one_line(error, "nothing is scored in the val split")
+    assert list(tmp_path.iterdir()) == []
+    write_targets(tmp_path, [1, 2, 3, 4])
+    write(tmp_path, b"text in the place of records")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "test.bin", "train.bin", "val.bin"]
+
+
 # writing
 
 
@@ -483,8 +641,11 @@ def test_interrupted_write_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
-def test_interrupted_commit_is_never_whole(tmp_path, monkeypatch, step):
-    write(tmp_path, b"older data")
+@pytest.mark.parametrize(
+    "older", [lambda folder: write(folder, b"older data"), lambda f: write_targets(f, [1, 2, 3, 4])]
+)
+def test_interrupted_commit_is_never_whole(tmp_path, monkeypatch, step, older):
+    older(tmp_path)
     replace, steps = data._replace, itertools.count(1)
 
     def stopping(source, target):
@@ -903,3 +1064,152 @@ def test_pieces_are_cut():
     """Without this, one piece for everything would pass the test above."""
     cut = list(script("wikitext2").pieces(WIKI.encode().splitlines(keepends=True), size=1))
     assert [piece.split()[0] for piece in cut] == [b"=", b"Some", b"=", b"It", b"another", b"'s"]
+
+
+# skip_trigrams
+
+
+def read_by_hand(tokens, n):
+    """The trigrams of one sequence, token by token: [(position of A, of B, b)]; None if it breaks the rules."""
+    found, a, due = [], None, None
+    if tokens[0] != 2 * n + 1:
+        return None
+    for p, token in enumerate(tokens[1:], 1):
+        if due is not None:
+            if token != due:
+                return None
+            due = None
+        elif token == 0:
+            if a is not None:
+                return None
+            a = p
+        elif a is not None and 1 <= token <= n:
+            found.append((a, p, token))
+            a, due = None, token + n
+    return found
+
+
+def write_by_hand(random, n, positions):
+    """One sequence of the published state machine, token by token."""
+    tokens, pending, force = [2 * n + 1], False, False
+    while len(tokens) < positions:
+        token = tokens[-1] + n if force else random.randint(1 if pending else 0, 2 * n + 1)
+        force = False
+        pending = pending or token == 0
+        if pending and 1 <= token <= n:
+            pending, force = False, True
+        tokens.append(token)
+    return tokens
+
+
+def trigram_statistics(sequences, n):
+    """Shares of sequences with 0, 1, 2 trigrams, share of trigrams whose B is last, scored ones a B in 1,000."""
+    found = [read_by_hand(s, n) for s in sequences]
+    assert all(f is not None for f in found), "a sequence breaks the rules"
+    counts, last = np.array([len(f) for f in found]), sum(f[-1][1] == len(sequences[0]) - 1 for f in found if f)
+    scored = 1000 * (counts.sum() - last) / len(sequences) / n
+    return [*((counts == k).mean() for k in range(3)), last / counts.sum(), scored]
+
+
+def test_skip_trigrams_of_the_published_size(fresh_rng):
+    """100 batches of 1,000 sequences, n = 5, each looked at by a state machine that goes token by token."""
+    tokens, found = script("skip_trigrams").generate(fresh_rng, 100_000, 5, 11)
+    assert tokens.shape == found.shape == (100_000, 11)
+    for row, marks in zip(tokens[:5000].tolist(), found[:5000].tolist()):
+        assert [(p, b) for p, b in enumerate(marks) if b] == [(p, b) for _, p, b in read_by_hand(row, 5)]
+    shares = trigram_statistics(tokens.tolist(), 5)
+    assert np.allclose(shares[:4], [0.512, 0.428, 0.059, 0.118], atol=0.007), shares
+    assert abs(shares[4] - 97) < 1.5, shares
+    assert np.unique(tokens).size == 12
+    script("skip_trigrams").check("train", tokens, found, 5)
+
+
+@pytest.mark.parametrize("n, positions", [(1, 8), (3, 11), (4, 17)])
+def test_skip_trigrams_are_those_of_the_state_machine(fresh_rng, n, positions):
+    """The same distribution as one that is written token by token, position by position."""
+    import random
+
+    source, samples = random.Random(int(fresh_rng.integers(2**31))), 15_000
+    slow = [write_by_hand(source, n, positions) for _ in range(samples)]
+    fast = script("skip_trigrams").generate(fresh_rng, samples, n, positions)[0].tolist()
+    a, b = (np.array(trigram_statistics(s, n)) for s in (slow, fast))
+    assert np.allclose(a[:4], b[:4], atol=0.03) and np.isclose(a[4], b[4], rtol=0.1), (a, b)
+    for p in range(positions):
+        a, b = (np.bincount(np.array(s)[:, p], minlength=2 * n + 2) / samples for s in (slow, fast))
+        assert np.allclose(a, b, atol=0.03), p
+
+
+def test_skip_trigrams_script(tmp_path, fresh_rng):
+    n, positions = int(fresh_rng.integers(2, 7)), int(fresh_rng.integers(9, 15))
+    seed = str(fresh_rng.integers(1000))
+    options = [
+        "--trigrams",
+        str(n),
+        "--positions",
+        str(positions),
+        "--seed",
+        seed,
+        "--train",
+        "30000",
+        "--test",
+        "4000",
+    ]
+    run = prepare("skip_trigrams", *options, "--val", "3000", "--out_dir", tmp_path / "a", cwd=tmp_path)
+    assert run.returncode == 0 and "scored ones a B in 1,000 sequences" in run.stdout, run.stderr
+    dataset = data.Dataset(tmp_path / "a")
+    assert dataset.codec.symbols == ["A", *(f"{c}{i}" for c in "BC" for i in range(1, n + 1)), "BOS"]
+    for name, size in [("train", 30000), ("val", 3000), ("test", 4000)]:
+        split = dataset.split(name)
+        assert split.n_tokens == size * positions
+        for tokens, targets in zip(
+            *(a.reshape(size, positions)[:2000].tolist() for a in (split.tokens, split.targets))
+        ):
+            wanted = [*tokens[1:], -1]
+            if name == "test":
+                trigrams = {p: b + n for _, p, b in read_by_hand(tokens, n) if p < positions - 1}
+                wanted = [trigrams.get(p, -1) for p in range(positions)]
+            assert targets == wanted
+    script("skip_trigrams").main([*options, "--val", "3000", "--out_dir", str(tmp_path / "b")])
+    for file in ("meta.json", "train.bin", "train.targets.bin", "test.targets.bin"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    script("skip_trigrams").main([*options[:-4], "--seed", "1001", "--val", "3000", "--out_dir", str(tmp_path / "b")])
+    assert (tmp_path / "a" / "val.bin").read_bytes() != (tmp_path / "b" / "val.bin").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options, part",
+    [
+        ("--train 2000", "raise --train"),
+        ("--trigrams 40", "fewer than 1000"),
+        ("--positions 4", "more than half"),
+        ("--positions 3", "--positions 4"),
+        ("--trigrams 0", "--trigrams must be at least 1"),
+        ("--val 0", "--val must be at least 1"),
+        ("--seed -1", "--seed 0"),
+    ],
+)
+def test_skip_trigrams_refuses(tmp_path, options, part):
+    options = options.split() + ["--train", "150000"] * (options.startswith("--positions"))
+    with pytest.raises(data.DataError) as error:
+        script("skip_trigrams").main([*options, "--out_dir", str(tmp_path)])
+    one_line(error, part)
+    assert not (tmp_path / "meta.json").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil, part",
+    [
+        (lambda tokens, found: np.copyto(tokens, np.where(tokens == 4, 3, tokens)), "not followed by its C"),
+        (lambda tokens, found: np.copyto(tokens[:, 1:], 0, where=tokens[:, 1:] == 5), "BOS is not within 1.5 times"),
+        (lambda tokens, found: np.copyto(found, np.where(found == 2, 0, found)), "B2 has 0"),
+        (lambda tokens, found: np.copyto(found[:, -1:], 1), "B1 comes last in 20000 trigrams"),
+    ],
+)
+def test_skip_trigrams_are_checked(fresh_rng, spoil, part):
+    module = script("skip_trigrams")
+    tokens, found = module.generate(fresh_rng, 20_000, 2, 11)
+    module.check("train", tokens, found, 2)
+    spoil(tokens, found)
+    with pytest.raises(data.DataError) as error:
+        module.check("train", tokens, found, 2)
+    one_line(error, part)

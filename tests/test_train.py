@@ -6,13 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, oracle
 from torch.nn import functional as F
 
+import bench
 import config
 import train
 from data import DataError, Dataset, windows
@@ -381,6 +384,183 @@ def test_scored_positions_cover_the_split_once(text_dataset):
     split = Dataset(text_dataset).split("val")
     for context, stride in ((16, 16), (16, 3)):
         assert sum(int(s.sum()) for _, _, s in windows(split, context, stride, 5)) == split.n_tokens - 1
+
+
+# records with targets
+
+
+def random_model(dataset, **keys):
+    """A small model of random weights, far from uniform."""
+    gpt = GPT(GPTConfig(block_size=8, vocab_size=dataset.vocab_size + 3, n_layer=1, n_head=2, n_embd=16, **keys))
+    for p in gpt.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return gpt
+
+
+def by_hand(gpt, split):
+    """Nats, true labels and the likeliest labels of a labelled split, one record at a time."""
+    ids, nats, true, likeliest = list(split.labels.values()), 0.0, [], []
+    records = split.tokens.reshape(-1, split.record_len), split.targets.reshape(-1, split.record_len)
+    for tokens, targets in zip(*(torch.from_numpy(r.astype("int64")) for r in records)):
+        with torch.no_grad():
+            logits = gpt(tokens[None], targets[None])[0][0].double()
+        for p in torch.nonzero(targets >= 0).flatten():
+            nats -= logits[p].log_softmax(-1)[targets[p]].item()
+            true.append(int(targets[p]))
+            likeliest.append(max(ids, key=lambda i: logits[p, i]))
+    return nats, true, likeliest
+
+
+def sklearn_scores(true, likeliest, ids):
+    metrics = oracle("sklearn.metrics")
+    options = dict(labels=ids, zero_division=0)
+    each = metrics.precision_recall_fscore_support(true, likeliest, **options)
+    macro = metrics.precision_recall_fscore_support(true, likeliest, average="macro", **options)
+    return metrics.accuracy_score(true, likeliest), each, macro, metrics.confusion_matrix(true, likeliest, labels=ids)
+
+
+def same_scores(scores, accuracy, each, macro, confusion):
+    if "accuracy" in scores:
+        assert scores["accuracy"] == pytest.approx(accuracy, abs=1e-12)
+    found = [[row[key] for row in scores["labels"]] for key in ("precision", "recall", "f1", "support")]
+    assert np.allclose(found, each, rtol=0, atol=1e-12)
+    assert np.allclose([scores[key] for key in ("precision", "recall", "f1")], macro[:3], rtol=0, atol=1e-12)
+    assert scores["confusion"] == confusion.tolist()
+
+
+@pytest.mark.parametrize("case", ["all", "never predicted", "never true", "one label only", "neither"])
+def test_label_scores_equal_scikit_learns(fresh_rng, case):
+    for _ in range(20):
+        k, n = int(fresh_rng.integers(2, 9)), int(fresh_rng.integers(1, 60))
+        true, likeliest = (fresh_rng.integers(0, k, n) for _ in range(2))
+        if case in ("never predicted", "neither"):
+            likeliest[likeliest == 1] = 0
+        if case in ("never true", "neither"):
+            true[true == 1] = 0
+        if case == "one label only":
+            likeliest[:] = fresh_rng.integers(k)
+        confusion = [[int(((true == i) & (likeliest == j)).sum()) for j in range(k)] for i in range(k)]
+        scores = train.label_scores(confusion, [f"l{i}" for i in range(k)])
+        same_scores(scores, *sklearn_scores(true, likeliest, list(range(k))))
+        assert scores["majority"] == pytest.approx(np.bincount(true).max() / n)
+
+
+def test_evaluation_of_records(labelled_dataset, fresh_rng):
+    """Against one record at a time, and scikit-learn on the same predictions, for every batch size."""
+    split = Dataset(labelled_dataset).split("val")
+    gpt = random_model(Dataset(labelled_dataset), dropout=0.3).eval()
+    nats, true, likeliest = by_hand(gpt, split)
+    gpt.train()
+    for batch_size in (1, 7, 500):
+        scores = evaluate(gpt, split, 8, 8, batch_size, CPU)
+        assert gpt.training and scores["tokens"] == len(true) == 150
+        assert scores["loss"] == pytest.approx(nats / 150, rel=1e-5) and "bits_per_byte" not in scores
+        same_scores(scores, *sklearn_scores(true, likeliest, list(split.labels.values())))
+
+
+def test_evaluation_of_records_without_labels(tmp_path, fresh_rng):
+    """Targets here and there, also none in a record: nats and accuracy over the whole vocabulary."""
+    from test_data import write_targets
+
+    targets = np.where(fresh_rng.random(120) < 0.4, fresh_rng.integers(0, 120, 120), -1)
+    targets[::6] = 5
+    write_targets(tmp_path, targets, 6)
+    blank = np.where(np.arange(120) // 6 % 2, -1, targets)  # the test split: every second record scores nothing
+    dataset = Dataset(tmp_path)
+    dataset.meta["splits"]["test"]["scored"] = int((blank >= 0).sum())
+    (tmp_path / "test.targets.bin").write_bytes(blank.astype("<i4").tobytes())
+    gpt = random_model(dataset).eval()
+    for name, wanted in (("val", targets), ("test", blank)):
+        wanted = torch.from_numpy(wanted).view(20, 6)
+        with torch.no_grad():
+            logits = gpt(torch.arange(120).view(20, 6), wanted)[0]
+        loss = F.cross_entropy(logits.double().flatten(0, 1), wanted.flatten(), ignore_index=-1).item()
+        right = (logits.argmax(-1) == wanted)[wanted >= 0].double().mean().item()
+        for batch_size in (1, 3, 50):
+            scores = evaluate(gpt, dataset.split(name), 8, 8, batch_size, CPU)
+            assert scores["loss"] == pytest.approx(loss, rel=1e-5) and scores["accuracy"] == pytest.approx(right)
+            assert scores["tokens"] == (wanted >= 0).sum() and "f1" not in scores
+
+
+def test_processes_share_the_records(labelled_dataset, fresh_rng):
+    """What two processes add up is what one counts."""
+    split = Dataset(labelled_dataset).split("test")
+    gpt = random_model(Dataset(labelled_dataset))
+    alone, barrier, shares, found = evaluate(gpt, split, 8, 8, 7, CPU), threading.Barrier(2), [None] * 2, [None] * 2
+
+    class Shared(World):
+        def sum(self, values):
+            shares[self.rank] = values
+            barrier.wait()
+            total = [a + b for a, b in zip(*shares)]
+            barrier.wait()
+            return total
+
+    def process(rank):
+        copy = random_model(Dataset(labelled_dataset))
+        copy.load_state_dict(gpt.state_dict())
+        found[rank] = evaluate(copy, split, 8, 8, 7, CPU, Shared(rank, 2, rank))
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    for scores in found:
+        assert scores.pop("loss") == pytest.approx(alone["loss"], rel=1e-9)
+        assert scores.pop("token_perplexity") == pytest.approx(alone["token_perplexity"], rel=1e-9)
+        assert scores == {k: alone[k] for k in scores}
+
+
+def test_training_on_records(tiny, tmp_path, labelled_dataset, capsys):
+    """Learnt, counted in tokens of records, resumed to the digit, and scored by every label."""
+    keys = dict(dataset=labelled_dataset, batch_size=32, learning_rate=1e-2, dropout=0.0)
+    keys |= dict(max_iters=160, lr_decay_iters=160, eval_interval=80)
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    assert train.main(tiny(out_dir=whole, **keys)) == 0
+    assert train.main(tiny(out_dir=parts, **keys | dict(max_iters=80))) == 0
+    torch.manual_seed(99)
+    assert train.main(tiny(out_dir=parts, init_from="resume", **keys)) == 0
+    assert read_log(whole) == read_log(parts) and weights_equal(whole, parts)
+    log = read_log(whole)
+    assert [e["tokens"] for e in log if "tokens" in e][-1] == 160 * 32 * 6
+    losses = [e["val_loss"] for e in log if "val_loss" in e]
+    capsys.readouterr()
+    assert train.main(tiny(out_dir=whole, init_from="resume", eval_only=True, **keys)) == 0
+    out = capsys.readouterr().out
+    accuracy = float(out.split("accuracy ")[1].split()[0])
+    assert losses[-1] < 0.2 < losses[0] and accuracy > 0.95, out
+    assert (
+        "x val: " in out and "x test: " in out and "150 targets in records of 6" in out and "bits per byte" not in out
+    )
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| never")]
+    assert len(rows) == 2 and rows[0][1:5] == ["0", "0.0000", "0.0000", "0.0000"]
+    report = str(tmp_path / "quality.json")
+    bench.main(["--what=quality", f"--out_dir={whole}", "--split=val", "--device=cpu", f"--json={report}"])
+    with open(report) as f:
+        tables = json.load(f)["tables"]
+    row = tables["quality"]["rows"][0]
+    assert (
+        row["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+        and row["bits/byte"] is None
+        and row["context (tokens)"] == 6
+    )
+    row = tables[f"labels of {whole}, val"]["rows"][2]
+    assert list(row.values()) == ["never", 0, 0.0, 0.0, 0.0, 0, 0, 0]
+
+
+def test_records_are_refused_in_one_line(tiny, tmp_path, labelled_dataset):
+    with pytest.raises(
+        DataError, match="block_size 5 does not hold the 6 tokens of a record of .*: use --block_size=6"
+    ):
+        train.main(tiny(dataset=labelled_dataset, block_size=5))
+    train.main(tiny(dataset=labelled_dataset, max_iters=1))
+    for key in ("eval_stride", "eval_context"):
+        with pytest.raises(config.ConfigError, match="records of 6 tokens, each scored whole"):
+            train.main(tiny(dataset=labelled_dataset, init_from="resume", eval_only=True, **{key: 6}))
+    from test_data import write_targets
+
+    write_targets(tmp_path / "cut", [1, 2, 3, 4])
+    (tmp_path / "cut" / "train.targets.bin").write_bytes(b"1234")
+    with pytest.raises(DataError, match="train.targets.bin is truncated"):
+        train.main(tiny(out_dir=str(tmp_path / "other"), dataset=str(tmp_path / "cut")))
 
 
 # processes
