@@ -32,7 +32,7 @@ import platform
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -70,6 +70,7 @@ class BenchConfig:
     seconds: float = key(2.0, "time for each measurement of a round", low=0.01)
     batch_size: int = key(16, "sequences of a step, with a shape given", low=1)
     tokens: int = key(500, "tokens to sample (decode)", low=1)
+    positions: str = key("10,10000", "tokens before the one that is timed, comma-separated (decode)")
     operators: str = key("", "operators, comma-separated; empty: all (ops)")
     shapes: str = key(
         "2x1024x4x64x64,2x4096x4x64x64,2x16384x4x64x64", "batch x time x heads x key size x value size, ... (ops)"
@@ -640,25 +641,34 @@ def bench_decode(c, bench, runtime, report):
 
 @torch.inference_mode()
 def bench_positions(model, bench, runtime, report):
-    """The cost of one token early and late in a text, in the same rounds, and the bytes that the state holds."""
-    positions = (10, 10_000)
-    states, times = [], {pos: [] for pos in positions}
+    """The cost of one token by its position in a text, beside softmax attention in the same rounds, and the bytes that
+    the state holds."""
+    models, positions = {model.config.attention_type: model}, numbers(bench.positions, "positions")
+    if min(positions) < 1:
+        raise ConfigError(f"--positions={bench.positions}: write at least 1")
+    if "softmax" not in models:
+        models["softmax"] = GPT(replace(model.config, attention_type="softmax")).to(runtime.device).eval()
+    states, times = {}, {}
     with runtime.autocast():
-        for pos in positions:
-            state = model.init_state(1)
+        for name, pos in itertools.product(models, positions):
+            state = models[name].init_state(1)
             for piece in torch.randint(model.config.vocab_size, (1, pos), device=runtime.device).split(1024, 1):
-                state = model.step(piece, state)[1]
-            states.append(state)
+                state = models[name].step(piece, state)[1]
+            states[name, pos], times[name, pos] = state, []
         token = torch.randint(model.config.vocab_size, (1, 1), device=runtime.device)
         for i in range(4 * bench.rounds):
-            for pos, state in list(zip(positions, states))[:: 1 if i % 2 == 0 else -1]:
-                run = functools.partial(model.step, token, copy.deepcopy(state))
-                times[pos].append(1e6 * timed(run, bench.seconds / 8, runtime.device_type))
-    columns = "attention, position (tokens), a token (us), of the first row (ratio), state (bytes)"
+            for row in list(states)[:: 1 if i % 2 == 0 else -1]:
+                run = functools.partial(models[row[0]].step, token, copy.deepcopy(states[row]))
+                times[row].append(1e6 * timed(run, bench.seconds / 8, runtime.device_type))
+    columns = (
+        "attention, position (tokens), a token (us), of the first position (ratio), of softmax (ratio), state (bytes)"
+    )
     with report.table("positions", "one token, by its position in the text", columns, keys=2) as table:
-        for pos, state in zip(positions, states):
-            ratio = [b / a for a, b in zip(times[positions[0]], times[pos])]
-            table.add(model.config.attention_type, pos, times[pos], ratio, state_bytes(state.layers))
+        for (name, pos), state in states.items():
+            ratios = [
+                [a / b for a, b in zip(times[name, pos], times[x])] for x in ((name, positions[0]), ("softmax", pos))
+            ]
+            table.add(name, pos, times[name, pos], *ratios, state_bytes(state.layers))
 
 
 def state_bytes(state):

@@ -17,7 +17,7 @@ from test_attention import make, pieces
 import kernels
 from kernels import nsa as K
 from kernels.nsa import nsa_compressed, nsa_pairs, nsa_selected, nsa_sizes, nsa_window
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, NSAState
 
 EXACT, FP32 = 1e-10, 1e-5
 SIZES = (8, 4, 8, 4)  # l, d, l', n
@@ -443,6 +443,35 @@ def test_what_the_caches_hold():
         done = max(0, (t - 8) // 4 + 1)
         assert (state.n, state.n_blocks) == (t, done) and state.raw.size(1) == t - 4 * done <= 8
         assert state.window.size(1) == min(t, 16) and state.selected.size(1) == 64
+
+
+def test_a_step_reads_as_many_tokens_as_the_formula():
+    """floor((t + 1 - l) / d) + 1 compressed keys, n blocks of l' tokens up to the query, and w tokens, the query's own
+    among them: those rows of the caches have a gradient, and what the other rows hold does not matter."""
+    attn, T = make("nsa", block_size=128, n_head=4, nsa_kv_head=2), 128
+    block, stride, select_block, count, window = attn.sizes
+    x = torch.randn(1, T, 32, dtype=torch.float64)
+    for t in (6, 7, 12, 30, 63, 64, 100, 127):
+        state = attn.init_state(1, T)
+        attn.step(x[:, :t], state)
+        caches = [c.detach().clone().requires_grad_() for c in (state.blocks, state.selected, state.window)]
+
+        def step(*caches):
+            before = NSAState(T, t, state.n_blocks, state.raw.detach(), *(c * 1 for c in caches))  # noqa: B023
+            return attn.step(x[:, t : t + 1], before)[0]  # noqa: B023
+
+        y = step(*caches)
+        grads = torch.autograd.grad((y * torch.randn_like(y)).sum(), caches)
+        read = [g[0, :, 1].abs().amax(-1) > 0 for g in grads]  # by the values: (tokens, Hk)
+        blocks = max(0, (t + 1 - block) // stride + 1)
+        chosen = min(count - 1, t // select_block) * select_block + t % select_block + 1
+        wanted = blocks, chosen, min(t + 1, window)
+        new = blocks - state.n_blocks, 1, 1  # what the step's own token adds
+        assert [rows.sum(0).tolist() for rows in read] == [[a - b] * 2 for a, b in zip(wanted, new)]
+        for cache, rows in zip(caches, read):
+            cache.data.transpose(2, 3)[0][~rows] = 1e3
+        torch.testing.assert_close(step(*caches), y, rtol=0, atol=1e-12)
+    assert sum(wanted) == blocks + count * select_block + window == 79
 
 
 @pytest.mark.parametrize("f", ["compressed", "selected", "window"])

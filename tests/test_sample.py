@@ -142,9 +142,17 @@ def test_operators_beside_softmax_and_other_implementations(measured, capsys):
 def test_decoding_costs_by_position_and_state_size(measured):
     tiny = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--rounds=1"]
     options = ["--what=decode", "--attention_type=gla", "--pos_emb=none", "--tokens=5", "--seconds=0.05"]
-    rows = measured(*options, *tiny)["positions"]["rows"]
-    assert [row["state (bytes)"] for row in rows] == [2 * 16 * 32 * 4] * 2  # two layers of one head, 16 x 32 floats
-    assert [row["position (tokens)"] for row in rows] == [10, 10_000]
+    rows = measured(*options, "--positions=10,3000", *tiny)["positions"]["rows"]
+    # two layers: of gla one head of 16 x 32 floats; of softmax a ring of 32 keys and values, twice
+    assert [row["state (bytes)"] for row in rows] == [2 * 16 * 32 * 4] * 2 + [2 * 2 * 2 * 32 * 32 * 4] * 2
+    assert [(row["attention"], row["position (tokens)"]) for row in rows] == [
+        ("gla", 10), ("gla", 3000), ("softmax", 10), ("softmax", 3000)
+    ]  # fmt: skip
+    for i, row in enumerate(rows):
+        ratio = [a / b for a, b in zip(row["a token (us)"], rows[2 + i % 2]["a token (us)"])]
+        assert row["of softmax (ratio)"] == pytest.approx(ratio)
+    with pytest.raises(config.ConfigError, match="--positions=0"):
+        bench.main([*options, "--positions=0", "--device=cpu", *tiny])
 
 
 def test_curves_write_a_picture(checkpoint, tmp_path):
