@@ -1,0 +1,13 @@
+# A few minutes on one CPU core: how far the penalty shortens spans. A sweep of --span_reg; --attention_type=softmax and
+# --use_triangle_wave_masking=True stand beside it.
+from config.train_enwik8_tiny import *
+
+out_dir = "out/enwik8_tiny_span"
+attention_type = "adaptive_span"
+mask_learning_rate = 0.03  # 300 steps, of which each moves a span's parameter by at most this
+
+block_size = 256
+batch_size = 8
+max_iters = 300
+eval_interval = 150
+eval_iters = 10
