@@ -1,6 +1,7 @@
 """What things cost, and what checkpoints score.
 
     python bench.py --what=step                            # training steps: against a plain PyTorch stack and the peak
+    python bench.py --what=step --beside=softmax --attention_type=adaptive_span   # of types, in the same rounds
     python bench.py --what=ops                             # attention operators against time, beside SDPA
     python bench.py --what=decode                          # sampling: with the cache, and recomputing the prefix
     python bench.py --what=quality --out_dir=out/a,out/b   # the full evaluation pass over checkpoints
@@ -33,6 +34,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -77,9 +79,10 @@ class BenchConfig:
     )
     peers: bool = key(False, "other implementations beside ours, from requirements-dev.txt (ops)")
     autotune: bool = key(False, "try every configuration of the Triton kernels first (ops)")
+    beside: str = key("", "attention types of new models, timed in the same rounds, with a shape given (step, decode)")
     spans: str = key("256", "spans of `span`, a ramp of 32 included (ops)")
     offsets: str = key("0,1,2,3,4", "distances that `mask_mix` keeps (ops)")
-    out_dir: str = key("", "folders of runs, comma-separated (quality, curves, inspect)")
+    out_dir: str = key("", "folders of runs, comma-separated (quality, curves, inspect; step and decode with --beside)")
     prune: float = key(0.02, "the loss without candidates below this share of the largest (inspect)", low=0.0, high=1.0)
     inspect_batch_size: int = key(4, "sequences of the timed attention (inspect)", low=1)
     text: str = key("", "text of the attention maps; empty: from the validation split (inspect)")
@@ -321,9 +324,9 @@ def random_dataset(folder, vocab_size, n=200_000):
     return Dataset(folder)
 
 
-def our_step(model_config, cfg, runtime, folder):
-    dataset = random_dataset(folder, model_config.vocab_size)
-    run = Run(cfg, runtime, World(0, 1, 0), dataset, GPT(model_config).to(runtime.device), None)
+def our_step(model, cfg, runtime, folder):
+    dataset = random_dataset(folder, model.config.vocab_size)
+    run = Run(cfg, runtime, World(0, 1, 0), dataset, model.to(runtime.device), None)
     if runtime.compile:
         run.objective = torch.compile(run.objective)
     run.model.train()
@@ -347,7 +350,7 @@ def bench_step(shape, bench, runtime, report, table):
     x, y = (torch.randint(c.vocab_size, (batch_size, c.block_size), device=runtime.device) for _ in range(2))
     peaks, ours, plain = [report.peaks["matmul_gflops"]], [], []
     with tempfile.TemporaryDirectory() as folder:
-        step, model = our_step(c, cfg, runtime, folder)
+        step, model = our_step(GPT(c), cfg, runtime, folder)
         # the plain stack is softmax attention, learned positions and a GELU MLP, whatever stands beside it
         beside = plain_step(c, cfg, runtime, x, y)
         for measure in (step, beside):
@@ -364,6 +367,93 @@ def bench_step(shape, bench, runtime, report, table):
     share = statistics.median(rates) * per_token / 1e9 / max(peaks)
     row = (c.attention_type, c.n_layer, c.n_head, c.n_embd, c.block_size, batch_size, c.vocab_size, N, per_token / 1e6)
     table.add(*row, ours, rates, plain, [a / b for a, b in zip(ours, plain)], share)
+
+
+# -----------------------------------------------------------------------------
+# attention types beside each other
+
+
+def models_beside(c, bench):
+    """{name: model}: a new model of each type of --beside, then what is compared with the first of them: the models of
+    --out_dir, or a new one of `c`. The shape is the latter's."""
+    folders = run_folders(bench) if bench.out_dir else []
+    models = {f: GPT.from_checkpoint(f) for f in folders} or {c.attention_type: GPT(c)}
+    shape, types = next(iter(models.values())).config, [t.strip() for t in bench.beside.split(",")]
+    for name, model in models.items():
+        if any(getattr(model.config, k) != getattr(shape, k) for k in ("n_layer", "n_embd", "block_size")):
+            raise ConfigError(f"{name}: models that are timed beside each other must have one shape")
+    return {name: GPT(config.override(shape, attention_type=name)) for name in types} | models
+
+
+def steps_beside(models, bench, runtime, report):
+    """Whole training steps of several models in the same rounds, masks held as they are; the operations of their
+    attention, forward, as a share of the first one's."""
+    cfg = TrainConfig(batch_size=bench.batch_size, learning_rate=1e-4, min_lr=1e-5, mask_learning_rate=0.0)
+    first, c = next(iter(models)), next(iter(models.values())).config
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {name: our_step(model, cfg, runtime, folder)[0] for name, model in models.items()}
+        times = interleaved(steps, bench, runtime)
+    title = f"training steps: n_layer {c.n_layer}, n_head {c.n_head}, n_embd {c.n_embd}, block {c.block_size}, "
+    title += f"batch {bench.batch_size}; operations of attention, forward, as a share of {first}'s"
+    columns = f"model, kept (distances), nominal (share), executed (share), step (ms), of {first}'s (ratio)"
+    full = attention_flops(models[first])[0]
+    with report.table("steps beside", title, columns) as table:
+        for name, model in models.items():
+            kept = [b.attn.stats()["kept"].float() for b in model.transformer.h if hasattr(b.attn, "log_mask")]
+            kept = float(torch.cat(kept).mean()) if kept else None
+            ms, ratio = [1000 * t for t in times[name]], [a / b for a, b in zip(times[name], times[first])]
+            table.add(name, kept, *(f / full for f in attention_flops(model)), ms, ratio)
+
+
+def attention_flops(model):
+    T = model.config.block_size
+    return [sum(f) for f in zip(*(block.attn.flops(T) for block in model.transformer.h))]
+
+
+def interleaved(steps, bench, runtime):
+    """{name: seconds of a step, one for each round}"""
+    times = {name: [] for name in steps}
+    for step in steps.values():
+        timed(step, bench.seconds / 2, runtime.device_type)
+    for i in range(bench.rounds):
+        for name in list(steps)[:: 1 if i % 2 == 0 else -1]:
+            times[name].append(timed(steps[name], bench.seconds, runtime.device_type))
+    return times
+
+
+@torch.inference_mode()
+def decode_beside(models, bench, runtime, report):
+    """One token after a context of block_size, in the same rounds, and the keys that its attention reads."""
+    first, c, steps = next(iter(models)), next(iter(models.values())).config, {}
+    if c.pos_emb == "learned":
+        raise ConfigError("learned positions end with the block: write --pos_emb=rope, or none")
+    for name, model in models.items():
+        model, state = model.to(runtime.device).eval(), model.init_state(1)
+        for piece in torch.randint(c.vocab_size, (1, c.block_size - 1), device=runtime.device).split(1024, 1):
+            state = model.step(piece, state)[1]
+        steps[name] = functools.partial(model.step, torch.zeros(1, 1, dtype=torch.long, device=runtime.device), state)
+    with runtime.autocast():
+        read = {name: keys_read(step) for name, step in steps.items()}
+        times = interleaved(steps, bench, runtime)
+    title = f"a token after {c.block_size - 1:,}: n_layer {c.n_layer}, n_head {c.n_head}, n_embd {c.n_embd}, batch 1"
+    columns = f"model, keys read, of {first}'s (share), a token (us), of {first}'s time (ratio)"
+    with report.table("decode beside", title, columns) as table:
+        for name in models:
+            us, ratio = [1e6 * t for t in times[name]], [a / b for a, b in zip(times[name], times[first])]
+            table.add(name, read[name], read[name] / read[first], us, ratio)
+
+
+def keys_read(step):
+    """Keys that softmax attention reads while `step` runs, over all heads, counted where they reach PyTorch."""
+    plain, read = F.scaled_dot_product_attention, []
+
+    def counted(q, k, v, **options):
+        read.append(k.shape[:3].numel())
+        return plain(q, k, v, **options)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", counted):
+        step()
+    return sum(read)
 
 
 # -----------------------------------------------------------------------------
@@ -978,6 +1068,9 @@ def main(argv):
         inspect(bench, runtime, report)
     elif bench.what == "ops":
         bench_operators(bench, runtime, report)
+    elif bench.beside:
+        models = models_beside(config.build(GPTConfig, dict(vocab_size=256) | explicit), bench)
+        (steps_beside if bench.what == "step" else decode_beside)(models, bench, runtime, report)
     elif bench.what == "decode":
         shape = dict(vocab_size=256) if own else {k: v for k, v in NANOGPT_SHAPES[2].items() if k != "batch_size"}
         bench_decode(config.build(GPTConfig, shape | explicit), bench, runtime, report)

@@ -257,11 +257,15 @@ class SoftmaxAttention(nn.Module):
         state.n = keep
 
 
+GATHERED = 512  # kept keys of a head: up to here one copy for all heads costs less than the calls of each
+
+
 @dataclass
 class BandCache:
     """Keys and values of the last tokens, (B, H, 2 reach, D): a ring of twice what the masks reach, so that a window is
-    always one slice. `heads`: for each slice of heads with one mask, its kept distances from far to near and their
-    log-mask. `first`: the log-mask of the first keys, which stay in k_first, v_first."""
+    always one slice. `heads`: slices of heads that are read together, with their kept distances from far to near, (O,)
+    or (h, O), and the log-mask of these, (h, O). `first`: the log-mask of the first keys, which stay in k_first,
+    v_first."""
 
     reach: int
     heads: list
@@ -313,13 +317,18 @@ class DistanceAttention(SoftmaxAttention):
     @torch.no_grad()
     def init_state(self, batch, max_len):
         table, first = self.log_mask(max_len + 1)  # a last column for keys that are further away: the first ones
-        rows = [(row[:-1] > -math.inf).nonzero()[:, 0].flip(0) for row in table.expand(self.n_head, -1)]
+        table = table.expand(self.n_head, -1)
+        rows = [(row[:-1] > -math.inf).nonzero()[:, 0].flip(0) for row in table]
         reach, heads, h = max([1] + [int(r[0]) + 1 for r in rows if len(r)]), [], 0
         while h < self.n_head:
             n = next((n for n in range(1, self.n_head - h) if not torch.equal(rows[h], rows[h + n])), self.n_head - h)
-            bias = table.expand(self.n_head, -1)[h : h + n, rows[h]]
-            heads.append((slice(h, h + n), rows[h], bias))
+            heads.append((slice(h, h + n), rows[h], table[h : h + n, rows[h]]))
             h += n
+        longest = max(len(row) for row in rows)
+        if len(heads) > 1 and longest <= GATHERED and min(len(row) for row in rows):
+            far = torch.stack([torch.cat((row[:1].expand(longest - len(row)), row)) for row in rows])  # (H, O)
+            extra = torch.arange(longest) < torch.tensor([[longest - len(row)] for row in rows])
+            heads = [(slice(0, self.n_head), far, table.gather(1, far).masked_fill(extra.to(far.device), -math.inf))]
         first = table.new_empty(1, 0, max_len + 1) if first is None else first
         return BandCache(reach, heads, first)
 
@@ -346,10 +355,13 @@ class DistanceAttention(SoftmaxAttention):
     def _read(self, q, state):
         """q (B, H, 1, D), the last token of the ring -> (B, H, 1, D)."""
         y, P, at = torch.zeros_like(q), state.first.size(1), state.seen - 1
+        young = at - P < state.reach - 1  # some kept distances lie before the start; and the first keys are read apart
         for heads, far, bias in state.heads:
-            if len(far) and far[0] > at - P:  # at the start of a sequence; and the first keys are read apart
+            if young and far.dim() == 1:
                 near = far <= at - P
                 far, bias = far[near], bias[:, near]
+            elif young:
+                far, bias = far.clamp(max=max(0, at - P)), bias.masked_fill(far > at - P, -math.inf)
             k, v = (kept_slots(ring[:, heads], state.end - 1 - far) for ring in (state.k, state.v))
             if P:
                 n = min(P, state.seen)
@@ -357,8 +369,10 @@ class DistanceAttention(SoftmaxAttention):
                 first = state.first.expand(self.n_head, -1, -1)[heads, torch.arange(n, device=q.device), x]
                 bias = torch.cat((first, bias), 1)
                 k, v = (torch.cat(ts, 2) for ts in ((state.k_first[:, heads, :n], k), (state.v_first[:, heads, :n], v)))
-            if (bias > -math.inf).any():
+            if bias.size(1):
                 y[:, heads] = F.scaled_dot_product_attention(q[:, heads], k, v, attn_mask=bias[:, None].to(q.dtype))
+            if young or P:  # a mask without the token itself may leave the first ones blind
+                y[:, heads] = y[:, heads].masked_fill((bias == -math.inf).all(1)[:, None, None], 0.0)
         return y
 
     @torch.no_grad()
@@ -388,7 +402,10 @@ class DistanceAttention(SoftmaxAttention):
 
 
 def kept_slots(ring, slots):
-    """ring (B, h, 2 reach, D) at ascending slots: a view where they are evenly spaced."""
+    """ring (B, h, 2 reach, D) at ascending slots, (O,) or for each head (h, O): a view where one row serves all heads
+    and is evenly spaced."""
+    if slots.dim() == 2:
+        return ring[:, torch.arange(len(slots), device=slots.device)[:, None], slots]
     if len(slots) < 2:
         return ring[:, :, slots]
     first, step = int(slots[0]), int(slots[1] - slots[0])

@@ -7,7 +7,7 @@ attention_type = "adaptive_span"
 mask_learning_rate = 0.03  # 300 steps, of which each moves a span's parameter by at most this
 
 block_size = 256
-batch_size = 8
+batch_size = 4
 max_iters = 300
 eval_interval = 150
 eval_iters = 10

@@ -1,5 +1,6 @@
 """Masks by distance: the banded form against the dense oracle, what a mask drops, and the two types that learn one."""
 
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bench
+import model
 import train
 from config import ConfigError
 from kernels import distance as D
@@ -302,7 +304,9 @@ def test_types_by_their_definition(name, pos_emb, fresh_rng):
 
 @pytest.mark.parametrize("pos_emb", ["none", "rope"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_step_equals_forward(name, pos_emb, fresh_rng):
+def test_step_equals_forward(name, pos_emb, fresh_rng, monkeypatch):
+    """Heads read together or apart."""
+    monkeypatch.setattr(model, "GATHERED", int(fresh_rng.choice([0, 512])))
     attn = make(name, pos_emb=pos_emb)
     for T in (1, 7, 64):
         x = torch.randn(2, T, 24, dtype=torch.float64)
@@ -314,9 +318,11 @@ def test_step_equals_forward(name, pos_emb, fresh_rng):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["span", "wave", "offsets", "first", "all"])
-def test_a_stream_longer_than_the_block(name, fresh_rng):
+@pytest.mark.parametrize("gathered", [0, 512])
+@pytest.mark.parametrize("name", ["span", "wave", "offsets", "first", "all", "heads"])
+def test_a_stream_longer_than_the_block(name, gathered, fresh_rng, monkeypatch):
     """Distances from block_size on are dropped, the first keys stay; the ring keeps what the masks reach."""
+    monkeypatch.setattr(model, "GATHERED", gathered)
     attn, T = make(name, pos_emb="rope"), 150
     x = torch.randn(2, T, 24, dtype=torch.float64)
     token_by_token = attn.init_state(2, 64)
@@ -329,19 +335,35 @@ def test_a_stream_longer_than_the_block(name, fresh_rng):
     assert state.reach == kept and state.k.size(2) == 2 * kept
 
 
+@pytest.mark.parametrize("gathered", [0, 512])
 @pytest.mark.parametrize("name", ["span", "wave", "heads", "first"])
-def test_decoding_reads_kept_keys_alone(name, fresh_rng):
+def test_decoding_reads_kept_keys_alone(name, gathered, fresh_rng, monkeypatch):
     """Every other slot of the ring may hold NaN."""
+    monkeypatch.setattr(model, "GATHERED", gathered)
     attn = make(name)
     x = torch.randn(1, 64, 24, dtype=torch.float64)
     state = attn.init_state(1, 64)
     attn.step(x[:, :63], state)
-    for heads, far, _ in state.heads:
-        kept = set((state.end - far[far <= 63]).tolist())
+    table = attn.log_mask(64)[0].expand(3, -1)
+    for h in range(3):
+        kept = set((state.end - (table[h] > -math.inf).nonzero()[:, 0]).tolist())
         for slot in range(state.k.size(2)):
             if slot not in kept:
-                state.k[:, heads, slot] = state.v[:, heads, slot] = math.nan
+                state.k[:, h, slot] = state.v[:, h, slot] = math.nan
     torch.testing.assert_close(attn.step(x[:, 63:], state)[0], attn(x)[0][:, 63:], rtol=0, atol=1e-9)
+
+
+def test_decoding_reads_fewer_keys():
+    """At 4,096 tokens of context and spans of 128, their ramps included: counted where they are read."""
+    counts = {}
+    for name, keys in (("softmax", {}), ("adaptive_span", dict(span_init=96 / 4096))):
+        shape = dict(block_size=4096, vocab_size=50, n_layer=2, n_head=2, n_embd=16, pos_emb="rope")
+        lm = GPT(GPTConfig(attention_type=name, **shape, **keys)).eval()
+        state = lm.init_state(1)
+        lm.step(torch.randint(50, (1, 4095)), state)
+        counts[name] = bench.keys_read(lambda: lm.step(torch.randint(50, (1, 1)), state))  # noqa: B023
+    assert counts["softmax"] == 2 * 2 * 4096 and counts["adaptive_span"] == 2 * 2 * 128
+    assert counts["softmax"] >= 3 * counts["adaptive_span"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -514,3 +536,21 @@ def test_operators_of_masks(capsys):
     assert all(row in out for row in ("| span 8 | 1 x 64", "| span 40 | 1 x 64", "| mask_mix of 5 | 1 x 64"))
     with pytest.raises(ConfigError, match="--spans=8,x: write numbers"):
         bench.main([*options, "--operators=span", "--spans=8,x"])
+
+
+def test_types_beside_each_other(tmp_path):
+    """Whole steps and single tokens of new models, in the same rounds; masks hold while steps are timed."""
+    shape = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--vocab_size=20", "--batch_size=2"]
+    keys = ["--attention_type=adaptive_span", "--softness_span_mask=4", "--span_init=0.25", "--beside=softmax,none"]
+    file = tmp_path / "bench.json"
+    options = [*shape, *keys, "--rounds=2", "--seconds=0.01", "--device=cpu", f"--json={file}"]
+    for what, name in (("step", "steps beside"), ("decode", "decode beside")):
+        bench.main([f"--what={what}", *options, "--pos_emb=rope"])
+        rows = [list(row.values()) for row in json.loads(file.read_text())["tables"][name]["rows"]]
+        assert [row[0] for row in rows] == ["softmax", "none", "adaptive_span"]
+        if what == "step":
+            assert rows[0][1:4] == [None, 1.0, 1.0] and rows[2][1] == 12
+        else:
+            assert [row[1] for row in rows] == [64, 0, 24]
+    with pytest.raises(ConfigError, match="learned positions end with the block"):
+        bench.main(["--what=decode", *options])
