@@ -79,10 +79,10 @@ class BenchConfig:
     )
     peers: bool = key(False, "other implementations beside ours, from requirements-dev.txt (ops)")
     autotune: bool = key(False, "try every configuration of the Triton kernels first (ops)")
-    beside: str = key("", "attention types of new models, timed in the same rounds, with a shape given (step, decode)")
+    beside: str = key("", "attention types of new models, their steps timed in the same rounds (step)")
     spans: str = key("256", "spans of `span`, a ramp of 32 included (ops)")
     offsets: str = key("0,1,2,3,4", "distances that `mask_mix` keeps (ops)")
-    out_dir: str = key("", "folders of runs, comma-separated (quality, curves, inspect; step and decode with --beside)")
+    out_dir: str = key("", "folders of runs, comma-separated (quality, curves, inspect, step with --beside)")
     prune: float = key(0.02, "the loss without candidates below this share of the largest (inspect)", low=0.0, high=1.0)
     inspect_batch_size: int = key(4, "sequences of the timed attention (inspect)", low=1)
     text: str = key("", "text of the attention maps; empty: from the validation split (inspect)")
@@ -421,41 +421,6 @@ def interleaved(steps, bench, runtime):
     return times
 
 
-@torch.inference_mode()
-def decode_beside(models, bench, runtime, report):
-    """One token after a context of block_size, in the same rounds, and the keys that its attention reads."""
-    first, c, steps = next(iter(models)), next(iter(models.values())).config, {}
-    if c.pos_emb == "learned":
-        raise ConfigError("learned positions end with the block: write --pos_emb=rope, or none")
-    for name, model in models.items():
-        model, state = model.to(runtime.device).eval(), model.init_state(1)
-        for piece in torch.randint(c.vocab_size, (1, c.block_size - 1), device=runtime.device).split(1024, 1):
-            state = model.step(piece, state)[1]
-        steps[name] = functools.partial(model.step, torch.zeros(1, 1, dtype=torch.long, device=runtime.device), state)
-    with runtime.autocast():
-        read = {name: keys_read(step) for name, step in steps.items()}
-        times = interleaved(steps, bench, runtime)
-    title = f"a token after {c.block_size - 1:,}: n_layer {c.n_layer}, n_head {c.n_head}, n_embd {c.n_embd}, batch 1"
-    columns = f"model, keys read, of {first}'s (share), a token (us), of {first}'s time (ratio)"
-    with report.table("decode beside", title, columns) as table:
-        for name in models:
-            us, ratio = [1e6 * t for t in times[name]], [a / b for a, b in zip(times[name], times[first])]
-            table.add(name, read[name], read[name] / read[first], us, ratio)
-
-
-def keys_read(step):
-    """Keys that softmax attention reads while `step` runs, over all heads, counted where they reach PyTorch."""
-    plain, read = F.scaled_dot_product_attention, []
-
-    def counted(q, k, v, **options):
-        read.append(k.shape[:3].numel())
-        return plain(q, k, v, **options)
-
-    with mock.patch.object(F, "scaled_dot_product_attention", counted):
-        step()
-    return sum(read)
-
-
 # -----------------------------------------------------------------------------
 # operators
 
@@ -750,15 +715,27 @@ def bench_positions(model, bench, runtime, report):
             for row in list(states)[:: 1 if i % 2 == 0 else -1]:
                 run = functools.partial(models[row[0]].step, token, copy.deepcopy(states[row]))
                 times[row].append(1e6 * timed(run, bench.seconds / 8, runtime.device_type))
-    columns = (
-        "attention, position (tokens), a token (us), of the first position (ratio), of softmax (ratio), state (bytes)"
-    )
+    columns = "attention, position (tokens), a token (us), of the first position (ratio), of softmax (ratio), keys read, state (bytes)"
     with report.table("positions", "one token, by its position in the text", columns, keys=2) as table:
         for (name, pos), state in states.items():
             ratios = [
                 [a / b for a, b in zip(times[name, pos], times[x])] for x in ((name, positions[0]), ("softmax", pos))
             ]
-            table.add(name, pos, times[name, pos], *ratios, state_bytes(state.layers))
+            read = keys_read(functools.partial(models[name].step, token, copy.deepcopy(state)))
+            table.add(name, pos, times[name, pos], *ratios, read or None, state_bytes(state.layers))
+
+
+def keys_read(step):
+    """Keys that softmax attention reads while `step` runs, over all heads, counted where they reach PyTorch."""
+    plain, read = F.scaled_dot_product_attention, []
+
+    def counted(q, k, v, **options):
+        read.append(k.shape[:3].numel())
+        return plain(q, k, v, **options)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", counted):
+        step()
+    return sum(read)
 
 
 def state_bytes(state):
@@ -1068,9 +1045,9 @@ def main(argv):
         inspect(bench, runtime, report)
     elif bench.what == "ops":
         bench_operators(bench, runtime, report)
-    elif bench.beside:
-        models = models_beside(config.build(GPTConfig, dict(vocab_size=256) | explicit), bench)
-        (steps_beside if bench.what == "step" else decode_beside)(models, bench, runtime, report)
+    elif bench.what == "step" and bench.beside:
+        c = config.build(GPTConfig, dict(vocab_size=256) | explicit)
+        steps_beside(models_beside(c, bench), bench, runtime, report)
     elif bench.what == "decode":
         shape = dict(vocab_size=256) if own else {k: v for k, v in NANOGPT_SHAPES[2].items() if k != "batch_size"}
         bench_decode(config.build(GPTConfig, shape | explicit), bench, runtime, report)

@@ -539,18 +539,18 @@ def test_operators_of_masks(capsys):
 
 
 def test_types_beside_each_other(tmp_path):
-    """Whole steps and single tokens of new models, in the same rounds; masks hold while steps are timed."""
-    shape = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--vocab_size=20", "--batch_size=2"]
-    keys = ["--attention_type=adaptive_span", "--softness_span_mask=4", "--span_init=0.25", "--beside=softmax,none"]
+    """Whole training steps in the same rounds, masks held; and the keys that a decoded token reads."""
+    shape = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--vocab_size=20", "--pos_emb=rope"]
+    keys = ["--attention_type=adaptive_span", "--softness_span_mask=4", "--span_init=0.25"]
     file = tmp_path / "bench.json"
     options = [*shape, *keys, "--rounds=2", "--seconds=0.01", "--device=cpu", f"--json={file}"]
-    for what, name in (("step", "steps beside"), ("decode", "decode beside")):
-        bench.main([f"--what={what}", *options, "--pos_emb=rope"])
-        rows = [list(row.values()) for row in json.loads(file.read_text())["tables"][name]["rows"]]
-        assert [row[0] for row in rows] == ["softmax", "none", "adaptive_span"]
-        if what == "step":
-            assert rows[0][1:4] == [None, 1.0, 1.0] and rows[2][1] == 12
-        else:
-            assert [row[1] for row in rows] == [64, 0, 24]
-    with pytest.raises(ConfigError, match="learned positions end with the block"):
-        bench.main(["--what=decode", *options])
+
+    def rows(table, *more):
+        bench.main([*options, *more])
+        return [list(row.values()) for row in json.loads(file.read_text())["tables"][table]["rows"]]
+
+    softmax, none, span = rows("steps beside", "--what=step", "--beside=softmax,none", "--batch_size=2")
+    assert [softmax[0], none[0], span[0]] == ["softmax", "none", "adaptive_span"]
+    assert softmax[1:4] == [None, 1.0, 1.0] and span[1] == 12 and none[3] == 0
+    span, softmax = rows("positions", "--what=decode", "--positions=31", "--tokens=2")
+    assert (span[0], span[-2]) == ("adaptive_span", 24) and (softmax[0], softmax[-2]) == ("softmax", 64)
