@@ -711,18 +711,20 @@ def bench_positions(model, bench, runtime, report):
                 state = models[name].step(piece, state)[1]
             states[name, pos], times[name, pos] = state, []
         token = torch.randint(model.config.vocab_size, (1, 1), device=runtime.device)
+        steps = {(n, pos): functools.partial(models[n].step, token, copy.deepcopy(s)) for (n, pos), s in states.items()}
+        read = {row: keys_read(step) for row, step in steps.items()}
         for i in range(4 * bench.rounds):
             for row in list(states)[:: 1 if i % 2 == 0 else -1]:
                 run = functools.partial(models[row[0]].step, token, copy.deepcopy(states[row]))
                 times[row].append(1e6 * timed(run, bench.seconds / 8, runtime.device_type))
-    columns = "attention, position (tokens), a token (us), of the first position (ratio), of softmax (ratio), keys read, state (bytes)"
+    columns = "attention, position (tokens), a token (us), of the first position (ratio), of softmax (ratio), "
+    columns += "keys read, state (bytes)"
     with report.table("positions", "one token, by its position in the text", columns, keys=2) as table:
         for (name, pos), state in states.items():
             ratios = [
                 [a / b for a, b in zip(times[name, pos], times[x])] for x in ((name, positions[0]), ("softmax", pos))
             ]
-            read = keys_read(functools.partial(models[name].step, token, copy.deepcopy(state)))
-            table.add(name, pos, times[name, pos], *ratios, read or None, state_bytes(state.layers))
+            table.add(name, pos, times[name, pos], *ratios, read[name, pos] or None, state_bytes(state.layers))
 
 
 def keys_read(step):
