@@ -1,12 +1,14 @@
-"""Continue a prompt with a trained checkpoint, or with GPT-2.
+"""Continue a prompt with a trained checkpoint, or with GPT-2; or label it with one that classifies.
 
     python sample.py --out_dir=out --start="The history of" --max_new_tokens=300
     python sample.py --out_dir=out --start=FILE:prompt.txt --num_samples=4 --temperature=0.7 --top_p=0.9
     python sample.py --init_from=gpt2 --start="Once upon a time"
+    python sample.py --out_dir=out/classify_stdlib --start=FILE:module.py
     python sample.py --compare=out/teacher,out/student --start=FILE:prompts.txt --out=compared.md
 
 One sample is printed as it is drawn; several are drawn in one batch and printed one after the other. With --compare
-several checkpoints continue the same prompts, the lines of a prompt file, from the same seed, side by side.
+several checkpoints continue the same prompts, the lines of a prompt file, from the same seed, side by side. A model
+trained on records with labels answers with the label of the prompt and the probability of each.
 """
 
 import codecs
@@ -52,12 +54,12 @@ class SampleConfig:
 
 
 def load(cfg, folder):
-    """(model, codec): the codec is the data set's, as the run's config.json describes it."""
+    """(model, meta): meta of the data set, as the run's config.json has it."""
     model = GPT.from_checkpoint(folder, cfg.checkpoint or None)
     if model.loaded.new:
         raise ModelError(f"{folder}: the checkpoint lacks {', '.join(model.loaded.new)}")
     if cfg.dataset:
-        return model, Dataset(cfg.dataset).codec
+        return model, Dataset(cfg.dataset).meta
     path = os.path.join(folder, "config.json")
     try:
         with open(path, encoding="utf-8") as f:
@@ -68,11 +70,11 @@ def load(cfg, folder):
         meta = {"codec": "gpt2"}
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{path} is damaged: write --dataset=NAME to name the codec") from None
-    return model, get_codec(meta)
+    return model, meta
 
 
 def load_gpt2(source):
-    return GPT.from_pretrained(source), get_codec({"codec": "gpt2"})
+    return GPT.from_pretrained(source), {"codec": "gpt2"}
 
 
 def read_prompt(start):
@@ -96,18 +98,36 @@ def print_stream(prompt, tokens, codec):
     sys.stdout.write(decoder.decode(b"", final=True) + "\n")
 
 
-def stream(cfg, model, codec, prompt, runtime):
-    """The prompt as the codec gives it back, and the tokens (num_samples, 1) that follow, one at a time."""
+def encode(model, codec, prompt):
     ids = codec.encode(prompt)
     if not ids:
         raise ConfigError("--start is empty: write at least one token")
     if max(ids) >= model.config.vocab_size:
         raise ConfigError(f"--start: token {max(ids)} is beyond the model's vocabulary of {model.config.vocab_size}")
+    return ids
+
+
+def stream(cfg, model, codec, prompt, runtime):
+    """The prompt as the codec gives it back, and the tokens (num_samples, 1) that follow, one at a time."""
+    ids = encode(model, codec, prompt)
     torch.manual_seed(cfg.seed)
     idx = torch.tensor([ids], device=runtime.device).expand(cfg.num_samples, -1)
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, vocab_size=codec.vocab_size)
     tokens = model.stream(idx, cfg.max_new_tokens, use_cache=cfg.use_cache, **options)
     return codec.decode_bytes(ids).decode("utf-8", errors="replace"), tokens
+
+
+def label_probabilities(model, ids, record_len, labels, runtime):
+    """{label: probability}, the likeliest first: the model's at the last token, renormalised over the labels. A text of
+    more than one record is read in records, the last of them up to its end; the mean over them is the answer."""
+    length = min(record_len, len(ids))
+    starts = [*range(0, len(ids) - length, length), len(ids) - length]
+    records = torch.tensor([ids[s : s + length] for s in starts])
+    total = 0.0
+    for x in records.split(64):
+        logits = model.lm_head(model.hidden(x.to(runtime.device))[0][:, -1])  # (n, V)
+        total = total + logits[:, list(labels.values())].double().softmax(-1).sum(0)
+    return dict(sorted(zip(labels, (total / len(starts)).tolist()), key=lambda pair: -pair[1]))
 
 
 def compare(cfg, runtime):
@@ -117,7 +137,10 @@ def compare(cfg, runtime):
     columns = []
     for name in names:
         from_hub = name.startswith("gpt2") and not os.path.isdir(name)
-        model, codec = load_gpt2(name) if from_hub else load(cfg, name)
+        model, meta = load_gpt2(name) if from_hub else load(cfg, name)
+        if meta.get("labels"):
+            raise ConfigError(f"--compare continues prompts, and {name} labels them: write --out_dir={name}")
+        codec = get_codec(meta)
         model.to(runtime.device).eval()
         for prompt in prompts:
             _, tokens = stream(cfg, model, codec, prompt, runtime)
@@ -160,8 +183,14 @@ def main(argv):
             compare(cfg, runtime)
             return 0
         ours = cfg.init_from == "checkpoint"
-        model, codec = load(cfg, cfg.out_dir) if ours else load_gpt2(cfg.init_from)
+        model, meta = load(cfg, cfg.out_dir) if ours else load_gpt2(cfg.init_from)
+        codec = get_codec(meta)
         model.to(runtime.device).eval()
+        if meta.get("labels"):
+            ids = encode(model, codec, read_prompt(cfg.start))
+            answer = label_probabilities(model, ids, meta["record_len"], meta["labels"], runtime)
+            print(next(iter(answer)) + "\n" + "\n".join(f"  {label:16} {p:.4f}" for label, p in answer.items()))
+            return 0
         prompt, tokens = stream(cfg, model, codec, read_prompt(cfg.start), runtime)
         if cfg.num_samples == 1:
             print_stream(prompt, tokens, codec)

@@ -690,6 +690,20 @@ def print_summary(meta, out_dir):
     print(f"  {'records' if 'record_len' in meta else 'text'} sha256 {meta['sha256']}")
 
 
+def byte_labels(names):
+    """{name: id} for records of bytes: the last ones, which no UTF-8 text has, so that no text is taken for a label."""
+    names = list(names)
+    if len(names) > 11:
+        raise DataError(f"{len(names)} labels: UTF-8 leaves only 11 bytes (245 to 255) free")
+    return {name: 256 - len(names) + i for i, name in enumerate(names)}
+
+
+def print_labels(name, counts):
+    """Say how many records of a split have each label, and what calling them all by the commonest would get right."""
+    each = ", ".join(f"{label} {n:,}" for label, n in counts.items())
+    print(f"{name}: {each}; majority class {100 * max(counts.values()) / sum(counts.values()):.1f} %")
+
+
 def size_label(n):
     """A number of bytes for a label: 4000000 -> "4 MB", 12345 -> "12.3 kB"."""
     return f"{n / 1e6:.3g} MB" if n >= 1e6 else f"{n / 1e3:.3g} kB"

@@ -1213,3 +1213,180 @@ def test_skip_trigrams_are_checked(fresh_rng, spoil, part):
     with pytest.raises(data.DataError) as error:
         module.check("train", tokens, found, 2)
     one_line(error, part)
+
+
+# classification
+
+
+def library(folder, fresh_rng, groups=("asyncio", "email", "xml"), files=20):
+    """A Lib folder in which every line says which file it is in."""
+    for group in groups:
+        for i in range(files):
+            lines = [f"{group} file{i} line{n}" + "x" * int(fresh_rng.integers(40)) for n in range(60)]
+            (folder / group).mkdir(parents=True, exist_ok=True)
+            (folder / group / f"m{i}.py").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return folder
+
+
+def test_classify_stdlib(tmp_path, fresh_rng):
+    """Each record is of one file from a line's beginning on, no file is in two splits, and groups are equally many."""
+    folder = library(tmp_path / "Lib", fresh_rng)
+    (folder / "gzip.py").write_text("archives file0\n" * 3, encoding="utf-8")  # too little of this group
+    run = prepare("classify_stdlib", "--source", folder, "--out_dir", "out", "--record_len", "64", cwd=tmp_path)
+    assert run.returncode == 0 and "note: archives is left out" in run.stdout, run.stderr
+    dataset = data.Dataset(tmp_path / "out")
+    assert dataset.labels == {"asyncio": 253, "email": 254, "xml": 255}
+    assert run.stdout.count("majority class 33.3 %") == 3
+    files, bytes_of = {}, {}
+    for name in data.SPLITS:
+        split = dataset.split(name)
+        tokens, targets = (a.reshape(-1, 64) for a in (split.tokens, split.targets))
+        wanted = [15, 31, 47, 63] if name == "train" else [63]
+        counts = {}
+        for text, row in zip(tokens, targets):
+            group, file = bytes(text).split()[:2]  # fails on a text that does not begin with a line
+            assert np.flatnonzero(row >= 0).tolist() == wanted and set(row[wanted]) == {dataset.labels[group.decode()]}
+            assert bytes(text) in (folder / group.decode() / f"m{int(file[4:])}.py").read_bytes()
+            counts[group] = counts.get(group, 0) + 1
+            files.setdefault((group, file), set()).add(name)
+            bytes_of[name] = bytes_of.get(name, 0) + 64
+        assert len(set(counts.values())) == 1 and len(counts) == 3 and split.n_scored == len(tokens) * len(wanted)
+    assert all(len(names) == 1 for names in files.values()) and len(files) == 60, "a file is in two splits"
+    shares = [bytes_of[name] / sum(bytes_of.values()) for name in data.SPLITS]
+    assert np.allclose(shares, [0.7, 0.15, 0.15], atol=0.08), shares
+
+
+def test_classify_stdlib_refuses(tmp_path, fresh_rng):
+    folder = library(tmp_path / "Lib", fresh_rng, groups=["xml"])
+    with pytest.raises(data.DataError) as error:
+        script("classify_stdlib").main(["--source", str(folder), "--out_dir", str(tmp_path / "out")])
+    one_line(error, "of 1 groups", "--source")
+    with pytest.raises(data.DataError) as error:
+        script("classify_stdlib").main(["--record_len", "8", "--out_dir", str(tmp_path / "out")])
+    one_line(error, "at least 16")
+
+
+def test_snippets(fresh_rng):
+    cut = script("classify_stdlib").snippets
+    assert cut(b"abc\ndef\nghi\n", 4) == [b"abc\n", b"def\n", b"ghi\n"]
+    assert cut(b"abcdef\nghij\nk", 4) == [b"abcd", b"ghij"] and cut(b"abc", 4) == []
+    text = bytes(fresh_rng.choice([10, 97, 98], 3000).astype(np.uint8))
+    starts = [i for i in range(3000 - 8) if i == 0 or text[i - 1] == 10]
+    expected, end = [], 0
+    for i in starts:
+        if i >= end:
+            expected.append(text[i : i + 9])
+            end = i + 9
+    assert cut(text, 9) == expected
+
+
+def test_byte_labels():
+    assert data.byte_labels(["a", "b"]) == {"a": 254, "b": 255}
+    for i in data.byte_labels(map(str, range(11))).values():
+        with pytest.raises(UnicodeDecodeError):
+            bytes([i]).decode()
+    with pytest.raises(data.DataError) as error:
+        data.byte_labels("abcdefghijkl")
+    one_line(error, "12 labels", "11 bytes")
+
+
+SENTENCES = [
+    ("hide new secretions ", 0),
+    ("contains no wit , only labored gags ", 0),
+    ("caf\u00e9 of delight ", 1),
+    ("good", 1),
+]
+
+
+def sst2_folder(folder, kind, sentences=SENTENCES):
+    """Local copies as datasets and GLUE write them; the test split has no labels."""
+    import datasets
+
+    folder.mkdir(exist_ok=True)
+    for name, rows in (("train", sentences), ("validation", sentences[1:3]), ("test", [(s, -1) for s, _ in sentences])):
+        columns = {"idx": list(range(len(rows))), "sentence": [s for s, _ in rows], "label": [y for _, y in rows]}
+        if kind == "parquet":  # the hub's layout, train in two files
+            (folder / "data").mkdir(exist_ok=True)
+            parts = [slice(0, 2), slice(2, None)] if name == "train" else [slice(None)]
+            for i, part in enumerate(parts):
+                table = datasets.Dataset.from_dict({k: v[part] for k, v in columns.items()})
+                table.to_parquet(folder / "data" / f"{name}-{i:05}-of-{len(parts):05}.parquet")
+        elif kind == "jsonl":
+            datasets.Dataset.from_dict(columns).to_json(folder / f"{name}.jsonl")
+        else:
+            header, lines = "sentence\tlabel", [f"{s}\t{y}" for s, y in rows]
+            if name == "test":
+                header, lines = "index\tsentence", [f"{i}\t{s}" for i, (s, _) in enumerate(rows)]
+            file = folder / f"{'dev' if name == 'validation' else name}.tsv"
+            file.write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    return folder
+
+
+def sst2(*args):
+    script("sst2").main([str(a) for a in args])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "tsv"])
+def test_sst2_sources(tmp_path, kind, capsys):
+    sst2("--source", sst2_folder(tmp_path / "source", kind), "--out_dir", tmp_path / "out", "--record_len", 24)
+    out = capsys.readouterr().out
+    assert "test is left out: it has no labels" in out and "train: 1 of 4 sentences are cut to 24 bytes" in out
+    assert "train: negative 2, positive 2; majority class 50.0 %" in out
+    dataset = data.Dataset(tmp_path / "out")
+    assert sorted(dataset.meta["splits"]) == ["train", "val"] and dataset.labels == {"negative": 254, "positive": 255}
+    assert dataset.meta["label"] == "SST-2, train 4 of 67349 sentences, val 2 of 872 sentences"
+    for name, rows in (("train", SENTENCES), ("val", SENTENCES[1:3])):
+        split = dataset.split(name)
+        assert split.n_scored == len(rows)
+        for (sentence, label), tokens, targets in zip(
+            rows, split.tokens.reshape(-1, 24), split.targets.reshape(-1, 24)
+        ):
+            text = sentence.strip().encode()[:24]
+            assert bytes(tokens) == text.ljust(24, b"\0")
+            assert targets.tolist() == [-1] * (len(text) - 1) + [254 + label] + [-1] * (24 - len(text))
+
+
+def test_sst2_from_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, split, revision):
+        asked.append((name, split, len(revision)))
+        return [{"sentence": s, "label": -1 if split == "test" else y} for s, y in SENTENCES]
+
+    hub(monkeypatch, load_dataset)
+    with pytest.raises(data.DataError) as error:
+        sst2("--out_dir", tmp_path / "out")
+    one_line(error, "train 4 of 67349 sentences", "--source")
+    monkeypatch.setattr(script("sst2"), "ROWS", {"train": 4, "val": 4})
+    sst2("--out_dir", tmp_path / "out")
+    assert data.Dataset(tmp_path / "out").meta["label"] == "SST-2"
+    assert asked[-3:] == [("stanfordnlp/sst2", s, 40) for s in ("train", "validation", "test")]
+
+
+def test_sst2_refuses(tmp_path, monkeypatch):
+    (tmp_path / "none").mkdir()
+    for source, part in ((tmp_path / "none", "holds no"), (tmp_path / "missing", "is not a folder")):
+        with pytest.raises(data.DataError) as error:
+            sst2("--source", source, "--out_dir", tmp_path / "out")
+        one_line(error, part)
+    contents = {
+        "train.tsv": ["sentence\tlabel\nfine\t7\n", "text\tlabel\nfine\t1\n", "sentence\tlabel\nfine\tgood\n", ""],
+        "train.jsonl": ["{", "[1]\n", '{"sentence": "", "label": 1}\n'],
+        "train.parquet": ["not a table"],
+    }
+    for name, texts in contents.items():
+        for text in texts:
+            (tmp_path / "none" / name).write_text(text, encoding="utf-8")
+            with pytest.raises(data.DataError) as error:
+                sst2("--source", tmp_path / "none", "--out_dir", tmp_path / "out")
+            one_line(error)
+        (tmp_path / "none" / name).unlink()
+
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("no route to host\nmore")
+
+    hub(monkeypatch, load_dataset)
+    with pytest.raises(data.DataError) as error:
+        sst2("--out_dir", tmp_path / "out")
+    one_line(error, "no route to host", "--source")
+    assert not (tmp_path / "out" / "meta.json").exists()

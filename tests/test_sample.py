@@ -96,6 +96,43 @@ def measured(tmp_path):
     return run
 
 
+def test_a_classifier_answers_with_a_label(tiny, tmp_path, labelled_dataset, capsys):
+    """The likeliest label first, probabilities of labels alone; a longer text is the mean over its records."""
+    keys = dict(
+        dataset=labelled_dataset, max_iters=160, lr_decay_iters=160, learning_rate=1e-2, batch_size=32, dropout=0.0
+    )
+    train.main(tiny(**keys))
+    capsys.readouterr()
+    folder = str(tmp_path / "run")
+
+    def answer(start):
+        lines = text_of(capsys, f"--out_dir={folder}", f"--start={start}").splitlines()
+        pairs = {label: float(p) for label, p in (line.split() for line in lines[1:])}
+        assert list(pairs) == sorted(pairs, key=lambda label: -pairs[label]) and lines[0] == next(iter(pairs))
+        assert sum(pairs.values()) == pytest.approx(1, abs=2e-4) and set(pairs) == {"no", "yes", "never"}
+        return pairs
+
+    model, codec = GPT.from_checkpoint(folder).eval(), train.Dataset(labelled_dataset).codec
+
+    def by_hand(text):
+        ids = torch.tensor([codec.encode(text)])
+        with torch.no_grad():
+            p = model(ids)[0][0, -1, 10:13].softmax(-1)
+        return dict(zip(("no", "yes", "never"), p.tolist()))
+
+    for text, label in (("a b x c d e", "yes"), ("a b c d e f", "no"), ("c a x", None)):
+        found = answer(text)
+        assert found == pytest.approx(by_hand(text), abs=1e-4) and label in (None, next(iter(found)))
+    (tmp_path / "prompt").write_text("a b x c d e  a b c d e f  x a\n")  # the last record begins before the last two
+    parts = [by_hand(t) for t in ("a b x c d e", "a b c d e f", "c d e f x a")]
+    expected = {label: sum(p[label] for p in parts) / 3 for label in parts[0]}
+    assert answer(f"FILE:{tmp_path / 'prompt'}") == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(config.ConfigError, match="labels them"):
+        sample.main([f"--compare={folder},{folder}", "--start=a b"])
+    with pytest.raises(config.ConfigError, match="empty"):
+        sample.main([f"--out_dir={folder}", "--start= "])
+
+
 def test_quality_is_the_full_pass(checkpoint, text_dataset, tmp_path, measured, capsys):
     row = measured("--what=quality", checkpoint, "--split=val", "--eval_stride=4")["quality"]["rows"][0]
     split = train.Dataset(text_dataset).split("val")
