@@ -1,0 +1,12 @@
+# WikiText-2 at the smallest size that still learns to use its context: the teacher of distill_wikitext2_tiny.py.
+from config.demo import *
+
+out_dir = "out/wikitext2_tiny"
+dataset = "wikitext2"
+
+n_embd = 64
+batch_size = 4  # most operations are the output head's 50,257 rows
+max_seconds = 0.0
+
+eval_interval = 250
+eval_batch_size = 8
