@@ -958,8 +958,11 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
 # curves
 
 
+TRAJECTORIES = {"alpha": "alpha", "span": "span (tokens)", "period": "period (tokens)"}  # of the masks' statistics
+
+
 def read_log(folder):
-    """The entries of a run's log.jsonl: (training steps, evaluations)."""
+    """The entries of a run's log.jsonl: (training steps, evaluations, what the masks were)."""
     path = os.path.join(folder, "log.jsonl")
     try:
         with open(path, encoding="utf-8") as f:
@@ -968,23 +971,27 @@ def read_log(folder):
         raise ConfigError(f"{path} is damaged: a line is not JSON") from None
     if not all(isinstance(e, dict) and "iter" in e for e in entries):
         raise ConfigError(f"{path} is damaged: a line is not an entry of a run")
-    return [e for e in entries if "loss" in e], [e for e in entries if "split" in e]
+    return tuple([e for e in entries if kind in e] for kind in ("loss", "split", "stats"))
 
 
 def plot_curves(bench):
-    """Training and validation loss of each run against steps and training time, what it cost, and for students the
-    distance from the teacher, in one PNG."""
-    runs = {}
+    """Training and validation loss of each run against steps and training time, what it cost, for students the distance
+    from the teacher, and for learned masks their parameters' way, in one PNG."""
+    runs, masks = {}, []
     for folder in run_folders(bench):
-        steps, evaluations = read_log(folder)
+        steps, evaluations, stats = read_log(folder)
         name, val = os.path.basename(os.path.normpath(folder)), [e for e in evaluations if e["split"] == "val"]
         if not steps or not val:
             raise ConfigError(f"{folder}/log.jsonl has no training steps or no evaluations yet")
-        runs[folder if name in runs else name] = steps, val
+        name = folder if name in runs else name
+        runs[name] = steps, val
+        kinds = [kind for kind in TRAJECTORIES if any(key.endswith(f".{kind}") for e in stats for key in e["stats"])]
+        masks += [functools.partial(draw_trajectories, folder, name, stats, kind) for kind in kinds]
     drawings = [functools.partial(draw_loss, against="iter"), functools.partial(draw_loss, against="wall_s")]
     drawings += [draw_divergence] if any("kl" in e for _, val in runs.values() for e in val) else []
     bars = {"wall_s": "training time (s)", "cpu_s": "processor time (s)", "rss_mb": "peak memory (MB)"}
     drawings += [functools.partial(draw_bars, key, label) for key, label in bars.items()]
+    drawings += masks
     rows = -(-len(drawings) // 3)
     figure, panels = pyplot().subplots(rows, 3, figsize=(15, 4.2 * rows), layout="constrained", squeeze=False)
     for panel in panels.flat[len(drawings) :]:
@@ -1011,6 +1018,27 @@ def draw_divergence(panel, runs):
         points = [e["iter"] for e in val if "kl" in e], [e["kl"] for e in val if "kl" in e]
         panel.plot(*points, color=colour, marker="o", markersize=4, label=name)
     panel.set(xlabel="optimizer steps", ylabel="KL from the teacher (nats per token)", ylim=(0, None))
+
+
+def draw_trajectories(folder, name, stats, kind, panel, runs):
+    """A line for each parameter of each layer (and head): colours are candidates of mask_mix, layers of the others."""
+    layers = sorted({int(key.split(".")[1]) for e in stats for key in e["stats"] if key.endswith(f".{kind}")})
+    iters, labels = [e["iter"] for e in stats], {}
+    for i in layers:
+        values = torch.tensor(
+            [e["stats"][f"h.{i}.{kind}"] for e in stats]
+        )  # (evaluations, heads), alpha: (.., heads, N)
+        names = [f"layer {i}"] * values.shape[-1]
+        if kind == "alpha":
+            with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+                names = json.load(f)["model"]["mask_mix_candidates"].split(",")
+        for line, label in zip(values.movedim(0, -1).reshape(-1, len(iters)), itertools.cycle(names)):
+            colour = COLOURS[labels.setdefault(label, len(labels)) % len(COLOURS)]
+            panel.plot(iters, line, color=colour, alpha=0.7, linewidth=1.2)
+    for label, number in labels.items():
+        panel.plot([], [], color=COLOURS[number % len(COLOURS)], label=label)
+    panel.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1, 0.5))
+    panel.set(xlabel="optimizer steps", ylabel=TRAJECTORIES[kind], title=name)
 
 
 def draw_bars(key, label, panel, runs):

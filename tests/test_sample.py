@@ -198,3 +198,26 @@ def test_curves_write_a_picture(checkpoint, tmp_path):
     (tmp_path / "run" / "log.jsonl").write_text(json.dumps({"iter": 0, "split": "val", "val_loss": 1.0}) + "\n")
     with pytest.raises(config.ConfigError, match="log.jsonl"):
         bench.main(["--what=curves", checkpoint])
+
+
+def test_curves_follow_the_masks(tiny, tmp_path):
+    """Each parameter of a mask is a line through what the log holds at each evaluation, named after its candidate."""
+    keys = dict(mask_mix_candidates="offset_1,full", mask_mix_per_head=True)
+    train.main(tiny(attention_type="softmax,mask_mix", **keys))
+    steps, evaluations, stats = bench.read_log(str(tmp_path / "run"))
+    figure, panel = bench.pyplot().subplots()
+    bench.draw_trajectories(str(tmp_path / "run"), "a run", stats, "alpha", panel, {})
+    lines = [line for line in panel.lines if len(line.get_xdata())]
+    assert len(lines) == 2 * 2 and [e["iter"] for e in stats] == [0, 10, 20]
+    for i, line in enumerate(lines):
+        head, candidate = divmod(i, 2)
+        assert list(line.get_xdata()) == [0, 10, 20]
+        want = [e["stats"]["h.1.alpha"][head][candidate] for e in stats]
+        assert list(line.get_ydata()) == pytest.approx(want) and want[0] != want[-1]
+    colours = {label.get_text(): line.get_color() for label, line in zip(*legend(panel))}
+    assert colours == {"offset_1": lines[0].get_color(), "full": lines[1].get_color()}
+    assert bench.main(["--what=curves", f"--out_dir={tmp_path / 'run'}", f"--png={tmp_path / 'curves.png'}"]) == 0
+
+
+def legend(panel):
+    return panel.get_legend().get_texts(), panel.get_legend().get_lines()
