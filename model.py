@@ -704,6 +704,7 @@ class PerformerAttention(nn.Module):
         super().__init__()
         self.n_head, self.d_head = H, D = config.n_head, config.d_head
         self.n_feature = M = config.performer_num_features or max(16, 2 ** round(math.log2(D * math.log(D + 1))))
+        self.parts = dict.fromkeys("qkv", H * D)  # the rows of c_attn
         self.c_attn = nn.Linear(config.n_embd, 3 * H * D, bias=config.bias)
         self.c_proj = nn.Linear(H * D, config.n_embd, bias=config.bias)
         self.temperature = nn.Parameter(torch.zeros(H))
@@ -815,7 +816,7 @@ class NativeSparseAttention(nn.Module):
         self.n_kv = config.nsa_kv_head or (H // 4 if H % 4 == 0 else H)
         self.sizes = config.nsa_sizes()
         kv = 2 * self.n_kv * D  # keys and values of a branch
-        self.parts = dict(q=H * D, compressed=kv, selected=kv, window=kv)  # the rows of c_attn
+        self.parts = dict(q=H * D, kv_compressed=kv, kv_selected=kv, kv_window=kv)  # the rows of c_attn
         self.c_attn = nn.Linear(C, sum(self.parts.values()), bias=config.bias)
         self.c_gate = nn.Linear(C, 3 * H)
         self.c_proj = nn.Linear(H * D, C, bias=config.bias)
@@ -1310,13 +1311,15 @@ def load_weights(model, weights):
     own = model.state_dict()  # shares storage with the parameters
     copied, left, partly = [], [], {}
     for name, value in weights.items():
-        if name in own and name.endswith("attn.c_attn.weight") and own[name].shape != value.shape:
-            taken = copy_projections(model.get_submodule(name.removesuffix(".c_attn.weight")), value, weights, name)
-            copied += [f"{name}[{','.join(taken)}]"] if taken else []
-            missing = [part for part in "qkv" if part not in taken]
-            left += [f"{name}[{','.join(missing)}]"] if missing else []
-            partly[name] = taken
-            continue
+        layer, projections, _ = name.rpartition(".c_attn.")
+        if projections and name in own:
+            attn, softmax = model.get_submodule(layer), is_softmax(layer, weights)
+            if own[name].shape != value.shape or (softmax and list(attn.parts) != ["q", "k", "v"]):
+                partly[name] = taken = copy_projections(attn, own[name], value) if softmax else []
+                missing = [part for part in "qkv" if not any(part in other.split("_")[0] for other in taken)]
+                copied += [f"{name}[{','.join(taken)}]"] if taken else []
+                left += [f"{name}[{','.join(missing)}]"] if missing else []
+                continue
         if name in own and name.endswith("wpe.weight") and value.size(0) > own[name].size(0):
             value = value[: own[name].size(0)]
         if name in own and own[name].shape == value.shape:
@@ -1329,23 +1332,28 @@ def load_weights(model, weights):
         done |= {"lm_head.weight", "transformer.wte.weight"}
     new = [name for name in own if name not in done and not partly.get(name)]
     for name, taken in partly.items():
-        parts = model.get_submodule(name.removesuffix(".c_attn.weight")).parts
-        new += [f"{name}[{','.join(part for part in parts if part not in taken)}]"] if taken else []
+        if taken:
+            parts = model.get_submodule(name.rpartition(".c_attn.")[0]).parts
+            rest = [part for part in parts if part not in taken]
+            new += [f"{name}[{','.join(rest)}]"] if rest else []
     return LoadReport(copied, new, left)
 
 
-def copy_projections(attn, value, weights, name):
-    """The rows of q, k, v in a softmax layer's c_attn (3 H D, C) into `attn`, where it has parts of that size under
-    these names. Returns the names copied."""
-    layer = name.removesuffix("c_attn.weight")
-    owned = {other.removeprefix(layer).split(".")[0] for other in weights if other.startswith(layer)}
-    parts = getattr(attn, "parts", {})
-    if not parts or owned != {"c_attn", "c_proj"} or value.size(1) != attn.c_attn.weight.size(1):
-        return []
-    source, taken = dict(zip("qkv", value.chunk(3))), []
-    for part, rows in zip(parts, attn.c_attn.weight.split(list(parts.values()))):
-        if part in source and source[part].shape == rows.shape:
-            rows.copy_(source[part])
+def is_softmax(layer, weights):
+    """Whether a checkpoint's attention layer has the projections of softmax attention alone: c_attn is q, k, v."""
+    tensors = [name.removeprefix(f"{layer}.") for name in weights if name.startswith(f"{layer}.")]
+    return all(name.startswith(("c_attn.", "c_proj.")) for name in tensors)
+
+
+def copy_projections(attn, own, value):
+    """The rows of q, k and v of a softmax layer's c_attn, `value` (3 H D, C) or its bias (3 H D,), into `own`, where
+    `attn` has parts of that size under these names; kv_BRANCH takes keys and values. Returns the names copied."""
+    q, k, v = value.chunk(3)
+    source, taken = {"q": q, "k": k, "v": v, "kv": value[len(q) :]}, []
+    for part, rows in zip(attn.parts, own.split(list(attn.parts.values()))):
+        wanted = source.get(part.split("_")[0])
+        if wanted is not None and wanted.shape == rows.shape:
+            rows.copy_(wanted)
             taken.append(part)
     return taken
 

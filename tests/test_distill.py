@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import oracle
@@ -170,6 +172,21 @@ def test_another_mechanisms_projections_are_not_taken_for_softmaxs():
     assert not any("c_attn" in name for name in report.copied) and sum("c_attn" in name for name in report.new) == 2
 
 
+def test_rows_of_another_order_are_not_taken_for_the_same():
+    """With H / 3 key-value heads nsa's c_attn has as many rows as softmax attention's, but they are not q, k, v."""
+    keys = dict(n_head=3, n_embd=48)
+    teacher, student = make(**keys), make(attention_type="nsa", nsa_kv_head=1, **keys)
+    name = "transformer.h.0.attn.c_attn.weight"
+    before, source = student.state_dict()[name].clone(), teacher.state_dict()[name]
+    assert before.shape == source.shape
+    report = load_weights(student, teacher.state_dict())
+    assert [c for c in report.copied if "h.0.attn.c_attn" in c] == [name + "[q]"]
+    after = student.state_dict()[name]
+    assert torch.equal(after[:48], source[:48]) and torch.equal(after[48:], before[48:])
+    twin = make(attention_type="nsa", nsa_kv_head=1, **keys)
+    assert load_weights(twin, student.state_dict()).left == [] and torch.equal(twin.state_dict()[name], after)
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -186,6 +203,36 @@ def test_open_students_equal_their_teacher(keys, fresh_rng):
     assert report.left == [] and all(name.endswith((".span", ".alpha")) for name in report.new)
     torch.testing.assert_close(student(idx, targets)[0], teacher(idx, targets)[0], rtol=0, atol=1e-5)
     assert (make()(idx, targets)[0] - teacher(idx, targets)[0]).abs().max() > 1
+
+
+@pytest.mark.parametrize("branch", ["selected", "window"])
+@pytest.mark.parametrize("keys", [dict(pos_emb="rope"), dict(bias=True)])
+def test_nsa_that_reads_everything_equals_its_teacher(branch, keys, fresh_rng):
+    """With a key-value head for each head every branch holds the teacher's keys and values; with every block selected
+    (or a window of the whole block) and the gates saturated, the branch is softmax attention."""
+    teacher, (idx, targets) = make(**keys), tokens()
+    if teacher.config.bias:
+        for block in teacher.transformer.h:
+            torch.nn.init.normal_(block.attn.c_attn.bias, std=0.3)
+    sizes = dict(nsa_compress_block=4, nsa_compress_stride=2, nsa_select_block=4, nsa_select_count=4, nsa_window=16)
+    student = GPT(GPTConfig(**(TINY | keys | sizes), attention_type="nsa", nsa_kv_head=2)).eval()
+    report = load_weights(student, teacher.state_dict())
+    kinds = ["weight", "bias"] if teacher.config.bias else ["weight"]
+    parts = "[q,kv_compressed,kv_selected,kv_window]"
+    assert [n for n in report.copied if "c_attn" in n] == [
+        f"transformer.h.{i}.attn.c_attn.{kind}{parts}" for i in range(2) for kind in kinds
+    ]
+    own = ("slots", "phi_in", "phi_out", "c_gate.weight", "c_gate.bias")
+    assert report.left == [] and sorted(report.new) == sorted(
+        f"transformer.h.{i}.attn.{n}" for i in range(2) for n in own
+    )
+    away = (student(idx, targets)[0] - teacher(idx, targets)[0]).abs().max()
+    for block in student.transformer.h:
+        block.attn.c_gate.weight.data.zero_()
+        gates = block.attn.c_gate.bias.data.fill_(-40.0).view(3, -1)  # compressed, selected, window
+        gates[1 if branch == "selected" else 2] = 40.0
+    torch.testing.assert_close(student(idx, targets)[0], teacher(idx, targets)[0], rtol=0, atol=1e-5)
+    assert away > 0.01  # as initialised, all three branches are half open
 
 
 # runs
@@ -276,23 +323,68 @@ def test_errors_say_what_to_write(tiny, tmp_path, teacher, keys, message):
     assert "\n" not in str(error.value)
 
 
-def test_gpt2_is_converted_and_distilled(tiny, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A random GPT-2 of two layers, as transformers saves one: its folder, and the model."""
     transformers = oracle("transformers")
-    shape = dict(vocab_size=300, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    shape = dict(vocab_size=300, n_positions=32, n_embd=48, n_layer=2, n_head=4, initializer_range=0.1)
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
-    folder = str(tmp_path / "gpt2")
+    folder = str(tmp_path_factory.mktemp("gpt2"))
     hf.save_pretrained(folder)
-    own = ("--n_layer", "--n_head", "--n_embd", "--max_iters")
-    base = [a for a in student(tiny, tmp_path, folder) if not a.startswith(own)]
-    train.main([*base, "--gla_expand_k=1.0", "--gla_n_head=2", "--distill_attention_iters=2", "--max_iters=4"])
+    return folder, hf
+
+
+@pytest.mark.parametrize("name", ["mask_mix", "performer", "nsa", "gla"])
+def test_gpt2_is_distilled_by_the_configs(name, gpt2, text_dataset, tmp_path, capsys):
+    """config/distill_*.py as they are, but for the folder of the weights and the size: conversion, then both stages."""
+    folder, _ = gpt2
+    file = os.path.join(os.path.dirname(config.__file__), f"distill_{name}.py")
+    sizes = dict(
+        block_size=16, batch_size=4, warmup_iters=2, distill_attention_iters=10, max_iters=30, eval_interval=10
+    )
+    options = dict(
+        init_from=folder, teacher=folder, dataset=text_dataset, device="cpu", eval_iters=2, learning_rate=3e-3
+    )
+    out_dir = str(tmp_path / "student")
+    train.main([file, f"--out_dir={out_dir}", *(f"--{k}={v}" for k, v in (options | sizes).items())])
     out = capsys.readouterr().out
-    assert "in part: transformer.h.*.attn.c_attn.weight[q,k,v]" in out and "KL from the teacher" in out
-    assert GPT.from_checkpoint(str(tmp_path / "student")).config.attention_type == "gla"
+    assert "copied" in out and "transformer.wte" not in out  # neither new nor left
+    rows = [e for e in read_log(out_dir) if e.get("split") == "val"]
+    assert [e["iter"] for e in rows] == [0, 10, 20, 30] and rows[-1]["kl"] < rows[0]["kl"]
+    assert GPT.from_checkpoint(out_dir).config.attention_type == name
+
+
+def test_gpt2_is_scored_by_its_config(gpt2, text_dataset, tmp_path, capsys):
+    """config/eval_gpt2.py gives what transformers' logits give: each token scored once, its own successor."""
+    folder, hf = gpt2
+    file = os.path.join(os.path.dirname(config.__file__), "eval_gpt2.py")
+    options = [f"--init_from={folder}", f"--dataset={text_dataset}", "--device=cpu", f"--out_dir={tmp_path / 'eval'}"]
+    train.main([file, *options, "--eval_context=32", "--eval_stride=32"])
+    found = re.findall(r"(val|test): ([0-9.]+) nats a token", capsys.readouterr().out)
+    assert [split for split, _ in found] == ["val", "test"]
+    for split, nats in found:
+        ids = torch.from_numpy(np.fromfile(os.path.join(text_dataset, f"{split}.bin"), np.uint8).astype(np.int64))
+        total = 0.0
+        for start in range(0, len(ids) - 1, 32):
+            x, y = ids[start : start + 32], ids[start + 1 : start + 33]
+            logits = hf(x[None, : len(y)]).logits[0].detach()
+            total += F.cross_entropy(logits, y, reduction="sum").item()
+        assert float(nats) == pytest.approx(total / (len(ids) - 1), abs=1e-4)
+
+
+def test_gpt2s_tensors_are_turned(gpt2):
+    folder, hf = gpt2
     start = GPT.from_pretrained(folder, attention_type="gla", gla_expand_k=1.0)
-    rows = start.transformer.h[0].attn.c_attn.weight[:32]
+    assert "transformer.h.1.attn.c_attn.weight[q,k,v]" in start.loaded.copied
+    rows = start.transformer.h[0].attn.c_attn.weight[:48]
     conv1d = hf.transformer.h[0].attn.c_attn.weight  # (in, out): turned, or silently wrong where it is square
-    assert torch.equal(rows, conv1d.t()[:32]) and not torch.equal(rows, conv1d[:, :32])
-    assert torch.equal(start.transformer.wte.weight, hf.transformer.wte.weight)
+    assert torch.equal(rows, conv1d.t()[:48]) and not torch.equal(rows, conv1d[:, :48])
+    square = hf.transformer.h[0].attn.c_proj.weight
+    assert torch.equal(start.transformer.h[0].attn.c_proj.weight, square.t())
+    for name in ("wte", "wpe"):
+        assert torch.equal(start.transformer.get_submodule(name).weight, hf.transformer.get_submodule(name).weight)
+    assert start.lm_head.weight is start.transformer.wte.weight
 
 
 # continuations side by side
