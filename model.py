@@ -17,7 +17,7 @@ import math
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -26,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from config import build, key
 from kernels.distance import distance, executed_pairs, plans
+from kernels.gated import executed_pairs as gated_pairs
+from kernels.gated import gated
 from kernels.gla import gla
 from kernels.gsa import gsa
 from kernels.nsa import nsa_compressed, nsa_pairs, nsa_selected, nsa_sizes, nsa_window
@@ -34,6 +36,10 @@ from kernels.performer import feature_map, performer
 
 class ModelError(ValueError):
     """A model that cannot be built or loaded; the message is one line."""
+
+
+SOFTMAX_FAMILY = ("softmax", "adaptive_span", "mask_mix", "gated", "gated_output")
+GATED_OUTPUTS = ("gated_output", "softmax", "adaptive_span", "mask_mix", "gated", "gsa", "performer", "nsa")
 
 
 @dataclass
@@ -95,6 +101,17 @@ class GPTConfig:
     nsa_select_block: int = key(0, "tokens of a selected block; 0: by block_size", "nsa", low=0)
     nsa_select_count: int = key(0, "selected blocks, three of them fixed; 0: by block_size", "nsa", low=0)
     nsa_window: int = key(0, "tokens of the window; 0: by block_size", "nsa", low=0)
+    gated_reg: float = key(0.0, "penalty on gates that several heads open to one pair", "gated", low=0.0)
+    gated_unit_norm: bool = key(False, "values and output of each head by vectors of norm 1", "gated")
+    gate_output: bool = key(False, "a sigmoid gate on the heads' output", *GATED_OUTPUTS[1:])
+    gate_output_kind: str = key(
+        "elementwise", "a gate for each channel or for each head", *GATED_OUTPUTS, choices=("elementwise", "headwise")
+    )
+    gate_output_bias_init: float = key(0.0, "first bias of these gates: large is open", *GATED_OUTPUTS)
+    qkv_bias: bool = key(False, "biases of q, k and v alone", *SOFTMAX_FAMILY)
+    attention_init: str = key(
+        "normal", "weights of attention: normal of 0.02, or Xavier's", *SOFTMAX_FAMILY, choices=("normal", "xavier")
+    )
 
     def __post_init__(self):
         for name in self.types():
@@ -182,7 +199,8 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         self.n_head, self.d_head = config.n_head, config.d_head
         self.parts = dict.fromkeys("qkv", self.n_head * self.d_head)  # the rows of c_attn
-        self.c_attn = nn.Linear(config.n_embd, sum(self.parts.values()), bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, sum(self.parts.values()), bias=config.bias or config.qkv_bias)
+        self.output_gate = OutputGate(config, self.n_head, self.d_head)
         self.c_proj = nn.Linear(self.n_head * self.d_head, config.n_embd, bias=config.bias)
         self.resid_dropout = make_dropout(config)
         self.dropout = config.dropout
@@ -192,7 +210,7 @@ class SoftmaxAttention(nn.Module):
         q, k, v = self._qkv(x, 0)
         p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-        return self._project(y), torch.zeros((), device=x.device)
+        return self._project(y, x), torch.zeros((), device=x.device)
 
     def init_state(self, batch, max_len):
         return KVCache(max_len)
@@ -207,17 +225,18 @@ class SoftmaxAttention(nn.Module):
         n, m = state.n, state.n + t
         q, k, v = self._qkv(x, n)
         if state.k is None:
-            shape = (*q.shape[:2], 2 * L, self.d_head)
-            state.k, state.v = q.new_empty(shape), q.new_empty(shape)
+            state.k, state.v = (z.new_empty(*z.shape[:2], 2 * L, z.size(3)) for z in (k, v))
         state.k[:, :, n:m], state.v[:, :, n:m], state.n = k, v, m
         first = max(0, n + 1 - L)  # the oldest key that the first query sees
-        k, v = state.k[:, :, first:m], state.v[:, :, first:m]
-        if t == 1 or n == 0:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
-        else:
+        k, v, mask = state.k[:, :, first:m], state.v[:, :, first:m], None
+        if t > 1 and n:
             distance = torch.arange(n, m, device=x.device)[:, None] - torch.arange(first, m, device=x.device)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < L))
-        return self._project(y), state
+            mask = (distance >= 0) & (distance < L)
+        return self._project(self._read(x, q, k, v, mask), x), state
+
+    def _read(self, x, q, k, v, mask):
+        """The step's attention, (B, H, t, D). Without a mask: one query, or the causal start of a sequence."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1)
 
     def flops(self, T):
         pairs = T * (T + 1) // 2
@@ -225,13 +244,16 @@ class SoftmaxAttention(nn.Module):
 
     @torch.no_grad()
     def stats(self, x=None):
-        """With x (B, T, C): the attention map (H, T, T) of the first sequence, and the largest logit of each head."""
+        """With x (B, T, C): the attention map (H, T, T) of the first sequence; by head, (H,), the largest logit and the
+        weight on the first token, means over queries; and the mean output gate."""
         if x is None:
             return {}
-        q, k, _ = self._qkv(x[:1], 0)
-        logits = (q @ k.mT)[0].float() / math.sqrt(self.d_head)
+        q, k, _ = self._qkv(x, 0)
+        logits = (q @ k.mT).float() / math.sqrt(self.d_head)  # (B, H, T, T)
         logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
-        return {"attention_map": logits.softmax(-1), "max_logit": logits.amax((1, 2))}
+        p, largest = logits.softmax(-1), logits.amax((0, 2, 3))
+        found = {"attention_map": p[0], "first_token": p[..., 0].mean((0, 2)), "max_logit": largest}
+        return found | self.output_gate.stats(x)
 
     def _qkv(self, x, offset):
         q, k, v = self.c_attn(x).chunk(3, -1)  # each (B, T, H D)
@@ -240,9 +262,19 @@ class SoftmaxAttention(nn.Module):
             q, k = rotate(q, offset, self.rope_base), rotate(k, offset, self.rope_base)
         return q, k, v
 
-    def _project(self, y):
+    def _project(self, y, x):
         B, _, T, _ = y.shape  # (B, H, T, D)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)))
+        return self.resid_dropout(self.c_proj(self.output_gate(y.transpose(1, 2).reshape(B, T, -1), x)))
+
+    @torch.no_grad()
+    def xavier(self):
+        """Xavier's normal of the weights as tensors (H, C, D) and (H, D, C), and of the biases (H, D): for toys of one
+        layer and few channels, where 0.02 is too small to begin with."""
+        H, C, D = self.n_head, self.c_attn.in_features, self.d_head
+        self.c_attn.weight.normal_(std=math.sqrt(2 / (D * (C + H))))
+        self.c_proj.weight.normal_(std=math.sqrt(2 / (C * (D + H))))
+        if self.c_attn.bias is not None:
+            self.c_attn.bias.normal_(std=math.sqrt(2 / (D + H)))
 
     def _move_to_front(self, state):
         """Only differences of positions matter to rotary keys: turning them back keeps the angles small for ever."""
@@ -255,6 +287,128 @@ class SoftmaxAttention(nn.Module):
         state.k[:, :, :keep] = k
         state.v[:, :, :keep] = state.v[:, :, state.n - keep : state.n].clone()
         state.n = keep
+
+
+class OutputGate(nn.Module):
+    """Y * sigmoid(X W^T + b) of the heads' output Y, before the output projection (Qiu et al. 2025, arXiv 2505.06708);
+    X is what the queries are made of. A gate for each channel (H D rows of W) or for each head (H rows). Without
+    gate_output, Y."""
+
+    def __init__(self, config, n_head, d_head):
+        super().__init__()
+        rows = n_head * (d_head if config.gate_output_kind == "elementwise" else 1)
+        self.n_head, self.repeat = n_head, n_head * d_head // rows
+        on = config.gate_output
+        self.weight = nn.Parameter(0.02 * torch.randn(rows, config.n_embd)) if on else None
+        self.bias = nn.Parameter(torch.full((rows,), config.gate_output_bias_init)) if on else None
+
+    def forward(self, y, x):
+        """y (B, T, H D), x (B, T, C)"""
+        if self.weight is None:
+            return y
+        return y * F.linear(x, self.weight, self.bias).sigmoid().repeat_interleave(self.repeat, -1)
+
+    def stats(self, x):
+        """The mean gate of each head, (H,)."""
+        if self.weight is None:
+            return {}
+        gate = F.linear(x, self.weight, self.bias).sigmoid().unflatten(-1, (self.n_head, -1))
+        return {"output_gate": gate.mean((0, 1, 3))}
+
+
+class GatedOutput(SoftmaxAttention):
+    """Softmax attention with a gate on its output: gate_output=True by name."""
+
+    def __init__(self, config):
+        super().__init__(replace(config, gate_output=True))
+
+
+class UnitLinear(nn.Linear):
+    """A linear layer that uses its weight with the rows from `first` on (dim=1), or the columns (dim=0), at norm 1."""
+
+    def __init__(self, *shape, first=0, dim, bias):
+        super().__init__(*shape, bias=bias)
+        self.first, self.dim = first, dim
+
+    def forward(self, x):
+        w = torch.cat((self.weight[: self.first], F.normalize(self.weight[self.first :], dim=self.dim)))
+        return F.linear(x, w, self.bias)
+
+
+class GatedAttention(SoftmaxAttention):
+    """Softmax attention with a gate for each head and pair (github.com/cmathw/gated-attn), after the softmax:
+
+        o_t = sum_{s <= t} gamma_ts p_ts v_s,   gamma_ts = clamp(a_t b_s, 0, 1),   a, b = x . w / sqrt(C) + beta
+
+    with weights w and a bias beta for queries (a) and for keys (b). The penalty is gated_reg times the mean over causal
+    pairs of (sum_h gamma_h^0.6)^(1 / 0.6): least where one head has a pair to itself, so that what softmax heads do
+    together, in superposition, comes apart. Gates begin open: w = 0 and beta = 1 is softmax, and still learns."""
+
+    mask_parameters = ("gate", "gate_bias")
+
+    def __init__(self, config):
+        super().__init__(config)
+        C, inner = config.n_embd, self.n_head * self.d_head
+        self.gate = nn.Parameter(torch.zeros(2, self.n_head, C))
+        self.gate_bias = nn.Parameter(torch.ones(2 * self.n_head))
+        if config.gated_unit_norm:
+            bias = self.c_attn.bias is not None
+            self.c_attn = UnitLinear(C, 3 * inner, first=2 * inner, dim=1, bias=bias)
+            self.c_proj = UnitLinear(inner, C, dim=0, bias=config.bias)
+        self.reg = config.gated_reg
+
+    def forward(self, x):
+        q, k, v = (t.transpose(1, 2) for t in super()._qkv(x, 0))  # (B, T, H, D)
+        y, shared = gated(q, k, v, *self._gates(x), penalise=self.training and self.reg > 0)
+        return self._project(y.transpose(1, 2), x), self.reg * shared.float()
+
+    def _gates(self, x):
+        """a and b, (B, T, H) each."""
+        gates = F.linear(x, self.gate.flatten(0, 1)) / math.sqrt(x.size(-1)) + self.gate_bias
+        return gates.chunk(2, -1)
+
+    def _qkv(self, x, offset):
+        """In the ring a key's gate is one more channel of its value."""
+        q, k, v = super()._qkv(x, offset)
+        b = self._gates(x)[1].transpose(1, 2).unsqueeze(-1)
+        return q, k, torch.cat((v, b.to(v.dtype)), -1)  # (B, H, T, D + 1)
+
+    def _read(self, x, q, k, v, mask):
+        return self._gated_map(x, q, k, v, mask)[0] @ v[..., :-1]
+
+    def _gated_map(self, x, q, k, v, mask):
+        """gamma p and gamma, (B, H, t, S)."""
+        if mask is None:
+            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - q.size(2))
+        p = (q @ k.mT / math.sqrt(self.d_head)).masked_fill(~mask, -math.inf).softmax(-1)
+        gamma = (self._gates(x)[0].transpose(1, 2).unsqueeze(-1) * v[..., -1].unsqueeze(-2)).clamp(0, 1)
+        return gamma.to(p.dtype) * p, gamma
+
+    def flops(self, T):
+        """Scores, values and gates of all pairs, and of those that the blocks of a training step hold."""
+        each = (4 * self.d_head + 2) * self.n_head
+        return each * (T * (T + 1) // 2), each * gated_pairs(T, self.n_head)
+
+    @torch.no_grad()
+    def stats(self, x=None):
+        """With x (B, T, C): the gated attention map (H, T, T) of the first sequence; by head, (H,), the weight on the
+        first token, the mean gate, the share of gates that are 0, and whether all of them are; the mean output gate."""
+        if x is None:
+            return {}
+        y, gamma = self._gated_map(x, *self._qkv(x, 0), None)
+        causal = torch.ones(gamma.shape[-2:], dtype=torch.bool, device=x.device).tril()
+        gates = gamma[..., causal].transpose(0, 1).flatten(1).float()  # (H, pairs)
+        found = {"attention_map": y[0], "first_token": y[..., 0].float().mean((0, 2)), "gate": gates.mean(1)}
+        found |= {"gate_zero": (gates == 0).float().mean(1), "dead": (gates == 0).all(1)}
+        return found | self.output_gate.stats(x)
+
+    @torch.no_grad()
+    def xavier(self):
+        """As for softmax attention; the gates' vectors orthogonal and of norm 1 (before the root), their biases 0."""
+        super().xavier()
+        for w in self.gate:
+            nn.init.orthogonal_(w, gain=math.sqrt(w.size(1)))
+        self.gate_bias.zero_()
 
 
 GATHERED = 512  # kept keys of a head: up to here one copy for all heads costs less than the calls of each
@@ -312,7 +466,7 @@ class DistanceAttention(SoftmaxAttention):
         q, k, v = (t.transpose(1, 2) for t in self._qkv(x, 0))  # (B, T, H, D)
         y = distance(q, k, v, *self.log_mask(x.size(1)))
         penalty = self.penalty().float() if self.training else torch.zeros((), device=x.device)
-        return self._project(y.transpose(1, 2)), penalty
+        return self._project(y.transpose(1, 2), x), penalty
 
     @torch.no_grad()
     def init_state(self, batch, max_len):
@@ -341,7 +495,7 @@ class DistanceAttention(SoftmaxAttention):
         q, k, v = self._qkv(x, state.seen)
         if t == 1:
             state.append(k, v)
-            return self._project(self._read(q, state)), state
+            return self._project(self._read_ring(q, state), x), state
         keys, values = k, v
         if past:
             before = slice(state.end - past, state.end)
@@ -350,9 +504,9 @@ class DistanceAttention(SoftmaxAttention):
         state.append(k, v)
         xs = (t.transpose(1, 2) for t in (q, keys, values))
         y = distance(*xs, *self.log_mask(past + t))[:, past:]
-        return self._project(y.transpose(1, 2)), state
+        return self._project(y.transpose(1, 2), x), state
 
-    def _read(self, q, state):
+    def _read_ring(self, q, state):
         """q (B, H, 1, D), the last token of the ring -> (B, H, 1, D)."""
         y, P, at = torch.zeros_like(q), state.first.size(1), state.seen - 1
         young = at - P < state.reach - 1  # some kept distances lie before the start; and the first keys are read apart
@@ -631,6 +785,7 @@ class GatedSlotAttention(nn.Module):
         self.n_head, self.n_slot = config.gsa_n_head or max(1, config.n_embd // 128), config.gsa_slots
         self.d_head = config.n_embd // self.n_head
         inner = self.n_head * self.d_head
+        self.output_gate = OutputGate(config, self.n_head, self.d_head)
         self.parts = dict(q=inner, k=inner, v=inner, f=self.n_head * self.n_slot)  # the rows of c_attn; f forgets
         self.c_attn = nn.Linear(config.n_embd, sum(self.parts.values()), bias=False)
         self.ln_o = nn.RMSNorm(inner, eps=1e-5)
@@ -640,7 +795,7 @@ class GatedSlotAttention(nn.Module):
 
     def forward(self, x):
         o, _ = gsa(*self._inputs(x), scale=1.0)
-        return self._project(o), torch.zeros((), device=x.device)
+        return self._project(o, x), torch.zeros((), device=x.device)
 
     def init_state(self, batch, max_len):
         w, H, D, M = self.c_attn.weight, self.n_head, self.d_head, self.n_slot
@@ -651,7 +806,7 @@ class GatedSlotAttention(nn.Module):
         backend = "recurrent" if x.size(1) <= 16 else "auto"
         options = dict(initial_state=state, output_final_state=True, backend=backend)
         o, state = gsa(*self._inputs(x), scale=1.0, **options)
-        return self._project(o), state
+        return self._project(o, x), state
 
     def flops(self, T):
         """The recurrence, and the chunks of 64 that a training step executes."""
@@ -674,8 +829,9 @@ class GatedSlotAttention(nn.Module):
         s = -torch.expm1(g)  # 1 - a without cancellation: a nearly closed slot still learns
         return F.silu(q), F.silu(k), F.silu(v), s, g  # q, k, v (B, T, H, D)
 
-    def _project(self, o):
-        return self.resid_dropout(self.c_proj(self.ln_o(F.silu(o.flatten(2)))))  # (B, T, H D) -> (B, T, C)
+    def _project(self, o, x):
+        y = self.output_gate(self.ln_o(F.silu(o.flatten(2))), x)  # (B, T, H D)
+        return self.resid_dropout(self.c_proj(y))
 
 
 def random_features(H, M, D, generator=None):
@@ -707,6 +863,7 @@ class PerformerAttention(nn.Module):
         self.parts = dict.fromkeys("qkv", H * D)  # the rows of c_attn
         self.c_attn = nn.Linear(config.n_embd, 3 * H * D, bias=config.bias)
         self.c_proj = nn.Linear(H * D, config.n_embd, bias=config.bias)
+        self.output_gate = OutputGate(config, H, D)
         self.temperature = nn.Parameter(torch.zeros(H))
         self.features, self.max_norm2 = config.performer_features, config.performer_max_norm2
         if self.features == "learned":
@@ -728,7 +885,7 @@ class PerformerAttention(nn.Module):
     def forward(self, x):
         q, k, v = self._qkv(x, 0)
         o, _ = performer(q, k, v, *self._maps(), self.features)
-        return self._project(o), torch.zeros((), device=x.device)
+        return self._project(o, x), torch.zeros((), device=x.device)
 
     def init_state(self, batch, max_len):
         """[S, z] of each head, and the position."""
@@ -742,7 +899,7 @@ class PerformerAttention(nn.Module):
         backend = "recurrent" if x.size(1) <= 16 else "auto"
         options = dict(initial_state=sums, output_final_state=True, backend=backend)
         o, sums = performer(q, k, v, *self._maps(), self.features, **options)
-        return self._project(o), (sums, position + x.size(1))
+        return self._project(o, x), (sums, position + x.size(1))
 
     def flops(self, T):
         """Features and the recurrence; with them, the chunks of 64 that a training step executes."""
@@ -777,8 +934,8 @@ class PerformerAttention(nn.Module):
             q, k = (rotate(t.transpose(1, 2), offset, self.rope_base).transpose(1, 2) for t in (q, k))
         return q, k, v
 
-    def _project(self, o):
-        return self.resid_dropout(self.c_proj(o.flatten(2)))  # (B, T, H D) -> (B, T, C)
+    def _project(self, o, x):
+        return self.resid_dropout(self.c_proj(self.output_gate(o.flatten(2), x)))  # (B, T, H D) -> (B, T, C)
 
 
 @dataclass
@@ -819,6 +976,7 @@ class NativeSparseAttention(nn.Module):
         self.parts = dict(q=H * D, kv_compressed=kv, kv_selected=kv, kv_window=kv)  # the rows of c_attn
         self.c_attn = nn.Linear(C, sum(self.parts.values()), bias=config.bias)
         self.c_gate = nn.Linear(C, 3 * H)
+        self.output_gate = OutputGate(config, H, D)
         self.c_proj = nn.Linear(H * D, C, bias=config.bias)
         self.mean = config.nsa_compress == "mean"
         if not self.mean:  # for keys and for values: a vector for each slot, and an MLP over the flattened block
@@ -913,7 +1071,7 @@ class NativeSparseAttention(nn.Module):
         chosen = nsa_selected(q, *selected.unbind(2), index, sizes[2], backend=backend)
         branches = compressed, chosen, nsa_window(q, *window.unbind(2), width)
         o = sum(g.unsqueeze(-1) * o for g, o in zip(self._gates(x).unbind(2), branches))  # (B, T, H, D)
-        return self.resid_dropout(self.c_proj(o.flatten(2)))
+        return self.resid_dropout(self.c_proj(self.output_gate(o.flatten(2), x)))
 
 
 def append(buffer, n, x, room):
@@ -961,6 +1119,8 @@ ATTENTION = {
     "gsa": GatedSlotAttention,
     "performer": PerformerAttention,
     "nsa": NativeSparseAttention,
+    "gated": GatedAttention,
+    "gated_output": GatedOutput,
     "none": NoAttention,
 }
 
@@ -1087,6 +1247,9 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():  # GPT-2: residual projections shrink with depth
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+        for block in self.transformer.h if config.attention_init == "xavier" else ():
+            if isinstance(block.attn, SoftmaxAttention):
+                block.attn.xavier()
 
     @staticmethod
     def _init_weights(module):

@@ -156,7 +156,7 @@ def test_softmax_window_slides_over_a_long_stream(fresh_rng):
         q, k, v = attn._qkv(x, 0)
         distance = torch.arange(T)[:, None] - torch.arange(T)
         logits = (q @ k.mT / 4).masked_fill((distance < 0) | (distance >= L), -torch.inf)
-        expected = attn._project(logits.softmax(-1) @ v)
+        expected = attn._project(logits.softmax(-1) @ v, x)
         for split in ([1] * T, [3, 20, 1, 1, 30, 6], [T]):
             state = attn.init_state(2, L)
             found = [attn.step(part, state)[0] for part in x.split(split, 1)]

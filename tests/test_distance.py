@@ -275,7 +275,7 @@ def by_definition(attn, x):
                 mask[h, t, s] = entry(attn, h, t, s)
     p = p * mask
     total = p.sum(-1, keepdim=True)
-    return attn._project(torch.where(total > 0, p / total, 0.0) @ v)
+    return attn._project(torch.where(total > 0, p / total, 0.0) @ v, x)
 
 
 def entry(attn, h, t, s):
@@ -375,7 +375,7 @@ def test_gradients_of_mask_parameters(name, fresh_rng):
     for backend in ("auto", "dense"):
         q, k, v = (t.transpose(1, 2) for t in attn._qkv(x, 0))
         y = distance(q, k, v, *attn.log_mask(64), backend=backend)
-        loss = (attn._project(y.transpose(1, 2)) * weight).sum() + attn.penalty()
+        loss = (attn._project(y.transpose(1, 2), x) * weight).sum() + attn.penalty()
         parameters = [p for n, p in attn.named_parameters() if n in attn.mask_parameters]
         grads.append(torch.autograd.grad(loss, parameters))
     for a, b in zip(*grads):

@@ -194,13 +194,17 @@ def test_rows_of_another_order_are_not_taken_for_the_same():
         dict(attention_type="adaptive_span", span_init=1.0, span_param="ratio"),
         dict(attention_type="mask_mix", mask_mix_candidates="full"),
         dict(attention_type="softmax,adaptive_span", span_init=1.0),
+        dict(attention_type="gated"),
+        dict(attention_type="gated_output", gate_output_bias_init=40.0),
+        dict(attention_type="softmax", gate_output=True, gate_output_kind="headwise", gate_output_bias_init=40.0),
     ],
 )
 def test_open_students_equal_their_teacher(keys, fresh_rng):
     teacher, (idx, targets) = make(), tokens()
     student = GPT(GPTConfig(**(TINY | keys))).eval()
     report = load_weights(student, teacher.state_dict())
-    assert report.left == [] and all(name.endswith((".span", ".alpha")) for name in report.new)
+    added = (".span", ".alpha", ".gate", ".gate_bias", ".output_gate.weight", ".output_gate.bias")
+    assert report.left == [] and all(name.endswith(added) for name in report.new)
     torch.testing.assert_close(student(idx, targets)[0], teacher(idx, targets)[0], rtol=0, atol=1e-5)
     assert (make()(idx, targets)[0] - teacher(idx, targets)[0]).abs().max() > 1
 

@@ -417,7 +417,7 @@ def test_with_many_features_it_is_softmax_attention(pos_emb):
     attn.temperature.data = torch.tensor([-1.0, 0.0]).double()
     x = torch.randn(2, 40, 32, dtype=torch.float64)
     q, k, v = attn._qkv(x, 0)
-    wanted = attn._project(quadratic_softmax(q, k, v))
+    wanted = attn._project(quadratic_softmax(q, k, v), x)
     assert (attn(x)[0] - wanted).norm() < 0.08 * wanted.norm() and wanted.norm() > 1
     q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
     logits = attn.stats(x)["attention_map"]
