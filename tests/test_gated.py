@@ -201,6 +201,7 @@ def test_gates_are_masks_with_their_own_rate():
 def test_stats_name_the_gates(fresh_rng):
     attn = make()
     with torch.no_grad():
+        torch.nn.init.normal_(attn.gate, std=3.0)
         attn.gate[:, 1], attn.gate_bias[1] = 0.0, -1.0  # a head whose gates are all shut
         attn.gate[:, 2], attn.gate_bias[2::3] = 0.0, 0.5
     stats = attn.stats(torch.randn(2, 10, 24, dtype=torch.float64))
