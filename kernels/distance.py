@@ -10,6 +10,7 @@ block sees, n blocks in a segment, R rows (batch and heads worked on together), 
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -71,9 +72,22 @@ class Plan(NamedTuple):
 
 
 def plans(table, prefix, sdpa=True):
-    """A Plan for each row of the table; sdpa: may be PyTorch's kernel where nothing is masked."""
+    """A Plan for each row of the table; sdpa: may be PyTorch's kernel where nothing is masked. Neighbours get one plan
+    for what either keeps where the calls that this saves are worth the scores that it adds: then `pieces` computes them
+    together. A wide head stays apart from narrow ones."""
     kept, plain = (table > -math.inf).cpu().numpy(), is_one(table)[:, 0].tolist()
-    return [make_plan(row.tobytes(), full and sdpa, prefix.shape[1]) for row, full in zip(kept, plain)]
+    T, P, groups = table.shape[1], prefix.shape[1], []  # (what any row keeps, rows, plan)
+    for row, full in zip(kept, plain):
+        new = row, 1, make_plan(row.tobytes(), full and sdpa, P)
+        if groups and groups[-1][2].block and new[2].block:
+            either, n = groups[-1][0] | row, groups[-1][1] + 1
+            both = make_plan(either.tobytes(), False, P)
+            apart = sum(cost(plan, T, n) for _, n, plan in (groups[-1], new))
+            if n <= together(both, T) and cost(both, T, n) <= apart:
+                groups.pop()
+                new = either, n, both
+        groups.append(new)
+    return [plan for _, n, plan in groups for _ in range(n)]
 
 
 @functools.lru_cache(4096)
@@ -95,12 +109,18 @@ def split(offsets, block):
     return tuple((int(run[0]), int(run[-1])) for run in np.split(offsets, cuts))
 
 
-def cost(plan, T):
-    """Nanoseconds of a forward and backward pass over one head, fitted on one AVX-512 core: scores, of which small
-    blocks make fewer and slower ones, and the calls of each segment."""
+def cost(plan, T, heads=1):
+    """Nanoseconds of a forward and backward pass over heads that go together, fitted on one AVX-512 core: scores, of
+    which small blocks make fewer and slower ones, and the calls of each segment."""
     parts = segments(plan, -(-T // plan.stride))
     scores = sum(n * plan.block * width for _, n, _, width in parts)
-    return plan.stride * (scores * (10.7 + 80 / plan.block) + 100_000 * len(parts))
+    return plan.stride * (heads * scores * (10.7 + 80 / plan.block) + 100_000 * len(parts))
+
+
+def together(plan, T):
+    """Heads or sequences whose blocks fit a segment; 1 where those of one fill it."""
+    parts = segments(plan, -(-T // plan.stride))
+    return max(1, SEGMENT // max([1] + [n * plan.block * width for _, n, _, width in parts]))
 
 
 @functools.lru_cache(4096)
@@ -166,28 +186,29 @@ class Workspace:
 
 
 class Band:
-    """One row of the table over one sequence: its bias, and the windows of its blocks."""
+    """One plan over one sequence, for the m rows of `table` (m, T) and `prefix` (m, P, T): their bias, and the windows
+    of the blocks. m is 1 or the number of heads."""
 
     def __init__(self, plan, table, prefix, T):
-        self.plan, self.C, self.P, self.T = plan, plan.block, plan.prefix, T
+        self.plan, self.C, self.P, self.T, self.m = plan, plan.block, plan.prefix, T, len(table)
         self.parts = segments(plan, T)
         self.front = max((n - 1) * self.C for _, n, _, _ in self.parts)  # rows of zeros before the first key
         self.rows = self.front + -(-T // self.C) * self.C
         C = self.C
-        hidden = table.new_full((C,), HIDDEN)
+        hidden = table.new_full((len(table), C), HIDDEN)
         r = torch.arange(C, device=table.device)[:, None]
         self.index, self.bias = [], []
         for lo, hi in plan.runs:
-            run = torch.cat((hidden, table[lo : hi + 1].clamp(min=HIDDEN), hidden))
+            run = torch.cat((hidden, table[:, lo : hi + 1].clamp(min=HIDDEN), hidden), 1)
             c = torch.arange(hi - lo + C, device=table.device)
             self.index.append(r + (hi - lo + C) - c)  # (C, W): place of distance r + hi - c in the run
-            self.bias.append(run[self.index[-1]])
+            self.bias.append(run[:, self.index[-1]])  # (m, C, W)
         self.first = None
         if self.P:
             far = torch.arange(self.rows - self.front, device=table.device)[:, None]
             far = far - torch.arange(self.P, device=table.device)
-            self.far = far.clamp(0, T - 1)
-            self.first = prefix.clamp(min=HIDDEN).T.gather(0, self.far).masked_fill(far < 0, HIDDEN)  # (T + pad, P)
+            self.far = far.clamp(0, T - 1).expand(len(table), -1, -1)
+            self.first = prefix.clamp(min=HIDDEN).mT.gather(1, self.far).masked_fill(far < 0, HIDDEN)  # (m, T + pad, P)
 
     def load(self, x, new):
         """x (b, h, T, D) with zeros before and after: (R, rows, D)."""
@@ -226,19 +247,21 @@ class Band:
     def probabilities(self, q, k, part, scale, new):
         """softmax over each query's window, (N, C, W)."""
         a, n, runs, W = part
-        N, C = q.shape[0], self.C
-        bias = [q.new_zeros(C, self.P)] if self.P else []
-        bias += [self.bias[i][:, -w:] for i, _, w in runs]
-        bias = bias[0] if len(bias) == 1 else torch.cat(bias, 1)
-        s = torch.baddbmm(bias.expand(N, C, W), q, k.mT, alpha=scale, out=new(N, C, W))
-        tiles, place = s.view(-1, n, C, W), self.P
+        C, place = self.C, self.P
+        s = new(q.shape[0], C, W)
+        tiles = s.view(-1, self.m, n, C, W)
         if self.P:
-            tiles[..., : self.P] += self.first[a : a + n * C].view(n, C, self.P)
+            tiles[..., : self.P] = self.first[:, a : a + n * C].view(-1, n, C, self.P)
+        for i, _, w in runs:
+            tiles[..., place : place + w] = self.bias[i][:, None, :, -w:]
+            place += w
+        torch.baddbmm(s, q, k.mT, alpha=scale, out=s)
+        place = self.P
         for _, hi, w in runs:  # no keys before the first; those of the prefix have their own columns
             for i in range(n):
                 before = min(w, hi - a - i * C + self.P)
                 if before > 0:
-                    tiles[:, i, :, place : place + before] = HIDDEN
+                    tiles[:, :, i, :, place : place + before] = HIDDEN
             place += w
         return torch.softmax(s, -1, out=s)
 
@@ -258,8 +281,8 @@ class Band:
     def table_gradient(self, runs, dtable):
         """Sums the gradient of each run's bias along its diagonals."""
         for (lo, hi), index, grad in zip(self.plan.runs, self.index, runs):
-            sums = grad.new_zeros(hi - lo + 1 + 2 * self.C).index_add_(0, index.flatten(), grad.flatten())
-            dtable[lo : hi + 1] += sums[self.C : -self.C]
+            sums = grad.new_zeros(self.m, hi - lo + 1 + 2 * self.C).index_add_(1, index.flatten(), grad.flatten(1))
+            dtable[:, lo : hi + 1] += sums[:, self.C : -self.C]
 
 
 def row_groups(x, heads, band):
@@ -274,16 +297,22 @@ def row_groups(x, heads, band):
 
 
 def pieces(q, v, table, prefix):
-    """(row of the table, heads, plan, band, tokens) of all that is computed apart; a table of one row is all heads'."""
-    T, H = q.shape[1], q.shape[2]
-    for i, plan in enumerate(plans(table, prefix, sdpa=q.device.type == "cpu" and q.shape == v.shape)):
-        heads = slice(i, i + 1) if table.shape[0] > 1 else slice(0, H)
-        if not plan.block or not (plan.runs or plan.prefix):
-            yield i, heads, plan, None, slice(None)
-            continue
-        for r in range(min(plan.stride, T)):
-            time = slice(r, T, plan.stride)
-            yield i, heads, plan, Band(plan, table[i, :: plan.stride], prefix[i], len(range(r, T, plan.stride))), time
+    """(rows of the table, heads, plan, band, tokens) of all that is computed apart; one row serves all heads."""
+    (_, T, H, _), i = q.shape, 0
+    found = plans(table, prefix, sdpa=q.device.type == "cpu" and q.shape == v.shape)
+    for plan, same in itertools.groupby(found):
+        end = i + len(list(same))
+        apart = not plan.block or not (plan.runs or plan.prefix)
+        while i < end:
+            rows = slice(i, end if apart else min(end, i + together(plan, T)))
+            heads, i = rows if len(table) > 1 else slice(0, H), rows.stop
+            if apart:
+                yield rows, heads, plan, None, slice(None)
+                continue
+            for r in range(min(plan.stride, T)):
+                time = slice(r, T, plan.stride)
+                band = Band(plan, table[rows, :: plan.stride], prefix[rows], len(range(r, T, plan.stride)))
+                yield rows, heads, plan, band, time
 
 
 def blind_queries(table, prefix):
@@ -361,8 +390,8 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
                 torch.mul(grad[:, band.front : band.front + band.T].view(*place.shape), factor, out=place)
         band.table_gradient(sums, dtable[i, :: plan.stride])
         if band.P:
-            dfirst[band.T :] = 0
-            dprefix[i] = torch.zeros_like(prefix[i]).T.scatter_add(0, band.far, dfirst).T
+            dfirst[:, band.T :] = 0
+            dprefix[i] = torch.zeros_like(prefix[i]).mT.scatter_add(1, band.far, dfirst).mT
     dtable.masked_fill_(is_one(table), 0.0)
     return dq, dk, dv, dtable.to(shapes[0].dtype), dprefix.to(shapes[1].dtype)
 
@@ -378,12 +407,12 @@ def segment_backward(band, part, q, do, dq, ks, vs, dks, dvs, sums, dfirst, scal
     band.store(dq, new.bmm(ds, k), part, scale)
     band.add_keys(dks, new.bmm(ds.mT, q), part)
     band.add_keys(dvs, new.bmm(p.mT, do), part)
-    total, place = ds.sum(0), band.P
+    total, place = ds.view(-1, band.m, n, *ds.shape[1:]).sum((0, 2)), band.P  # (m, C, W)
     for i, _, w in runs:
-        sums[i][:, -w:] += total[:, place : place + w]
+        sums[i][:, :, -w:] += total[:, :, place : place + w]
         place += w
     if band.P:
-        dfirst[a : a + n * band.C] += ds.view(-1, n * band.C, ds.shape[2])[:, :, : band.P].sum(0)
+        dfirst[:, a : a + n * band.C] += ds.view(-1, band.m, n * band.C, ds.shape[2])[..., : band.P].sum(0)
 
 
 def flash(q, k, v, scale):

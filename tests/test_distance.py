@@ -205,17 +205,33 @@ def test_every_kept_distance_is_computed(kind, fresh_rng):
     """The plan against the table: no pair that the mask keeps lies outside its blocks, whatever the length."""
     for T in (1, 17, 100, 400):
         table = masks(kind, 4, T, fresh_rng).log()
-        for row, plan in zip(table, D.plans(table, table.new_empty(4, 0, T))):
+        plans, ends = D.plans(table, table.new_empty(4, 0, T)), {}
+        for row, plan in zip(table, plans):
             kept = {int(x) for x in (row > -math.inf).nonzero()}
             if plan.block == 0:
                 assert len(kept) == T
                 continue
             covered = {x * plan.stride for lo, hi in plan.runs for x in range(lo, hi + 1)}
             assert kept <= covered
-            for lo, hi in plan.runs:
-                assert lo * plan.stride in kept and hi * plan.stride in kept
+            ends[plan] = ends.get(plan, set()) | kept
             pairs = sum(T - x for x in kept)
             assert D.executed_pairs(plan, T) >= pairs
+        for plan, kept in ends.items():  # of the heads that share it
+            for lo, hi in plan.runs:
+                assert lo * plan.stride in kept and hi * plan.stride in kept
+
+
+def test_neighbours_share_a_plan_where_that_pays():
+    """Short sequences: heads of like spans go together, one call for all; a wide head beside narrow ones stays apart,
+    and long sequences have nothing to share."""
+
+    def plans(T, *spans):
+        table = torch.where(torch.arange(T) < torch.tensor(spans)[:, None], -0.1, -math.inf)
+        return D.plans(table, table.new_empty(len(spans), 0, T))
+
+    assert len(set(plans(256, 40, 48, 36, 44))) == 1
+    assert D.executed_pairs(plans(2048, 16, 2000, 16)[0], 2048) < 0.1 * D.executed_pairs(plans(2048, 2000)[0], 2048)
+    assert plans(4096, 100, 300, 200) == [*plans(4096, 100), *plans(4096, 300), *plans(4096, 200)]
 
 
 def test_work_follows_the_mask():
