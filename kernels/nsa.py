@@ -26,6 +26,7 @@ SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
     256: (16, 8, 16, 4, 32),
     512: (16, 8, 16, 6, 64),
     1024: (32, 16, 32, 8, 128),
+    2048: (32, 16, 64, 8, 256),
     4096: (32, 16, 64, 16, 512),
 }
 FORCED = 3  # a query's own block, block 0 and the block before its own
