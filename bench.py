@@ -1,5 +1,6 @@
 """What things cost, and what checkpoints score.
 
+    python bench.py                                        # the overview: cost of a layer of each attention type
     python bench.py --what=step                            # training steps: against a plain PyTorch stack and the peak
     python bench.py --what=step --beside=softmax --attention_type=adaptive_span   # of types, in the same rounds
     python bench.py --what=ops                             # attention operators against time, beside SDPA
@@ -22,7 +23,6 @@ none of them; a range of more than half is printed alone, marked `wide`. Every t
 """
 
 import copy
-import ctypes
 import functools
 import importlib.util
 import itertools
@@ -51,7 +51,7 @@ from kernels.gsa import gsa
 from kernels.nsa import nsa_compressed, nsa_selected, nsa_sizes, nsa_window
 from kernels.performer import performer
 from model import ATTENTION, GPT, GPTConfig, ModelError, random_features
-from train import Run, TrainConfig, World, eval_window, evaluate, git_commit, token_nats, write_atomically
+from train import Run, TrainConfig, World, eval_window, evaluate, git_commit, progress_bar, token_nats, write_atomically
 
 NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a long block
     dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, vocab_size=65),
@@ -60,17 +60,20 @@ NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a lon
 ]
 
 
-WHATS = ("step", "ops", "decode", "quality", "curves", "inspect")
+WHATS = ("overview", "step", "ops", "decode", "quality", "curves", "inspect")
 
 
 @dataclass
 class BenchConfig:
     """Benchmark"""
 
-    what: str = key("step", "what to measure", choices=WHATS)
+    what: str = key("overview", "what to measure", choices=WHATS)
     rounds: int = key(5, "interleaved rounds", low=1)
     seconds: float = key(2.0, "time for each measurement of a round", low=0.01)
-    batch_size: int = key(16, "sequences of a step, with a shape given", low=1)
+    lengths: str = key("128,256,512,1024,2048,4096,8192", "lengths of a context (overview)")
+    limit: float = key(100.0, "seconds after which no round begins, but for the first two (overview)", low=0.0)
+    check: bool = key(True, "compare outputs with those of the oracle before timing (overview)")
+    batch_size: int = key(0, "sequences of a call; 0: 4096 tokens (overview), 16 with a shape given (step)", low=0)
     tokens: int = key(500, "tokens to sample (decode)", low=1)
     positions: str = key("10,10000", "tokens before the one that is timed, comma-separated (decode)")
     operators: str = key("", "operators, comma-separated; empty: all (ops)")
@@ -91,7 +94,7 @@ class BenchConfig:
     eval_context: int = key(0, "tokens of context in the full pass; 0: block_size", low=0)
     eval_stride: int = key(0, "step between its windows; 0: its context", low=0)
     eval_batch_size: int = key(16, "windows at once", low=1)
-    png: str = key("curves.png", "picture to write (curves)")
+    png: str = key("", "picture to write; empty: bench.png (overview), curves.png (curves)")
     json: str = key("bench.json", "file to write the tables to; empty: none")
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = key("auto", "autocast precision", choices=("auto", "float32", "bfloat16", "float16"))
@@ -116,8 +119,8 @@ def spread(values):
     if low == high:
         return number(middle)
     if high - low > 0.5 * abs(middle):
-        decimals = 1 - math.floor(math.log10(high))
-        return f"{number(low, decimals)} - {number(high, decimals)} (wide)"
+        low, high = (number(x, 1 - math.floor(math.log10(abs(x) or 1))) for x in (low, high))
+        return f"{low} - {high} (wide)"
     decimals = min(math.ceil(1 - math.log10(high - low)), 3 - math.floor(math.log10(high)))
     return f"{number(middle, decimals)} ({number(low, decimals)} - {number(high, decimals)})"
 
@@ -176,6 +179,9 @@ class Report:
         gflops, copied = matmul_peak(self.runtime, seconds) / 1e9, copy_bandwidth(self.runtime, seconds) / 1e9
         self.peaks = {"matmul_gflops": gflops, "copy_gb_s": copied}
         print(f"matmul peak {number(gflops)} GFLOP/s, copy bandwidth {number(copied)} GB/s", flush=True)
+        load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count()
+        if self.runtime.device_type == "cpu" and load > 0.5 * cores:
+            self.note(f"load average {load:.1f} on {cores} cores: other work shares them, ranges will be wide")
 
     def write(self):
         if not self.path or not self.tables:
@@ -206,6 +212,10 @@ def processor(runtime):
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # safe for colour-blind eyes
+LINES = [  # a colour and a marker together are one line's alone
+    dict(color=COLOURS[i % 6], marker=marker, linestyle="-" if i < 6 else "--", markersize=6)
+    for i, marker in enumerate("os^Dv<>ph*PX")
+]
 
 
 def pyplot():
@@ -232,23 +242,50 @@ def save_figure(figure, path):
 # clocks
 
 
-def synchronize(device_type):
-    if device_type == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(step, seconds, device_type):
-    """Seconds of one call of `step`, the mean over about `seconds` of calls."""
-    step()
-    synchronize(device_type)
-    start, n = time.perf_counter(), 0
-    while n == 0 or time.perf_counter() - start < seconds:
+def timed(step, seconds, device_type, pick=min):
+    """Seconds of one call, of the calls of about `seconds`, each timed by itself: the fastest, because what else the
+    machine does only adds to it. On CUDA between two events, and the cache is overwritten before each call."""
+    times, events, end = [], [], time.perf_counter() + seconds
+    while not (times or events) or time.perf_counter() < end:
+        if device_type == "cuda":
+            overwritten().zero_()
+            events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+            events[-1][0].record()
+            step()
+            events[-1][1].record()
+            if len(events) % 16 == 0:  # the queue must not grow, nor run empty
+                torch.cuda.synchronize()
+            continue
+        start = time.perf_counter()
         step()
-        n += 1
-        if n % 16 == 0:
-            synchronize(device_type)
-    synchronize(device_type)
-    return (time.perf_counter() - start) / n
+        if device_type == "mps":
+            torch.mps.synchronize()
+        times.append(time.perf_counter() - start)
+    if events:
+        torch.cuda.synchronize()
+    return pick(times or [a.elapsed_time(b) / 1000 for a, b in events])
+
+
+@functools.cache
+def overwritten():
+    return torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
+
+
+def interleaved(calls, rounds, seconds, runtime, label, until=math.inf, pick=min):
+    """{name: [seconds of a call in each round]} for {name: callable}, in the order A B C, C B A, and so on, after a
+    call of each that is not counted. No round begins after the moment `until`, but for the first two."""
+    times = {name: [] for name in calls}
+    with progress_bar((rounds + 1) * len(calls), label, "call", World(0, 1, 0)) as bar:
+        for i in range(-1, rounds):
+            if i > 1 and time.perf_counter() > until:
+                break
+            for name in list(calls)[:: -1 if i % 2 else 1]:
+                if i < 0:
+                    calls[name]()
+                else:
+                    times[name].append(timed(calls[name], seconds, runtime.device_type, pick))
+                bar.update()
+    return times
 
 
 def matmul_peak(runtime, seconds):
@@ -266,6 +303,196 @@ def copy_bandwidth(runtime, seconds):
     n = 2**26 if runtime.device_type == "cpu" else 2**30
     a, b = (torch.zeros(n, dtype=torch.uint8, device=runtime.device) for _ in range(2))
     return 2 * n / min(timed(lambda: b.copy_(a), seconds / 20, runtime.device_type) for _ in range(10))
+
+
+def peak_memory(step, device_type):
+    """MiB that a call takes at its peak beyond what is there before it, by PyTorch's allocator: on CUDA its counter, on
+    a CPU the largest sum over the allocations and frees that the profiler saw, those inside operators included."""
+    if device_type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if device_type != "cpu":
+        return None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its start and stop on stderr
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        step()
+    events = [(e.start_ns(), e.nbytes()) for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate((n for _, n in sorted(events, key=lambda e: e[0])), initial=0)) / 2**20
+
+
+# -----------------------------------------------------------------------------
+# the overview: a layer of each attention type, projections included, at the same shape
+
+LAYER = dict(n_layer=1, n_head=4, n_embd=256)
+LAYER_TOKENS = 4096  # of a call, whatever T
+SWEEP = "attention, T (tokens), batch, forward (ms), forward + backward (ms), of softmax (ratio), peak memory (MiB), "
+SWEEP += "decoding (tokens/s), state (bytes), nominal (MFLOP), executed (MFLOP), saved of softmax's (share), "
+SWEEP += "of the matmul peak (share)"
+
+
+@dataclass
+class Layer:
+    """An attention layer for contexts of T tokens: its calls, and what needs no clock."""
+
+    attn: nn.Module
+    x: torch.Tensor  # (B, T, C)
+    runtime: config.Runtime
+
+    @classmethod
+    def make(cls, name, T, shape, batch_size, runtime):
+        c = config.build(GPTConfig, shape | dict(attention_type=name, block_size=T))
+        attn = ATTENTION[name](c).to(runtime.device)
+        x = torch.randn(batch_size or max(1, LAYER_TOKENS // T), T, c.n_embd, device=runtime.device)
+        return cls(torch.compile(attn) if runtime.compile else attn, x.requires_grad_(), runtime)
+
+    def forward(self):
+        with torch.no_grad(), self.runtime.autocast():
+            return self.attn(self.x)[0]
+
+    def forward_backward(self):
+        with self.runtime.autocast():
+            y = self.attn(self.x)[0]
+        if y.requires_grad:
+            torch.autograd.grad(y, [self.x, *self.attn.parameters()], torch.ones_like(y), allow_unused=True)
+
+    @torch.inference_mode()
+    def decoder(self):
+        """A call that decodes a token after T - 1 others, and the bytes of the state that it reads."""
+        T = self.x.size(1)
+        with self.runtime.autocast():
+            state = self.attn.init_state(1, T)
+            if T > 1:
+                state = self.attn.step(self.x[:1, 1:], state)[1]
+        state = [state]
+
+        def decode():
+            with torch.inference_mode(), self.runtime.autocast():
+                state[0] = self.attn.step(self.x[:1, :1], state[0])[1]
+
+        return decode, state_bytes(state[0])
+
+    @torch.no_grad()
+    def difference(self):
+        """Of the output from that of the same layer in float64, which decodes token by token: of the oracle's norm."""
+        oracle = copy.deepcopy(getattr(self.attn, "_orig_mod", self.attn)).double()
+        x, state = self.x[:1].double(), oracle.init_state(1, self.x.size(1))
+        steps = []
+        for token in x.split(1, 1):
+            y, state = oracle.step(token, state)
+            steps.append(y)
+        expected = torch.cat(steps, 1)
+        return float((self.forward()[:1].double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+    def operations(self):
+        """(nominal, executed) of the attention of a sequence, and all that a forward pass of the layer executes."""
+        nominal, executed = self.attn.flops(self.x.size(1))
+        matrices = sum(m.weight.numel() for m in self.attn.modules() if isinstance(m, nn.Linear))
+        return nominal, executed, self.x.size(0) * (executed + 2 * self.x.size(1) * matrices)
+
+
+def check_layers(layers, T, report):
+    """Before anything is timed: outputs are finite, and those of the layer's definition."""
+    bound = 1e-3 if report.runtime.dtype == "float32" else 5e-2
+    for name, layer in layers.items():
+        difference = layer.difference()
+        if not difference < bound:  # NaN too
+            raise ModelError(f"{name} at T {T}: output is off by {difference:.1e} of its norm from decoding in fp64")
+    report.note(f"checked at T {T}: each output differs by less than {bound:g} of its norm from decoding in float64")
+
+
+def overview(types, shape, bench, runtime, report):
+    """Each type at each length, all in the same rounds; printed at the shortest and the longest."""
+    lengths, until = sorted(set(numbers(bench.lengths, "lengths"))), time.perf_counter() + bench.limit
+    if lengths[0] < 1:
+        raise ConfigError(f"--lengths={bench.lengths}: write numbers of tokens")
+    types = ["softmax", *(t for t in types if t != "softmax")]
+    layers = {(t, T): Layer.make(t, T, shape, bench.batch_size, runtime) for T in lengths for t in types}
+    if bench.check:
+        T = lengths[min(1, len(lengths) - 1)] if lengths[0] < 128 else lengths[0]
+        check_layers({t: layers[t, T] for t in types}, T, report)
+    first = {}
+    if runtime.compile:
+        for (t, _), layer in layers.items():
+            start = time.perf_counter()
+            layer.forward_backward()
+            first[t] = first.get(t, 0.0) + time.perf_counter() - start
+        report.note("compiled, all lengths, in s: " + ", ".join(f"{t} {s:.1f}" for t, s in first.items()))
+    decoders = {key: layer.decoder() for key, layer in layers.items()}
+    calls = {(*key, "forward"): layer.forward for key, layer in layers.items()}
+    calls |= {(*key, "both"): layer.forward_backward for key, layer in layers.items()}
+    calls |= {(*key, "decode"): decoder for key, (decoder, _) in decoders.items()}
+    memory = {key: peak_memory(layer.forward_backward, runtime.device_type) for key, layer in layers.items()}
+    times = interleaved(calls, bench.rounds, bench.seconds / 50, runtime, "rounds", until)
+    sweep = report.table("sweep", "a layer at each length", SWEEP, keys=2)
+    for (t, T), layer in layers.items():
+        forward, both, decode = (times[t, T, kind] for kind in ("forward", "both", "decode"))
+        ratio = [a / b for a, b in zip(both, times["softmax", T, "both"])]
+        nominal, executed, whole = layer.operations()
+        saved = 1 - executed / layers["softmax", T].operations()[1]
+        share = [3 * whole / 1e9 / report.peaks["matmul_gflops"] / s for s in both]
+        row = (t, T, layer.x.size(0), [1e3 * s for s in forward], [1e3 * s for s in both], ratio, memory[t, T])
+        row += ([1 / s for s in decode], decoders[t, T][1], nominal / 1e6, executed / 1e6, saved, share)
+        sweep.add(*row)
+    done = len(next(iter(times.values())))
+    title = f"a layer of n_embd {shape['n_embd']}, n_head {shape['n_head']}, as initialised, projections included; "
+    title += f"{sweep.rows[0]['batch'] * lengths[0]:,} tokens a call, {done} rounds; operations: of a sequence, "
+    title += "forward, without projections; crossover: no slower than softmax from there on"
+    columns = [c for c in SWEEP.split(", ") if c != "batch"]
+    with report.table("overview", title, ", ".join(columns) + ", crossover with softmax (tokens)", keys=2) as table:
+        for row in sweep.rows:
+            if row["T (tokens)"] in (lengths[0], lengths[-1]):
+                ratios = [r["of softmax (ratio)"] for r in sweep.rows if r["attention"] == row["attention"]]
+                cross = crossover(lengths, ratios) if row["attention"] != "softmax" else None
+                table.add(*(row[c] for c in columns), cross)
+    plot_overview(sweep, bench.png or "bench.png")
+
+
+def crossover(lengths, ratios):
+    """The length from which on an attention is no slower than softmax, given its ratios (a list of rounds) at each
+    length: for each round, interpolated in the logarithms; a bound where it lies outside."""
+    found = []
+    for round in zip(*ratios):
+        slower = [i for i, r in enumerate(round) if r > 1]
+        if not slower:
+            found.append(f"below {lengths[0]:,}")
+        elif slower[-1] == len(lengths) - 1:
+            found.append(f"above {lengths[-1]:,}")
+        else:
+            i = slower[-1]
+            (a, b), (low, high) = (math.log(r) for r in round[i : i + 2]), (math.log(T) for T in lengths[i : i + 2])
+            found.append(math.exp(low + (high - low) * a / (a - b)))
+    bounds = [f for f in found if isinstance(f, str)]
+    return found if not bounds else statistics.mode(bounds) if 2 * len(bounds) > len(found) else "uncertain"
+
+
+def plot_overview(sweep, path):
+    """Time, memory and decoding against length, a line for each type that computes something."""
+    panels = {  # column: (label, what is drawn of a cell that is for n tokens)
+        "forward + backward (ms)": ("forward + backward (µs per token)", lambda y, n: 1e3 * y / n),
+        "peak memory (MiB)": ("peak memory (KiB per token)", lambda y, n: 1024 * y / n),
+        "decoding (tokens/s)": ("decoding (µs per token)", lambda y, n: 1e6 / y),
+    }
+    types = list(dict.fromkeys(row["attention"] for row in sweep.rows if row["executed (MFLOP)"]))
+    figure, axes = pyplot().subplots(2, 2, figsize=(10, 8), layout="constrained")
+    for axis, (column, (label, drawn)) in zip(axes.flat, panels.items()):
+        for i, name in enumerate(types):
+            rows = [row for row in sweep.rows if row["attention"] == name and row[column] is not None]
+            cells = [row[column] if isinstance(row[column], list) else [row[column]] for row in rows]
+            lengths = [row["T (tokens)"] for row in rows]
+            ys = [[drawn(y, r["batch"] * T) for y in cell] for r, T, cell in zip(rows, lengths, cells)]
+            style = LINES[i % len(LINES)] if i else dict(color="black", linewidth=2.5)
+            axis.plot(lengths, [statistics.median(y) for y in ys], label=name, **style)
+            axis.fill_between(lengths, [min(y) for y in ys], [max(y) for y in ys], color=style["color"], alpha=0.15)
+        axis.set(xscale="log", yscale="log", xlabel="T (tokens)", ylabel=label)
+        axis.set_xticks(lengths, [f"{T:,}" for T in lengths], rotation=45)
+        axis.minorticks_off()
+    axes[1, 1].set_axis_off()
+    axes[1, 1].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False, ncols=1 + len(types) // 9)
+    save_figure(figure, path)
 
 
 # -----------------------------------------------------------------------------
@@ -348,19 +575,16 @@ def bench_step(shape, bench, runtime, report, table):
     c = config.build(GPTConfig, shape)
     cfg = TrainConfig(batch_size=batch_size, learning_rate=1e-4, min_lr=1e-5)
     x, y = (torch.randint(c.vocab_size, (batch_size, c.block_size), device=runtime.device) for _ in range(2))
-    peaks, ours, plain = [report.peaks["matmul_gflops"]], [], []
+    peaks = [report.peaks["matmul_gflops"]]
     with tempfile.TemporaryDirectory() as folder:
         step, model = our_step(GPT(c), cfg, runtime, folder)
         # the plain stack is softmax attention, learned positions and a GELU MLP, whatever stands beside it
         beside = plain_step(c, cfg, runtime, x, y)
-        for measure in (step, beside):
-            timed(measure, bench.seconds / 2, runtime.device_type)
-        for i in range(bench.rounds):
-            peaks.append(matmul_peak(runtime, bench.seconds) / 1e9)
-            order = ((step, ours), (beside, plain))
-            for measure, times in order if i % 2 == 0 else order[::-1]:
-                times.append(1000 * timed(measure, bench.seconds, runtime.device_type))
-    report.peaks["matmul_gflops"] = max(peaks)  # the machine drifts: the highest of all rounds is the peak
+        calls, pick = {"ours": step, "plain": beside}, statistics.mean  # a step waits for its data now and then
+        times = interleaved(calls, bench.rounds, bench.seconds, runtime, c.attention_type, pick=pick)
+    ours, plain = ([1000 * t for t in ts] for ts in times.values())
+    peaks.append(matmul_peak(runtime, bench.seconds) / 1e9)  # the machine drifts: the highest is the peak
+    report.peaks["matmul_gflops"] = max(peaks)
     tokens, N = batch_size * c.block_size, model.num_params()
     per_token = 6 * N + 12 * c.n_layer * c.n_head * c.d_head * c.block_size
     rates = [1000 * tokens / t for t in ours]
@@ -388,13 +612,14 @@ def models_beside(c, bench):
 def steps_beside(models, bench, runtime, report):
     """Whole training steps of several models in the same rounds, masks held as they are; the operations of their
     attention, forward, as a share of the first one's."""
-    cfg = TrainConfig(batch_size=bench.batch_size, learning_rate=1e-4, min_lr=1e-5, mask_learning_rate=0.0)
+    batch_size = bench.batch_size or 16
+    cfg = TrainConfig(batch_size=batch_size, learning_rate=1e-4, min_lr=1e-5, mask_learning_rate=0.0)
     first, c = next(iter(models)), next(iter(models.values())).config
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: our_step(model, cfg, runtime, folder)[0] for name, model in models.items()}
-        times = interleaved(steps, bench, runtime)
+        times = interleaved(steps, bench.rounds, bench.seconds, runtime, "steps", pick=statistics.mean)
     title = f"training steps: n_layer {c.n_layer}, n_head {c.n_head}, n_embd {c.n_embd}, block {c.block_size}, "
-    title += f"batch {bench.batch_size}; operations of attention, forward, as a share of {first}'s"
+    title += f"batch {batch_size}; operations of attention, forward, as a share of {first}'s"
     columns = f"model, kept (distances), nominal (share), executed (share), step (ms), of {first}'s (ratio)"
     full = attention_flops(models[first])[0]
     with report.table("steps beside", title, columns) as table:
@@ -408,17 +633,6 @@ def steps_beside(models, bench, runtime, report):
 def attention_flops(model):
     T = model.config.block_size
     return [sum(f) for f in zip(*(block.attn.flops(T) for block in model.transformer.h))]
-
-
-def interleaved(steps, bench, runtime):
-    """{name: seconds of a step, one for each round}"""
-    times = {name: [] for name in steps}
-    for step in steps.values():
-        timed(step, bench.seconds / 2, runtime.device_type)
-    for i in range(bench.rounds):
-        for name in list(steps)[:: 1 if i % 2 == 0 else -1]:
-            times[name].append(timed(steps[name], bench.seconds, runtime.device_type))
-    return times
 
 
 # -----------------------------------------------------------------------------
@@ -589,32 +803,6 @@ def operator_step(call, inputs):
     return torch.autograd.grad(o, inputs, torch.ones_like(o), allow_unused=True)
 
 
-def peak_memory(step, device_type):
-    """MiB that a forward and backward pass takes at its peak beyond its inputs, gradients included: of the allocator on
-    CUDA, of the process's resident pages on a CPU, where Linux resets their peak on request."""
-    if device_type == "cuda":
-        synchronize(device_type)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        synchronize(device_type)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if not os.path.exists("/proc/self/clear_refs"):
-        return None
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that earlier calls freed and the allocator kept
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")
-    before = resident("VmRSS")
-    step()
-    return resident("VmHWM") - before
-
-
-def resident(name):
-    """MiB of this process by a line of /proc/self/status."""
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith(name)) / 1024
-
-
 def parse_shapes(text):
     try:
         shapes = [tuple(int(n) for n in shape.split("x")) for shape in text.split(",")]
@@ -650,12 +838,11 @@ def operators_at(shape, names, bench, runtime, report, table):
             ours, theirs = calls[PEERS[name][0]]().double(), calls[name]().double()
         error = (ours - theirs).norm() / theirs.norm()
         report.note(f"{name} at {shape}: its output differs from ours by {error:.1e} of its norm")
-    forward, both = {n: [] for n in rows}, {n: [] for n in rows}
-    for i in range(bench.rounds):
-        for name in list(rows)[:: 1 if i % 2 == 0 else -1]:
-            with torch.no_grad():
-                forward[name].append(1000 * timed(calls[name], bench.seconds / 4, runtime.device_type))
-            both[name].append(1000 * timed(steps[name], bench.seconds, runtime.device_type))
+    label = "x".join(map(str, shape))
+    forward = {name: torch.no_grad()(call) for name, call in calls.items()}
+    forward = interleaved(forward, bench.rounds, bench.seconds / 4, runtime, f"{label} forward")
+    both = interleaved(steps, bench.rounds, bench.seconds, runtime, f"{label} forward + backward")
+    forward, both = ({name: [1000 * t for t in ts] for name, ts in times.items()} for times in (forward, both))
     for name in rows:
         ratio = [a / b for a, b in zip(both[name], both["softmax"])]
         each = [1e6 * t / (shape[0] * shape[1]) for t in both[name]]
@@ -680,7 +867,7 @@ def bench_decode(c, bench, runtime, report):
             for use_cache in times:
                 start = time.perf_counter()
                 texts[use_cache] = model.generate(idx, bench.tokens, temperature=0, use_cache=use_cache)
-                synchronize(runtime.device_type)
+                texts[use_cache][0, -1].item()  # the last token is there
                 times[use_cache].append(time.perf_counter() - start)
     rates = {cached: [bench.tokens / t for t in ts] for cached, ts in times.items()}
     columns = (
@@ -703,20 +890,18 @@ def bench_positions(model, bench, runtime, report):
         raise ConfigError(f"--positions={bench.positions}: write at least 1")
     if "softmax" not in models:
         models["softmax"] = GPT(replace(model.config, attention_type="softmax")).to(runtime.device).eval()
-    states, times = {}, {}
+    states = {}
     with runtime.autocast():
         for name, pos in itertools.product(models, positions):
             state = models[name].init_state(1)
             for piece in torch.randint(model.config.vocab_size, (1, pos), device=runtime.device).split(1024, 1):
                 state = models[name].step(piece, state)[1]
-            states[name, pos], times[name, pos] = state, []
+            states[name, pos] = state
         token = torch.randint(model.config.vocab_size, (1, 1), device=runtime.device)
-        steps = {(n, pos): functools.partial(models[n].step, token, copy.deepcopy(s)) for (n, pos), s in states.items()}
-        read = {row: keys_read(step) for row, step in steps.items()}
-        for i in range(4 * bench.rounds):
-            for row in list(states)[:: 1 if i % 2 == 0 else -1]:
-                run = functools.partial(models[row[0]].step, token, copy.deepcopy(states[row]))
-                times[row].append(1e6 * timed(run, bench.seconds / 8, runtime.device_type))
+        calls = {row: functools.partial(models[row[0]].step, token, copy.deepcopy(s)) for row, s in states.items()}
+        read = {row: keys_read(call) for row, call in calls.items()}
+        times = interleaved(calls, 4 * bench.rounds, bench.seconds / 8, runtime, "positions")
+    times = {row: [1e6 * t for t in ts] for row, ts in times.items()}
     columns = "attention, position (tokens), a token (us), of the first position (ratio), of softmax (ratio), "
     columns += "keys read, state (bytes)"
     with report.table("positions", "one token, by its position in the text", columns, keys=2) as table:
@@ -858,12 +1043,10 @@ def mask_costs(folder, layers, c, bench, runtime, report):
             inputs = [q, k, v] + [m for m in mask if m is not None]
             ours = functools.partial(operator_step, functools.partial(distance, q, k, v, *mask), inputs)
             plain = functools.partial(operator_step, functools.partial(sdpa, q, k, v), [q, k, v])
-            times = [
-                [1000 * timed(f, bench.seconds / 4, runtime.device_type) for f in (ours, plain)]
-                for _ in range(bench.rounds)
-            ]
+            times = interleaved({"ours": ours, "plain": plain}, bench.rounds, bench.seconds / 4, runtime, f"layer {i}")
+            ours, plain = ([1000 * t for t in ts] for ts in times.values())
             nominal, executed = (f / full for f in attn.flops(T))
-            out.add(i, nominal, executed, [a for a, _ in times], [a / b for a, b in times])
+            out.add(i, nominal, executed, ours, [a / b for a, b in zip(ours, plain)])
 
 
 def mask_changes(folder, model, layers, dataset, bench, runtime, report):
@@ -999,7 +1182,7 @@ def plot_curves(bench):
     for draw, panel in zip(drawings, panels.flat):
         draw(panel=panel, runs=runs)
     panels[0][0].legend(frameon=False)
-    save_figure(figure, bench.png)
+    save_figure(figure, bench.png or "curves.png")
 
 
 def draw_loss(panel, runs, against):
@@ -1055,7 +1238,7 @@ def draw_bars(key, label, panel, runs):
 
 def main(argv):
     model_config, bench, given = config.load(argv, GPTConfig, BenchConfig)
-    if not os.path.basename(bench.png)[1:].endswith(".png"):
+    if bench.png and not os.path.basename(bench.png)[1:].endswith(".png"):
         raise ConfigError(f"--png={bench.png}: the name must end in .png")
     if bench.what == "curves":
         plot_curves(bench)
@@ -1066,10 +1249,13 @@ def main(argv):
     )
     print(f"{runtime}; torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     report = Report(bench, runtime, explicit)
-    if bench.what in ("step", "ops", "decode"):
+    if bench.what in ("overview", "step", "ops", "decode"):
         report.measure_machine(bench.seconds)
     own = explicit.keys() - {"attention_type"}  # a shape of the user's, or nanoGPT's
-    if bench.what == "quality":
+    if bench.what == "overview":
+        types = model_config.types() if "attention_type" in explicit else list(ATTENTION)
+        overview(types, LAYER | explicit, bench, runtime, report)
+    elif bench.what == "quality":
         bench_quality(bench, runtime, report)
     elif bench.what == "inspect":
         inspect(bench, runtime, report)
@@ -1082,7 +1268,7 @@ def main(argv):
         shape = dict(vocab_size=256) if own else {k: v for k, v in NANOGPT_SHAPES[2].items() if k != "batch_size"}
         bench_decode(config.build(GPTConfig, shape | explicit), bench, runtime, report)
     else:
-        shapes = [dict(vocab_size=256, batch_size=bench.batch_size)] if own else NANOGPT_SHAPES
+        shapes = [dict(vocab_size=256, batch_size=bench.batch_size or 16)] if own else NANOGPT_SHAPES
         bench_steps([shape | explicit for shape in shapes], bench, runtime, report)
     report.write()
     return 0

@@ -4,9 +4,11 @@ import json
 import math
 
 import pytest
+import torch
 
 import bench
-from bench import Table, number, spread
+from bench import Table, crossover, number, spread
+from model import ATTENTION, GPTConfig, ModelError
 
 
 def test_numbers_have_the_digits_that_their_spread_leaves():
@@ -51,3 +53,107 @@ def test_the_file_says_where_it_comes_from(tmp_path, capsys):
     capsys.readouterr()
     bench.main([*options, "--json="])
     assert "wrote" not in capsys.readouterr().out
+
+
+def test_peak_memory_of_known_allocations():
+    """To the byte, also of what an operator written in Python and a backward pass allocate and free."""
+    MiB = 2**18  # float32 numbers
+
+    def call():
+        a, b = torch.empty(8 * MiB), torch.empty(16 * MiB)
+        del a
+        c = torch.empty(4 * MiB)
+        del b, c
+
+    assert bench.peak_memory(call, "cpu") == 24.0
+    assert bench.peak_memory(lambda: [torch.empty(2 * MiB) for _ in range(5)], "cpu") == 10.0
+
+    @torch.library.custom_op("test_bench::scratch", mutates_args=())
+    def scratch(x: torch.Tensor) -> torch.Tensor:
+        torch.empty(32 * MiB)
+        return x.clone()
+
+    assert bench.peak_memory(lambda: scratch(torch.empty(MiB)), "cpu") == 33.0
+    x = torch.zeros(MiB, requires_grad=True)
+    grad = torch.ones(MiB)
+    taken = bench.peak_memory(lambda: torch.autograd.grad(x.exp(), x, grad), "cpu")
+    assert taken == 2.0  # exp(x) is kept, its gradient is made
+
+
+OVERVIEW = [
+    "--device=cpu",
+    "--lengths=8,32",
+    "--rounds=2",
+    "--seconds=0.05",
+    "--n_embd=32",
+    "--n_head=2",
+    "--batch_size=1",
+]
+
+
+@pytest.fixture
+def overview(tmp_path):
+    def run(*arguments):
+        path = tmp_path / "bench.json"
+        assert bench.main([*OVERVIEW, f"--json={path}", f"--png={tmp_path / 'bench.png'}", *arguments]) == 0
+        return json.loads(path.read_text())["tables"]
+
+    return run
+
+
+def test_overview_of_every_type(overview, tmp_path, capsys):
+    tables = overview()
+    rows = tables["overview"]["rows"]
+    assert [(r["attention"], r["T (tokens)"]) for r in rows] == [(t, T) for T in (8, 32) for t in ATTENTION]
+    for row in rows:
+        assert list(row) == tables["overview"]["columns"]
+        assert all("(" in name for name in row if name != "attention")
+        assert row["crossover with softmax (tokens)"] is None if row["attention"] == "softmax" else True
+        assert min(row["forward (ms)"] + row["forward + backward (ms)"] + row["decoding (tokens/s)"]) > 0
+        attn = ATTENTION[row["attention"]](GPTConfig(block_size=row["T (tokens)"], n_embd=32, n_head=2))
+        wanted = [f / 1e6 for f in attn.flops(row["T (tokens)"])]
+        assert [row["nominal (MFLOP)"], row["executed (MFLOP)"]] == pytest.approx(wanted)
+        assert (row["peak memory (MiB)"] > 0) and (row["state (bytes)"] > 0) == (row["attention"] != "none")
+    assert {r["saved of softmax's (share)"] for r in rows if r["attention"] == "softmax"} == {0.0}
+    assert {r["saved of softmax's (share)"] for r in rows if r["attention"] == "none"} == {1.0}
+    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
+    assert "checked at T 32" in capsys.readouterr().out
+
+
+def test_executed_operations_are_counted(overview):
+    """Softmax's are the pairs of a brute-force count; a mask that skips nothing saves nothing, whatever computes it."""
+    rows = overview("--attention_type=softmax,adaptive_span", "--span_init=1.0")["overview"]["rows"]
+    for row in rows:
+        T = row["T (tokens)"]
+        pairs = sum(s <= t for t in range(T) for s in range(T))
+        assert row["executed (MFLOP)"] == row["nominal (MFLOP)"] == pytest.approx(4 * 32 * pairs / 1e6)
+        assert row["saved of softmax's (share)"] == 0.0
+    assert [row["attention"] for row in rows] == ["softmax", "adaptive_span"] * 2
+    rows = overview("--attention_type=mask_mix", "--mask_mix_candidates=full")["overview"]["rows"]
+    for row in rows:  # weights below 1: in blocks, that hold more pairs than a causal mask has
+        assert row["saved of softmax's (share)"] <= 0.0
+
+
+def test_the_check_finds_a_wrong_layer(overview, monkeypatch):
+    step = ATTENTION["gla"].step
+    monkeypatch.setattr(ATTENTION["gla"], "step", lambda self, x, state: (step(self, x, state)[0] * 1.01, state))
+    with pytest.raises(ModelError, match="gla at T 32: output is off by"):
+        overview("--attention_type=gla")
+    monkeypatch.setattr(ATTENTION["gla"], "forward", lambda self, x: (x * math.nan, None))
+    with pytest.raises(ModelError, match="off by nan"):
+        overview("--attention_type=gla")
+    assert overview("--attention_type=gla", "--check=False")["overview"]["rows"]
+
+
+def test_crossover_lengths():
+    """Interpolated in the logarithms of both; each round by itself."""
+    lengths = [100, 200, 400, 800]
+    at = lambda *ratios: [[r] for r in ratios]  # noqa: E731
+    assert crossover(lengths, at(4, 2, 0.5, 0.1)) == [pytest.approx(200 * 2**0.5)]
+    assert crossover(lengths, at(0.5, 2, 1.0, 0.5)) == [pytest.approx(400)]  # faster at 100 does not count
+    assert (
+        crossover(lengths, at(0.9, 0.8, 0.7, 1.0)) == "below 100" and crossover(lengths, at(9, 9, 9, 2)) == "above 800"
+    )
+    assert crossover(lengths, [[4, 0.5], [2, 0.5], [0.5, 0.5], [0.1, 0.1]]) == "uncertain"
+    two = crossover(lengths, [[4, 4], [2, 4], [0.5, 0.5], [0.1, 0.1]])
+    assert two == [pytest.approx(200 * 2**0.5), pytest.approx(200 * 2 ** (2 / 3))]
