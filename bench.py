@@ -8,6 +8,7 @@
     python bench.py --what=quality --out_dir=out/a,out/b   # the full evaluation pass over checkpoints
     python bench.py --what=curves --out_dir=out/a,out/b    # loss against steps and time, as a PNG
     python bench.py --what=inspect --out_dir=out/a         # what masks keep, what that costs, and pictures of it
+    python bench.py --compare=A.json,B.json --fail_below=0.95   # the speeds of two files, for who changed a kernel
 
 Timings are medians over interleaved rounds (A B A B), with minimum and maximum, so that a drifting machine favours
 none of them; a range of more than half is printed alone, marked `wide`. Every table goes into --json as well:
@@ -95,6 +96,8 @@ class BenchConfig:
     eval_stride: int = key(0, "step between its windows; 0: its context", low=0)
     eval_batch_size: int = key(16, "windows at once", low=1)
     png: str = key("", "picture to write; empty: bench.png (overview), curves.png (curves)")
+    compare: str = key("", "instead of measuring, compare two files that --json wrote: A.json,B.json")
+    fail_below: float = key(0.0, "exit status 1 where the speed of B is below this share of A's (compare)", low=0.0)
     json: str = key("bench.json", "file to write the tables to; empty: none")
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = key("auto", "autocast precision", choices=("auto", "float32", "bfloat16", "float16"))
@@ -209,6 +212,53 @@ def processor(runtime):
             return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def read_report(path):
+    """{(table, first cells): row} of a file that this script wrote."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            tables = json.load(f)["tables"]
+        return {(n, *(row[c] for c in t["columns"][: t["keys"]])): row for n, t in tables.items() for row in t["rows"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{path}: not a file that bench.py wrote") from None
+
+
+def compare(bench, report):
+    """The speed of what the second file of --compare measured over the first's: lowest, middle and highest that the
+    rounds allow. Where softmax was timed in the same rounds it is divided out, and not judged itself: a machine that is
+    slower than it was does not count. Returns 1 if a middle is below --fail_below."""
+    paths = [path.strip() for path in bench.compare.split(",")]
+    if len(paths) != 2:
+        raise ConfigError(f"--compare={bench.compare}: write two files, A.json,B.json")
+    (a, b), slow = (read_report(path) for path in paths), 0
+    common = [(key, c) for key in a if key in b for c, cell in a[key].items() if isinstance(cell, list) and c in b[key]]
+    common = [(key, c) for key, c in common if not c.endswith(("(ratio)", "(share)"))]
+    if not common:
+        raise ConfigError(f"--compare={bench.compare}: nothing that was timed is in both files")
+    columns = "table, row, measured, A, B, speed of B / A (ratio), beside softmax (ratio), too slow"
+    with report.table("compare", f"A is {paths[0]}, B is {paths[1]}; above 1 is faster", columns, keys=3) as table:
+        for key, column in common:
+            cells, reference, beside = (a[key][column], b[key][column]), (key[0], "softmax", *key[2:]), None
+            if reference in a and reference in b and key != reference:
+                by_round = [[x / y for x, y in zip(f[key][column], f[reference][column])] for f in (a, b)]
+                beside = speed_ratio(*by_round, column)
+            speed = speed_ratio(*cells, column)
+            others = any(k in b and (k[0], *k[2:]) == (key[0], *key[2:]) for k in a if k != key)
+            judged = None if key == reference and others else beside or speed
+            below = judged is not None and statistics.median(judged) < bench.fail_below
+            slow += below
+            verdict = f"below {bench.fail_below:g}" if below else None
+            table.add(key[0], ", ".join(map(str, key[1:])), column, *cells, speed, beside, verdict)
+    if alone := len(a.keys() ^ b.keys()):
+        report.note(f"{alone} rows are in one of the files alone")
+    return int(slow > 0)
+
+
+def speed_ratio(a, b, column):
+    """[lowest, middle, highest] speed of rounds b over rounds a, which are rates or times by their column's name."""
+    a, b = (a, b) if column.endswith(("/s", "/s)")) else (b, a)
+    return [min(b) / max(a), statistics.median(b) / statistics.median(a), max(b) / min(a)]
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # safe for colour-blind eyes
@@ -1243,12 +1293,12 @@ def main(argv):
     if bench.what == "curves":
         plot_curves(bench)
         return 0
-    runtime, explicit = (
-        config.resolve_device(bench.device, bench.dtype, bench.compile),
-        config.explicit(model_config, given),
-    )
-    print(f"{runtime}; torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    runtime = config.resolve_device(bench.device, bench.dtype, bench.compile)
+    explicit = config.explicit(model_config, given)
     report = Report(bench, runtime, explicit)
+    if bench.compare:
+        return compare(bench, report)
+    print(f"{runtime}; torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     if bench.what in ("overview", "step", "ops", "decode"):
         report.measure_machine(bench.seconds)
     own = explicit.keys() - {"attention_type"}  # a shape of the user's, or nanoGPT's

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import bench
-from bench import Table, crossover, number, spread
+from bench import Table, crossover, number, speed_ratio, spread
+from config import ConfigError, Runtime
 from model import ATTENTION, GPTConfig, ModelError
 
 
@@ -157,3 +158,61 @@ def test_crossover_lengths():
     assert crossover(lengths, [[4, 0.5], [2, 0.5], [0.5, 0.5], [0.1, 0.1]]) == "uncertain"
     two = crossover(lengths, [[4, 4], [2, 4], [0.5, 0.5], [0.1, 0.1]])
     assert two == [pytest.approx(200 * 2**0.5), pytest.approx(200 * 2 ** (2 / 3))]
+
+
+@pytest.fixture
+def results(tmp_path, fresh_rng):
+    """`results(name, slower, drift)` writes a file as --what=ops does: rounds scatter by 3 %; the times of operators in
+    `slower` are multiplied, and all by `drift`, the machine."""
+
+    def write(name, slower, drift=1.0):
+        report = bench.Report(
+            bench.BenchConfig(what="ops", json=str(tmp_path / name)), Runtime("cpu", "float32", False, ""), {}
+        )
+        table = report.table(
+            "ops", "title", "operator, T (tokens), forward (ms), of softmax (ratio), rate (tokens/s)", keys=2
+        )
+        for T in (1024, 4096):
+            for operator, ms in {"softmax": T / 100, "gla": T / 300, "gsa": T / 200}.items():
+                times = [ms * drift * slower.get(operator, 1.0) * x for x in fresh_rng.uniform(0.97, 1.03, 5)]
+                table.add(operator, T, times, [1.0] * 5, [1000 * T / t for t in times])
+        report.write()
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_compare_finds_a_planted_slow_down(results, capsys):
+    """20 % in one operator, on a machine that has become 40 % slower: that operator alone is named."""
+    a, b, c = results("a.json", {}), results("b.json", {"gla": 1.2}, drift=1.4), results("c.json", {}, drift=1.4)
+    assert bench.main([f"--compare={a},{c}", "--fail_below=0.9"]) == 0
+    assert "0.7" in capsys.readouterr().out  # the machine's own speed is shown, and not judged
+    assert bench.main([f"--compare={a},{b}", "--fail_below=0.9"]) == 1
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "below 0.9" in line]
+    slow = {(row[2].strip(), row[3].strip()) for row in rows}
+    assert slow == {(f"gla, {T}", c) for T in (1024, 4096) for c in ("forward (ms)", "rate (tokens/s)")}
+    assert bench.main([f"--compare={a},{results('d.json', {'gla': 1.2})}", "--fail_below=0.9"]) == 1
+    assert bench.main([f"--compare={a},{results('e.json', {'gla': 1 / 1.2})}", "--fail_below=0.9"]) == 0
+    assert bench.main([f"--compare={a},{results('f.json', {})}", "--fail_below=0.9"]) == 0
+    assert bench.main([f"--compare={a},{b}"]) == 0
+
+
+def test_ratios_of_speeds_have_the_range_that_the_rounds_allow():
+    low, middle, high = speed_ratio([10.0, 11.0, 12.0], [20.0, 22.0, 30.0], "forward (ms)")
+    assert (low, middle, high) == (10 / 30, 0.5, 12 / 20)
+    assert speed_ratio([10.0, 12.0], [20.0, 30.0], "tokens/s") == [20 / 12, 25 / 11, 3.0]
+
+
+def test_compare_says_what_is_wrong(results, tmp_path):
+    a = results("a.json", {})
+    (tmp_path / "b.json").write_text("{}")
+    (tmp_path / "c.json").write_text(json.dumps({"tables": {}}))
+    for files, says in (
+        (a, "write two files"),
+        (f"{a},{tmp_path / 'b.json'}", "not a file that"),
+        (f"{a},{tmp_path / 'c.json'}", "nothing that was timed"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            bench.main([f"--compare={files}"])
+    with pytest.raises(FileNotFoundError):
+        bench.main([f"--compare={a},{tmp_path / 'no.json'}"])
