@@ -51,7 +51,7 @@ from kernels.gla import gla
 from kernels.gsa import gsa
 from kernels.nsa import nsa_compressed, nsa_selected, nsa_sizes, nsa_window
 from kernels.performer import performer
-from model import ATTENTION, GPT, GPTConfig, ModelError, random_features
+from model import ATTENTION, GPT, GPTConfig, ModelError, random_features, read_checkpoint
 from train import Run, TrainConfig, World, eval_window, evaluate, git_commit, progress_bar, token_nats, write_atomically
 
 NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a long block
@@ -95,7 +95,7 @@ class BenchConfig:
     eval_context: int = key(0, "tokens of context in the full pass; 0: block_size", low=0)
     eval_stride: int = key(0, "step between its windows; 0: its context", low=0)
     eval_batch_size: int = key(16, "windows at once", low=1)
-    png: str = key("", "picture to write; empty: bench.png (overview), curves.png (curves)")
+    png: str = key("", "picture to write; empty: bench.png, curves.png or quality.png")
     compare: str = key("", "instead of measuring, compare two files that --json wrote: A.json,B.json")
     fail_below: float = key(0.0, "exit status 1 where the speed of B is below this share of A's (compare)", low=0.0)
     json: str = key("bench.json", "file to write the tables to; empty: none")
@@ -989,15 +989,35 @@ def state_bytes(state):
 
 
 def bench_quality(bench, runtime, report):
-    """The full pass over the splits for each checkpoint folder; of those that classify each label's part in it too."""
+    """The full pass over the splits for each checkpoint folder, the loss by position in the context, and what a model
+    cost to train; of those that classify each label's part in it too."""
     columns = dict.fromkeys(("folder", "attention", "parameters", "data", "split"))
-    columns |= {"nats/token": ",.6f", "bits/byte": ",.6f", "token perplexity": ",.3f", "word perplexity": ",.2f"}
+    columns |= {
+        "nats/token": ",.6f",
+        "standard error (nats/token)": ".6f",
+        "bits/byte": ",.6f",
+        "token perplexity": ",.3f",
+        "word perplexity": ",.2f",
+    }
     columns |= dict.fromkeys(("context (tokens)", "stride (tokens)"))
     columns |= dict.fromkeys(("accuracy", "majority class", "macro precision", "macro recall", "macro F1"), ".4f")
-    labelled = []
+    labelled, curves, costs = [], {}, {}
     with report.table("quality", "full pass over whole splits", columns, keys=5) as table:
         for folder in run_folders(bench):
-            labelled += score_checkpoint(folder, bench, runtime, table)
+            labelled += score_checkpoint(folder, bench, runtime, table, curves, costs)
+    bins = sorted({bin for curve in curves.values() for bin in curve})
+    columns = {"folder": None, "split": None} | {f"to {bin} (nats/token)": ".4f" for bin in bins}
+    title = "loss of tokens by how many they see, above the one before up to the one named"
+    with report.table("by context", title, columns, keys=2) as by_context:
+        for (folder, split), curve in curves.items():
+            by_context.add(folder, split, *(curve.get(bin) for bin in bins))
+    columns = {"folder": None, "attention": None, "split": None, "parameters": None, "trained on (tokens)": None}
+    columns |= {"executed in training (GFLOP)": None, "loss (nats/token)": ".4f"}
+    with report.table("scaling", "loss against what it cost", columns, keys=3) as scaling:
+        for row in table.rows:
+            cost = costs[row["folder"]]
+            scaling.add(row["folder"], row["attention"], row["split"], row["parameters"], *cost, row["nats/token"])
+    plot_quality(curves, scaling.rows, bench.png or "quality.png")
     for folder, scores in labelled:
         names = [row["label"] for row in scores["labels"]]
         columns = {"label": None, "targets": None, "precision": ".4f", "recall": ".4f", "F1": ".4f"}
@@ -1008,8 +1028,9 @@ def bench_quality(bench, runtime, report):
                 table.add(*row.values(), *called)
 
 
-def score_checkpoint(folder, bench, runtime, table):
-    """A row of `table` for each split; returns the folder and the scores of those whose targets are labels."""
+def score_checkpoint(folder, bench, runtime, table, curves, costs):
+    """A row of `table` for each split, its loss by context in `curves`, and in `costs` the training's tokens and
+    operations; returns the folder and the scores of those whose targets are labels."""
     model = GPT.from_checkpoint(folder).to(runtime.device)
     if model.loaded.new:
         raise ModelError(f"{folder}: the checkpoint lacks {', '.join(model.loaded.new)}")
@@ -1019,14 +1040,73 @@ def score_checkpoint(folder, bench, runtime, table):
     context, stride = eval_window(model, dataset, bench.eval_context, bench.eval_stride)
     for name in bench.split.split(","):
         split = dataset.split(name.strip())
-        s = evaluate(model, split, context, stride, bench.eval_batch_size, runtime)
+        each = []
+        s = evaluate(model, split, context, stride, bench.eval_batch_size, runtime, each=each)
         row = (folder, model.config.attention_type, model.num_params(), dataset.meta["label"], split.name)
-        text = (s["loss"], s.get("bits_per_byte"), s["token_perplexity"], s.get("word_perplexity"))
+        nats = torch.cat([nats for _, nats in each])
+        seen = torch.cat([torch.arange(1, scored.size(1) + 1).expand_as(scored)[scored] for scored, _ in each])
+        curves[folder, split.name] = loss_by_context(nats, seen)
+        lengths = torch.cat([scored.sum(1) for scored, _ in each]) if split.record_len else max(1024, context)
+        text = (s["loss"], standard_error(nats, lengths), s.get("bits_per_byte"))
+        text += (s["token_perplexity"], s.get("word_perplexity"))
         classes = (s.get(key) for key in ("accuracy", "majority", "precision", "recall", "f1"))
         table.add(*row, *text, s["context"], s["stride"], *classes)
         if split.labels:
             labelled.append((folder, s))
+    costs[folder] = training_cost(folder, model)
     return labelled
+
+
+def standard_error(nats, lengths):
+    """Of the mean over tokens, in nats a token, from the scatter over segments of so many tokens (or of `lengths` each,
+    of which a record is one): neighbours in a text are too alike to count by themselves. None for a single one."""
+    parts = nats.split(lengths if isinstance(lengths, int) else lengths.tolist())
+    n, mean = len(parts), nats.mean()
+    if n < 2:
+        return None
+    return float((sum((part.sum() - len(part) * mean) ** 2 for part in parts) * n / (n - 1)).sqrt() / len(nats))
+
+
+def loss_by_context(nats, seen):
+    """{last: mean nats of the tokens that see more than last / 2 and up to `last` tokens}, last a power of two."""
+    bins = torch.ceil(torch.log2(seen.double())).long()
+    return {2**bin: float(nats[bins == bin].mean()) for bin in bins.unique().tolist()}
+
+
+def training_cost(folder, model):
+    """(tokens, executed GFLOP) of the training up to the checkpoint that is scored; a backward pass is two forwards."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            cfg = json.load(f)["train"]
+        sequences = read_checkpoint(folder)["iter_num"] * cfg["batch_size"] * cfg["gradient_accumulation_steps"]
+    except (OSError, ValueError, KeyError, TypeError):  # of another project, or exported
+        return None, None
+    T = model.config.block_size
+    return sequences * T, 3 * sequences * model.flops(T)[1] / 1e9
+
+
+def plot_quality(curves, rows, path):
+    """The loss by context, and against parameters, tokens and operations, of the first split."""
+    split, plt = rows[0]["split"], pyplot()
+    rows = [row for row in rows if row["split"] == split]
+    types = list(dict.fromkeys(row["attention"] for row in rows))
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8), layout="constrained")
+    for i, row in enumerate(rows):
+        curve = curves[row["folder"], split]
+        name = os.path.basename(os.path.normpath(row["folder"]))
+        axes[0, 0].plot(list(curve), list(curve.values()), label=name, **LINES[i % len(LINES)])
+    axes[0, 0].set(xscale="log", xlabel="context (tokens)", ylabel=f"{split} loss (nats per token)")
+    axes[0, 0].legend(frameon=False, fontsize=10)
+    labels = {"parameters": "parameters", "trained on (tokens)": "training tokens"}
+    labels |= {"executed in training (GFLOP)": "executed in training (GFLOP)"}
+    for axis, (column, label) in zip(axes.flat[1:], labels.items()):
+        for i, name in enumerate(types):
+            points = sorted((r[column], r["loss (nats/token)"]) for r in rows if r["attention"] == name and r[column])
+            if points:
+                axis.plot(*zip(*points), label=name, **LINES[i % len(LINES)])
+        axis.set(xscale="log", xlabel=label, ylabel=f"{split} loss (nats per token)")
+    axes[0, 1].legend(frameon=False, fontsize=10)
+    save_figure(figure, path)
 
 
 def run_folders(bench):

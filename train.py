@@ -424,13 +424,14 @@ def describe_comparison(c):
 
 
 @torch.no_grad()
-def evaluate(model, split, context, stride, batch_size, runtime, world=None, progress=None):
+def evaluate(model, split, context, stride, batch_size, runtime, world=None, progress=None, each=None):
     """Score the targets of a split once each, in eval mode: sum of nats over count.
 
     Of running text they are tokens 1 .. N-1: window k begins at k * stride and gives each token it scores up to
     `context` tokens to look at. Independent of the batch size and of the number of processes. Returns loss (nats a
     token), token_perplexity, what was counted, and of text bits_per_byte (over the bytes of the scored tokens) and
-    word_perplexity (None where words are not counted); of records accuracy and, with labels, `label_scores`."""
+    word_perplexity (None where words are not counted); of records accuracy and, with labels, `label_scores`. each: a
+    list that receives, for each batch, what it scored (B, T) and the nats there, in order, in float64."""
     world = world or World(0, 1, 0)
     was_training = model.training
     model.eval()
@@ -441,7 +442,10 @@ def evaluate(model, split, context, stride, batch_size, runtime, world=None, pro
         if i % world.size == world.rank:
             likeliest = None if split.record_len is None else []
             y = y.to(runtime.device)
-            nats += token_nats(model, x.to(runtime.device), y, scored, runtime, likeliest, ids)
+            single = None if each is None else []
+            nats += token_nats(model, x.to(runtime.device), y, scored, runtime, likeliest, ids, single)
+            if single:
+                each.append((scored, torch.cat(single).cpu()))
             count += int(scored.sum())
             if likeliest:
                 true, likeliest = y[scored.to(y.device)], torch.cat(likeliest)
@@ -488,10 +492,11 @@ def perplexity(nats, count):
     return math.exp(nats / count) if nats / count < 700 else math.inf
 
 
-def token_nats(model, x, y, scored, runtime, likeliest=None, among=None, chunk=2**25):
+def token_nats(model, x, y, scored, runtime, likeliest=None, among=None, each=None, chunk=2**25):
     """Sum of -log p(y) over the scored positions, in float64. x, y (B, T), scored (B, T) bool. Logits exist for at most
     `chunk` entries at once; the softmax's sum is taken in float64, so that a uniform model gives exactly log V.
-    likeliest: a list that receives the likeliest ids at the scored positions, of the ids `among` if given."""
+    likeliest: a list that receives the likeliest ids at the scored positions, of the ids `among` if given; each: one
+    that receives the nats there."""
     with runtime.autocast():
         hidden, _ = model.hidden(x)
         hidden, y = hidden[scored.to(x.device)], y[scored.to(x.device)]  # (n, C), (n,)
@@ -503,7 +508,10 @@ def token_nats(model, x, y, scored, runtime, likeliest=None, among=None, chunk=2
                 likeliest.append(logits.argmax(-1) if among is None else among[logits[:, among].argmax(-1)])
             top = logits.amax(-1, keepdim=True)
             lse = top[:, 0].double() + (logits - top).exp().sum(-1, dtype=torch.float64).log()
-            total += (lse - logits.gather(1, t[:, None])[:, 0].double()).sum().item()
+            nats = lse - logits.gather(1, t[:, None])[:, 0].double()
+            total += nats.sum().item()
+            if each is not None:
+                each.append(nats)
     return total
 
 
