@@ -22,7 +22,7 @@ $(VENV)/run.stamp: requirements.txt
 	$(PY) -m pip install -q -r requirements.txt
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.txt
+$(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.txt requirements-peers.txt
 	$(PY) -m pip install -q -r requirements-dev.txt -c requirements.txt
 	@touch $@
 

@@ -8,6 +8,7 @@
     python bench.py --what=quality --out_dir=out/a,out/b   # the full evaluation pass over checkpoints
     python bench.py --what=curves --out_dir=out/a,out/b    # loss against steps and time, as a PNG
     python bench.py --what=inspect --out_dir=out/a         # what masks keep, what that costs, and pictures of it
+    python bench.py --what=all                             # all that needs no run; with --out_dir, quality and curves
     python bench.py --compare=A.json,B.json --fail_below=0.95   # the speeds of two files, for who changed a kernel
 
 Timings are medians over interleaved rounds (A B A B), with minimum and maximum, so that a drifting machine favours
@@ -49,7 +50,15 @@ from data import DataError, Dataset, SymbolsCodec, windows, write_meta, write_sp
 from kernels.distance import distance, plans
 from kernels.gla import gla
 from kernels.gsa import gsa
-from kernels.nsa import nsa_compressed, nsa_selected, nsa_sizes, nsa_window
+from kernels.nsa import (
+    nsa_compressed,
+    nsa_compressed_dense,
+    nsa_selected,
+    nsa_selected_dense,
+    nsa_sizes,
+    nsa_window,
+    nsa_window_dense,
+)  # fmt: skip
 from kernels.performer import performer
 from model import ATTENTION, GPT, GPTConfig, ModelError, random_features, read_checkpoint
 from train import Run, TrainConfig, World, eval_window, evaluate, git_commit, progress_bar, token_nats, write_atomically
@@ -61,7 +70,7 @@ NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a lon
 ]
 
 
-WHATS = ("overview", "step", "ops", "decode", "quality", "curves", "inspect")
+WHATS = ("overview", "step", "ops", "decode", "quality", "curves", "inspect", "all")
 
 
 @dataclass
@@ -73,7 +82,7 @@ class BenchConfig:
     seconds: float = key(2.0, "time for each measurement of a round", low=0.01)
     lengths: str = key("128,256,512,1024,2048,4096,8192", "lengths of a context (overview)")
     limit: float = key(100.0, "seconds after which no round begins, but for the first two (overview)", low=0.0)
-    check: bool = key(True, "compare outputs with those of the oracle before timing (overview)")
+    check: bool = key(True, "compare outputs with those of the oracle before timing (overview, ops)")
     batch_size: int = key(0, "sequences of a call; 0: 4096 tokens (overview), 16 with a shape given (step)", low=0)
     tokens: int = key(500, "tokens to sample (decode)", low=1)
     positions: str = key("10,10000", "tokens before the one that is timed, comma-separated (decode)")
@@ -81,7 +90,7 @@ class BenchConfig:
     shapes: str = key(
         "2x1024x4x64x64,2x4096x4x64x64,2x16384x4x64x64", "batch x time x heads x key size x value size, ... (ops)"
     )
-    peers: bool = key(False, "other implementations beside ours, from requirements-dev.txt (ops)")
+    peers: bool = key(False, "other implementations beside ours, from requirements-peers.txt (ops)")
     autotune: bool = key(False, "try every configuration of the Triton kernels first (ops)")
     beside: str = key("", "attention types of new models, their steps timed in the same rounds (step)")
     spans: str = key("256", "spans of `span`, a ramp of 32 included (ops)")
@@ -143,9 +152,10 @@ class Table:
         return self
 
     def __exit__(self, *_):
-        texts = [list(self.specs)] + [[self.text(name, cell) for name, cell in row.items()] for row in self.rows]
+        filled = [name for name in self.specs if any(row[name] is not None for row in self.rows)] or list(self.specs)
+        texts = [filled] + [[self.text(name, row[name]) for name in filled] for row in self.rows]
         widths = [max(map(len, column)) for column in zip(*texts)]
-        numeric = [any(isinstance(row[name], (int, float, list)) for row in self.rows) for name in self.specs]
+        numeric = [any(isinstance(row[name], (int, float, list)) for row in self.rows) for name in filled]
         lines = [[c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric)] for row in texts]
         lines[1:1] = [["-" * (w - 1) + (":" if n else "-") for w, n in zip(widths, numeric)]]
         print("\n".join(["", self.title, ""] + [f"| {' | '.join(line)} |" for line in lines]), flush=True)
@@ -444,14 +454,25 @@ class Layer:
         return nominal, executed, self.x.size(0) * (executed + 2 * self.x.size(1) * matrices)
 
 
-def check_layers(layers, T, report):
-    """Before anything is timed: outputs are finite, and those of the layer's definition."""
-    bound = 1e-3 if report.runtime.dtype == "float32" else 5e-2
-    for name, layer in layers.items():
-        difference = layer.difference()
-        if not difference < bound:  # NaN too
-            raise ModelError(f"{name} at T {T}: output is off by {difference:.1e} of its norm from decoding in fp64")
-    report.note(f"checked at T {T}: each output differs by less than {bound:g} of its norm from decoding in float64")
+def tolerance(report):
+    return 1e-3 if report.runtime.dtype == "float32" else 5e-2
+
+
+def accept(name, T, difference, report):
+    if not difference < tolerance(report):  # NaN too
+        raise ModelError(f"{name} at T {T}: its output is off by {difference:.1e} of its norm")
+
+
+def first_calls(calls, what, report):
+    """Compiling and tuning, apart from what is timed afterwards."""
+    seconds = {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        call()
+        if report.runtime.device_type == "cuda":
+            torch.cuda.synchronize()
+        seconds[name] = time.perf_counter() - start
+    report.note(f"first calls, {what} included (s): " + ", ".join(f"{n} {t:.2f}" for n, t in seconds.items()))
 
 
 def overview(types, shape, bench, runtime, report):
@@ -463,14 +484,13 @@ def overview(types, shape, bench, runtime, report):
     layers = {(t, T): Layer.make(t, T, shape, bench.batch_size, runtime) for T in lengths for t in types}
     if bench.check:
         T = lengths[min(1, len(lengths) - 1)] if lengths[0] < 128 else lengths[0]
-        check_layers({t: layers[t, T] for t in types}, T, report)
-    first = {}
+        for t in types:  # the layer in float64, which decodes token by token
+            accept(t, T, layers[t, T].difference(), report)
+        report.note(
+            f"checked at T {T}: each output differs by less than {tolerance(report):g} of its norm from float64"
+        )
     if runtime.compile:
-        for (t, _), layer in layers.items():
-            start = time.perf_counter()
-            layer.forward_backward()
-            first[t] = first.get(t, 0.0) + time.perf_counter() - start
-        report.note("compiled, all lengths, in s: " + ", ".join(f"{t} {s:.1f}" for t, s in first.items()))
+        first_calls({f"{t} {T}": x.forward_backward for (t, T), x in layers.items()}, "compiling", report)
     decoders = {key: layer.decoder() for key, layer in layers.items()}
     calls = {(*key, "forward"): layer.forward for key, layer in layers.items()}
     calls |= {(*key, "both"): layer.forward_backward for key, layer in layers.items()}
@@ -630,6 +650,8 @@ def bench_step(shape, bench, runtime, report, table):
         step, model = our_step(GPT(c), cfg, runtime, folder)
         # the plain stack is softmax attention, learned positions and a GELU MLP, whatever stands beside it
         beside = plain_step(c, cfg, runtime, x, y)
+        if runtime.compile:
+            first_calls({c.attention_type: step}, "compiling", report)
         calls, pick = {"ours": step, "plain": beside}, statistics.mean  # a step waits for its data now and then
         times = interleaved(calls, bench.rounds, bench.seconds, runtime, c.attention_type, pick=pick)
     ours, plain = ([1000 * t for t in ts] for ts in times.values())
@@ -667,6 +689,8 @@ def steps_beside(models, bench, runtime, report):
     first, c = next(iter(models)), next(iter(models.values())).config
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: our_step(model, cfg, runtime, folder)[0] for name, model in models.items()}
+        if runtime.compile:
+            first_calls(steps, "compiling", report)
         times = interleaved(steps, bench.rounds, bench.seconds, runtime, "steps", pick=statistics.mean)
     title = f"training steps: n_layer {c.n_layer}, n_head {c.n_head}, n_embd {c.n_embd}, block {c.block_size}, "
     title += f"batch {batch_size}; operations of attention, forward, as a share of {first}'s"
@@ -694,17 +718,21 @@ def sdpa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def nsa(q, k, v, g, s):
+def nsa(q, k, v, g, s, backend="auto"):
     """The three branches of native sparse attention with the sizes for T, a key head for all query heads, blocks
     compressed to their means, and gates of 1."""
     sizes, k, v = nsa_sizes(q.shape[1]), k[:, :, :1], v[:, :, :1]
+    branches = nsa_compressed, nsa_selected, nsa_window
+    if backend == "recurrent":
+        branches = nsa_compressed_dense, nsa_selected_dense, nsa_window_dense
+    compressed, selected, window = branches
     blocks = (x.unfold(1, sizes[0], sizes[1]).mean(-1) for x in (k, v))  # (B, N, 1, D)
-    o, index = nsa_compressed(q, *blocks, *sizes[:4])
-    return o + nsa_selected(q, k, v, index, sizes[2]) + nsa_window(q, k, v, sizes[4])
+    o, index = compressed(q, *blocks, *sizes[:4])
+    return o + selected(q, k, v, index, sizes[2]) + window(q, k, v, sizes[4])
 
 
-def performer_with(w, q, k, v):
-    return performer(q, k, v, w, w)[0]
+def performer_with(w, q, k, v, backend="auto"):
+    return performer(q, k, v, w, w, backend=backend)[0]
 
 
 def layer(attn, x, *parameters):
@@ -713,9 +741,9 @@ def layer(attn, x, *parameters):
 
 OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T, H, K) and slot gates s (B, T, H, 64)
     "softmax": lambda q, k, v, g, s: sdpa(q, k, v),
-    "gla": lambda q, k, v, g, s: gla(q, k, v, g, gate_min=-1.25)[0],
-    "gla_exact": lambda q, k, v, g, s: gla(q, k, v, g)[0],
-    "gsa": lambda q, k, v, g, s: gsa(q, k, v, -torch.expm1(s), s, scale=1.0)[0],
+    "gla": lambda q, k, v, g, s, backend="auto": gla(q, k, v, g, gate_min=-1.25, backend=backend)[0],
+    "gla_exact": lambda q, k, v, g, s, backend="auto": gla(q, k, v, g, backend=backend)[0],
+    "gsa": lambda q, k, v, g, s, backend="auto": gsa(q, k, v, -torch.expm1(s), s, scale=1.0, backend=backend)[0],
     "nsa": nsa,
 }
 WITH_TABLES = ("performer", "span", "mask_mix")  # these take q, k, v, and features or a mask by distance
@@ -788,7 +816,7 @@ NAIVE_LIMIT = 1024  # tokens; peers on a CPU take a second for these already
 def peer(name, ours, inputs):
     """A peer as (operator, its inputs), as our row is. fla-core's naive files are read by path: it wants a GPU."""
     _, device, module, function, call = PEERS[name]
-    needed = "pip install -r requirements-dev.txt -c requirements.txt"
+    needed = "pip install -r requirements-peers.txt -c requirements.txt"
     if not function:
         try:
             return call(importlib.import_module(module), ours, inputs)
@@ -853,6 +881,32 @@ def operator_step(call, inputs):
     return torch.autograd.grad(o, inputs, torch.ones_like(o), allow_unused=True)
 
 
+def oracle(name, call):
+    """What defines the operator of a row, and its other forms are tested against; None for peers and layers."""
+    if name == "softmax":  # a mask by distance that masks nothing
+        return lambda q, k, v, *_: distance(q, k, v, q.new_zeros(1, q.shape[1]), backend="dense").transpose(1, 2)
+    if call is distance:
+        return functools.partial(distance, backend="dense")
+    if name == "performer":
+        return functools.partial(performer_with, call.args[0].double(), backend="recurrent")
+    return functools.partial(call, backend="recurrent") if name in OPERATORS else None
+
+
+@torch.no_grad()
+def check_operators(rows, T, report):
+    """Before anything is timed: the first tokens of each output are finite and those of its oracle in float64."""
+    n = min(T, 128)
+    for name, (call, inputs) in rows.items():
+        if defined := oracle(name, call):
+            few = [x[:, :n] for x in inputs]
+            expected = defined(*(x.double() for x in few))
+            difference = float((call(*few).double() - expected).norm() / expected.norm())
+            accept(name, n, difference, report)
+    report.note(
+        f"checked at T {n}: each of our operators' outputs differs by less than {tolerance(report):g} of its norm"
+    )
+
+
 def parse_shapes(text):
     try:
         shapes = [tuple(int(n) for n in shape.split("x")) for shape in text.split(",")]
@@ -883,6 +937,10 @@ def operators_at(shape, names, bench, runtime, report, table):
     rows = operator_rows(names, shape, bench, runtime)
     calls = {name: functools.partial(call, *inputs) for name, (call, inputs) in rows.items()}
     steps = {name: functools.partial(operator_step, calls[name], inputs) for name, (_, inputs) in rows.items()}
+    if bench.check:
+        check_operators(rows, shape[1], report)
+    if bench.autotune:
+        first_calls(steps, "tuning", report)
     for name in rows.keys() & PEERS.keys():
         with torch.no_grad():
             ours, theirs = calls[PEERS[name][0]]().double(), calls[name]().double()
@@ -1060,11 +1118,13 @@ def score_checkpoint(folder, bench, runtime, table, curves, costs):
 def standard_error(nats, lengths):
     """Of the mean over tokens, in nats a token, from the scatter over segments of so many tokens (or of `lengths` each,
     of which a record is one): neighbours in a text are too alike to count by themselves. None for a single one."""
-    parts = nats.split(lengths if isinstance(lengths, int) else lengths.tolist())
-    n, mean = len(parts), nats.mean()
+    if isinstance(lengths, int):
+        lengths = torch.tensor([len(part) for part in nats.split(lengths)])
+    n, mean, segment = len(lengths), nats.mean(), torch.arange(len(lengths)).repeat_interleave(lengths)
     if n < 2:
         return None
-    return float((sum((part.sum() - len(part) * mean) ** 2 for part in parts) * n / (n - 1)).sqrt() / len(nats))
+    squares = (torch.zeros(n, dtype=nats.dtype).index_add(0, segment, nats) - lengths * mean).square().sum()
+    return float((squares * n / (n - 1)).sqrt() / len(nats))
 
 
 def loss_by_context(nats, seen):
@@ -1366,40 +1426,50 @@ def draw_bars(key, label, panel, runs):
     panel.invert_yaxis()
 
 
+def measure(what, explicit, bench, runtime, report):
+    """One of the kinds of measurement; `explicit` are the keys of the model that were given."""
+    own = explicit.keys() - {"attention_type"}  # a shape of the user's, or nanoGPT's
+    if what == "overview":
+        types = explicit.get("attention_type", ",".join(ATTENTION)).split(",")
+        overview([t.strip() for t in types], LAYER | explicit, bench, runtime, report)
+    elif what == "ops":
+        bench_operators(bench, runtime, report)
+    elif what == "step" and bench.beside:
+        c = config.build(GPTConfig, dict(vocab_size=256) | explicit)
+        steps_beside(models_beside(c, bench), bench, runtime, report)
+    elif what == "step":
+        shapes = [dict(vocab_size=256, batch_size=bench.batch_size or 16)] if own else NANOGPT_SHAPES
+        bench_steps([shape | explicit for shape in shapes], bench, runtime, report)
+    elif what == "decode":
+        shape = dict(vocab_size=256) if own else {k: v for k, v in NANOGPT_SHAPES[2].items() if k != "batch_size"}
+        bench_decode(config.build(GPTConfig, shape | explicit), bench, runtime, report)
+    elif what == "quality":
+        bench_quality(bench, runtime, report)
+    elif what == "inspect":
+        inspect(bench, runtime, report)
+    else:
+        plot_curves(bench)
+
+
 def main(argv):
     model_config, bench, given = config.load(argv, GPTConfig, BenchConfig)
     if bench.png and not os.path.basename(bench.png)[1:].endswith(".png"):
         raise ConfigError(f"--png={bench.png}: the name must end in .png")
-    if bench.what == "curves":
-        plot_curves(bench)
-        return 0
+    if bench.what == "all" and bench.png:
+        raise ConfigError("--png names one picture: without it --what=all writes one for each kind")
     runtime = config.resolve_device(bench.device, bench.dtype, bench.compile)
     explicit = config.explicit(model_config, given)
     report = Report(bench, runtime, explicit)
     if bench.compare:
         return compare(bench, report)
     print(f"{runtime}; torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
-    if bench.what in ("overview", "step", "ops", "decode"):
+    whats = [bench.what]
+    if bench.what == "all":
+        whats = ["overview", "ops", "step", "decode"] + (["quality", "curves"] if bench.out_dir else [])
+    if {"overview", "step", "ops", "decode"} & set(whats):
         report.measure_machine(bench.seconds)
-    own = explicit.keys() - {"attention_type"}  # a shape of the user's, or nanoGPT's
-    if bench.what == "overview":
-        types = model_config.types() if "attention_type" in explicit else list(ATTENTION)
-        overview(types, LAYER | explicit, bench, runtime, report)
-    elif bench.what == "quality":
-        bench_quality(bench, runtime, report)
-    elif bench.what == "inspect":
-        inspect(bench, runtime, report)
-    elif bench.what == "ops":
-        bench_operators(bench, runtime, report)
-    elif bench.what == "step" and bench.beside:
-        c = config.build(GPTConfig, dict(vocab_size=256) | explicit)
-        steps_beside(models_beside(c, bench), bench, runtime, report)
-    elif bench.what == "decode":
-        shape = dict(vocab_size=256) if own else {k: v for k, v in NANOGPT_SHAPES[2].items() if k != "batch_size"}
-        bench_decode(config.build(GPTConfig, shape | explicit), bench, runtime, report)
-    else:
-        shapes = [dict(vocab_size=256, batch_size=bench.batch_size or 16)] if own else NANOGPT_SHAPES
-        bench_steps([shape | explicit for shape in shapes], bench, runtime, report)
+    for what in whats:
+        measure(what, explicit, bench, runtime, report)
     report.write()
     return 0
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import bench
+import train
 from bench import Table, crossover, number, speed_ratio, spread
 from config import ConfigError, Runtime
-from model import ATTENTION, GPTConfig, ModelError
+from data import Dataset
+from model import ATTENTION, GPT, GPTConfig, ModelError, read_checkpoint
 
 
 def test_numbers_have_the_digits_that_their_spread_leaves():
@@ -138,7 +140,7 @@ def test_executed_operations_are_counted(overview):
 def test_the_check_finds_a_wrong_layer(overview, monkeypatch):
     step = ATTENTION["gla"].step
     monkeypatch.setattr(ATTENTION["gla"], "step", lambda self, x, state: (step(self, x, state)[0] * 1.01, state))
-    with pytest.raises(ModelError, match="gla at T 32: output is off by"):
+    with pytest.raises(ModelError, match="gla at T 32: its output is off by"):
         overview("--attention_type=gla")
     monkeypatch.setattr(ATTENTION["gla"], "forward", lambda self, x: (x * math.nan, None))
     with pytest.raises(ModelError, match="off by nan"):
@@ -216,3 +218,63 @@ def test_compare_says_what_is_wrong(results, tmp_path):
             bench.main([f"--compare={files}"])
     with pytest.raises(FileNotFoundError):
         bench.main([f"--compare={a},{tmp_path / 'no.json'}"])
+
+
+def test_the_check_finds_a_wrong_operator(tmp_path, monkeypatch):
+    options = ["--what=ops", "--shapes=1x40x2x16x16", "--rounds=1", "--seconds=0.01", "--device=cpu", "--json="]
+    wrong = lambda q, k, v, g, s, backend="auto": right(q, k, v, g, s, backend) * (1.01 if backend == "auto" else 1)  # noqa: E731
+    right = bench.OPERATORS["gsa"]
+    monkeypatch.setitem(bench.OPERATORS, "gsa", wrong)
+    with pytest.raises(ModelError, match="gsa at T 40: its output is off by 1.0e-02"):
+        bench.main([*options, "--operators=gsa"])
+    assert bench.main([*options, "--operators=gsa", "--check=False"]) == 0
+
+
+def test_standard_error_of_segments(fresh_rng):
+    """Of equal segments it is the textbook's, of their means; of independent tokens that of the tokens, nearly."""
+    nats = torch.from_numpy(fresh_rng.gamma(2.0, 1.5, 64_000))
+    means = nats.view(-1, 64).mean(1)
+    assert bench.standard_error(nats, 64) == pytest.approx(float(means.std() / len(means) ** 0.5), rel=1e-9)
+    assert bench.standard_error(nats, 64) == pytest.approx(float(nats.std() / len(nats) ** 0.5), rel=0.15)
+    lengths = torch.tensor([64] * 999 + [32, 32])
+    assert bench.standard_error(nats, lengths) == pytest.approx(bench.standard_error(nats, 64), rel=0.05)
+    alike = nats[:1000].repeat_interleave(64)
+    assert bench.standard_error(alike, 64) == pytest.approx(8 * bench.standard_error(alike, 1), rel=0.01)
+    assert bench.standard_error(nats, 64_000) is None
+
+
+def test_loss_by_context():
+    seen = torch.tensor([1, 2, 3, 4, 5, 8, 9])
+    assert bench.loss_by_context(torch.tensor([1.0, 2, 3, 4, 5, 6, 7]), seen) == {1: 1, 2: 2, 4: 3.5, 8: 5.5, 16: 7}
+
+
+def test_quality_adds_up(tiny, text_dataset, tmp_path):
+    """The parts of the loss are the loss, and what a run cost is its steps times the operations of its model."""
+    train.main(tiny(max_iters=20))
+    path = tmp_path / "bench.json"
+    out = [f"--out_dir={tmp_path / 'run'}", f"--json={path}", f"--png={tmp_path / 'a.png'}", "--device=cpu"]
+    assert bench.main(["--what=quality", *out, "--eval_stride=4"]) == 0
+    tables = json.loads(path.read_text())["tables"]
+    model = GPT.from_checkpoint(str(tmp_path / "run"))
+    steps = read_checkpoint(str(tmp_path / "run"))["iter_num"]
+    for row, curve, cost in zip(*(tables[name]["rows"] for name in ("quality", "by context", "scaling"))):
+        split = Dataset(text_dataset).split(row["split"])
+        counts = {f"to {2**b} (nats/token)": 2 ** max(b - 1, 0) for b in range(5)}  # of the first window
+        later = split.n_tokens - 1 - 16  # each sees 13 to 16 tokens, all in the last bin
+        counts["to 16 (nats/token)"] += later
+        mean = sum(curve[name] * n for name, n in counts.items()) / (split.n_tokens - 1)
+        assert mean == pytest.approx(row["nats/token"], rel=1e-6)
+        assert cost["loss (nats/token)"] == row["nats/token"] and cost["trained on (tokens)"] == steps * 4 * 16
+        wanted = 3 * steps * 4 * model.flops(16)[1] / 1e9
+        assert cost["executed in training (GFLOP)"] == pytest.approx(wanted) and wanted > 0
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_all_that_needs_no_run(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(bench, "measure", lambda what, *_: done.append(what))
+    monkeypatch.setattr(bench.Report, "measure_machine", lambda *_: done.append("machine"))
+    assert bench.main(["--what=all", "--device=cpu", "--out_dir=x"]) == 0
+    assert done == ["machine", "overview", "ops", "step", "decode", "quality", "curves"]
+    with pytest.raises(ConfigError, match="--png"):
+        bench.main(["--what=all", "--png=a.png"])
