@@ -152,13 +152,17 @@ class Table:
         return self
 
     def __exit__(self, *_):
+        print("\n".join(["", self.title, "", *self.lines()]), flush=True)
+
+    def lines(self):
+        """In Markdown, aligned, without the columns that are empty."""
         filled = [name for name in self.specs if any(row[name] is not None for row in self.rows)] or list(self.specs)
         texts = [filled] + [[self.text(name, row[name]) for name in filled] for row in self.rows]
         widths = [max(map(len, column)) for column in zip(*texts)]
         numeric = [any(isinstance(row[name], (int, float, list)) for row in self.rows) for name in filled]
         lines = [[c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric)] for row in texts]
         lines[1:1] = [["-" * (w - 1) + (":" if n else "-") for w, n in zip(widths, numeric)]]
-        print("\n".join(["", self.title, ""] + [f"| {' | '.join(line)} |" for line in lines]), flush=True)
+        return [f"| {' | '.join(line)} |" for line in lines]
 
     def text(self, name, cell):
         if cell is None or isinstance(cell, str):
@@ -486,9 +490,7 @@ def overview(types, shape, bench, runtime, report):
         T = lengths[min(1, len(lengths) - 1)] if lengths[0] < 128 else lengths[0]
         for t in types:  # the layer in float64, which decodes token by token
             accept(t, T, layers[t, T].difference(), report)
-        report.note(
-            f"checked at T {T}: each output differs by less than {tolerance(report):g} of its norm from float64"
-        )
+        report.note(f"checked at T {T}: each layer is within {tolerance(report):g} of its norm in float64")
     if runtime.compile:
         first_calls({f"{t} {T}": x.forward_backward for (t, T), x in layers.items()}, "compiling", report)
     decoders = {key: layer.decoder() for key, layer in layers.items()}
@@ -902,9 +904,7 @@ def check_operators(rows, T, report):
             expected = defined(*(x.double() for x in few))
             difference = float((call(*few).double() - expected).norm() / expected.norm())
             accept(name, n, difference, report)
-    report.note(
-        f"checked at T {n}: each of our operators' outputs differs by less than {tolerance(report):g} of its norm"
-    )
+    report.note(f"checked at T {n}: each operator is within {tolerance(report):g} of its oracle's norm")
 
 
 def parse_shapes(text):
