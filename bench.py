@@ -16,7 +16,7 @@ none of them; a range of more than half is printed alone, marked `wide`. Every t
 
     schema    1
     what      the value of --what, `time` when it ended (UTC), `commit` of the code
-    machine   device, dtype, threads, processor, matmul_gflops, copy_gb_s: measured before the rest
+    machine   device, dtype, threads, processor, clock (Python's time.NAME, or CUDA events); matmul_gflops, copy_gb_s
     versions  python, torch
     config    bench: every key of this script; model: the keys that were given
     tables    {name: {title, columns, keys, rows}}: a row has a cell for each column, its unit in the column's name, and
@@ -198,13 +198,15 @@ class Report:
         print(f"matmul peak {number(gflops)} GFLOP/s, copy bandwidth {number(copied)} GB/s", flush=True)
         load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count()
         if self.runtime.device_type == "cpu" and load > 0.5 * cores:
-            self.note(f"load average {load:.1f} on {cores} cores: other work shares them, ranges will be wide")
+            hint = "" if torch.get_num_threads() == 1 else "; OMP_NUM_THREADS=1 times by the processor's own clock"
+            self.note(f"load average {load:.1f} on {cores} cores: other work shares them{hint}")
 
     def write(self):
         if not self.path or not self.tables:
             return
         r = self.runtime
         machine = {"device": r.device, "dtype": r.dtype, "threads": torch.get_num_threads(), "processor": processor(r)}
+        machine["clock"] = "events" if r.device_type == "cuda" else clock_name(r.device_type)
         found = {"schema": 1, "what": self.config["bench"]["what"], "machine": machine | self.peaks}
         found |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": git_commit()}
         found |= {"versions": {"python": platform.python_version(), "torch": torch.__version__}, "config": self.config}
@@ -310,6 +312,7 @@ def timed(step, seconds, device_type, pick=min):
     """Seconds of one call, of the calls of about `seconds`, each timed by itself: the fastest, because what else the
     machine does only adds to it. On CUDA between two events, and the cache is overwritten before each call."""
     times, events, end = [], [], time.perf_counter() + seconds
+    clock = getattr(time, clock_name(device_type, pick))
     while not (times or events) or time.perf_counter() < end:
         if device_type == "cuda":
             overwritten().zero_()
@@ -320,14 +323,21 @@ def timed(step, seconds, device_type, pick=min):
             if len(events) % 16 == 0:  # the queue must not grow, nor run empty
                 torch.cuda.synchronize()
             continue
-        start = time.perf_counter()
+        start = clock()
         step()
         if device_type == "mps":
             torch.mps.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     if events:
         torch.cuda.synchronize()
     return pick(times or [a.elapsed_time(b) / 1000 for a, b in events])
+
+
+def clock_name(device_type, pick=min):
+    """One thread's processor time tells what a call costs however busy the machine is. Several threads wait for each
+    other, and a whole training step for its data: the monotonic clock."""
+    alone = device_type == "cpu" and torch.get_num_threads() == 1 and pick is min
+    return "process_time" if alone else "perf_counter"
 
 
 @functools.cache
