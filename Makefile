@@ -10,7 +10,7 @@ PY = $(BIN)/python
 SOURCES = *.py config data kernels tests .ci
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all format check-format bench-step bench-ops kernel-report gpu clean
+.PHONY: help install demo test test-all format check-format bench bench-step bench-ops kernel-report gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ format: $(VENV)/dev.stamp  ## format and sort imports
 check-format: $(VENV)/dev.stamp  ## fail if format would change a file
 	$(BIN)/ruff check $(wildcard $(SOURCES))
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
+
+bench: $(VENV)/run.stamp  ## what a layer of each attention type costs: table, bench.json, bench.png
+	$(PY) bench.py
 
 bench-step: $(VENV)/run.stamp  ## training speed against the matmul peak and a plain PyTorch stack
 	$(PY) bench.py --what=step

@@ -299,7 +299,7 @@ def pyplot():
 def save_figure(figure, path):
     """On white, with a margin of its own, so that it reads the same on a dark page."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    figure.savefig(path, dpi=110, facecolor="white")
+    figure.savefig(path, dpi=140, facecolor="white")
     pyplot().close(figure)
     print(f"wrote {path}")
 
@@ -559,7 +559,7 @@ def plot_overview(sweep, path):
         "decoding (tokens/s)": ("decoding (µs per token)", lambda y, n: 1e6 / y),
     }
     types = list(dict.fromkeys(row["attention"] for row in sweep.rows if row["executed (MFLOP)"]))
-    figure, axes = pyplot().subplots(2, 2, figsize=(10, 8), layout="constrained")
+    figure, axes = pyplot().subplots(2, 2, figsize=(8.4, 7.4), layout="constrained")
     for axis, (column, (label, drawn)) in zip(axes.flat, panels.items()):
         for i, name in enumerate(types):
             rows = [row for row in sweep.rows if row["attention"] == name and row[column] is not None]
@@ -571,7 +571,7 @@ def plot_overview(sweep, path):
             axis.fill_between(lengths, [min(y) for y in ys], [max(y) for y in ys], color=style["color"], alpha=0.15)
         axis.set(xscale="log", yscale="log", xlabel="T (tokens)", ylabel=label)
         axis.set_xticks(lengths, [f"{T:,}" for T in lengths], rotation=45)
-        axis.minorticks_off()
+        axis.xaxis.set_minor_locator(pyplot().NullLocator())
     axes[1, 1].set_axis_off()
     axes[1, 1].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False, ncols=1 + len(types) // 9)
     save_figure(figure, path)
@@ -1160,7 +1160,7 @@ def plot_quality(curves, rows, path):
     split, plt = rows[0]["split"], pyplot()
     rows = [row for row in rows if row["split"] == split]
     types = list(dict.fromkeys(row["attention"] for row in rows))
-    figure, axes = plt.subplots(2, 2, figsize=(10, 8), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(8.4, 7.4), layout="constrained")
     for i, row in enumerate(rows):
         curve = curves[row["folder"], split]
         name = os.path.basename(os.path.normpath(row["folder"]))
@@ -1375,8 +1375,8 @@ def plot_curves(bench):
     bars = {"wall_s": "training time (s)", "cpu_s": "processor time (s)", "rss_mb": "peak memory (MB)"}
     drawings += [functools.partial(draw_bars, key, label) for key, label in bars.items()]
     drawings += masks
-    rows = -(-len(drawings) // 3)
-    figure, panels = pyplot().subplots(rows, 3, figsize=(15, 4.2 * rows), layout="constrained", squeeze=False)
+    rows = -(-len(drawings) // 2)
+    figure, panels = pyplot().subplots(rows, 2, figsize=(8.4, 3.7 * rows), layout="constrained", squeeze=False)
     for panel in panels.flat[len(drawings) :]:
         panel.set_axis_off()
     for draw, panel in zip(drawings, panels.flat):

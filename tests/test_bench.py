@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -278,3 +279,22 @@ def test_all_that_needs_no_run(tmp_path, monkeypatch):
     assert done == ["machine", "overview", "ops", "step", "decode", "quality", "curves"]
     with pytest.raises(ConfigError, match="--png"):
         bench.main(["--what=all", "--png=a.png"])
+
+
+def test_the_clock(monkeypatch):
+    """One thread's processor time where nothing but arithmetic is timed; else the monotonic clock."""
+    assert bench.clock_name("cpu") == "process_time"  # the tests' one thread
+    assert {bench.clock_name("cpu", statistics.mean), bench.clock_name("mps")} == {"perf_counter"}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert bench.clock_name("cpu") == "perf_counter"
+
+
+def test_rounds_take_turns():
+    calls, seen = {name: (lambda name=name: seen.append(name)) for name in "abc"}, []
+    times = bench.interleaved(calls, 3, 0.0, Runtime("cpu", "float32", False, ""), "test")
+    order = [name for i, name in enumerate(seen) if i == 0 or seen[i - 1] != name]
+    assert "".join(order).startswith("cbabcba") and {name: len(t) for name, t in times.items()} == dict.fromkeys(
+        "abc", 3
+    )
+    times = bench.interleaved(calls, 9, 0.0, Runtime("cpu", "float32", False, ""), "test", until=0.0)
+    assert {len(t) for t in times.values()} == {2}  # out of time: the first two rounds

@@ -546,7 +546,7 @@ def test_inspect(tiny, tmp_path, capsys):
     for kind in ("adaptive_span", "softmax,mask_mix"):
         own = {k: v for k, v in keys.items() if k == "max_iters" or ("wave" in k) == (kind == "adaptive_span")}
         train.main(tiny(attention_type=kind, **own))
-        bench.main([f"--out_dir={folder}", "--what=inspect", "--rounds=1", "--seconds=0.01", "--device=cpu"])
+        bench.main([f"--out_dir={folder}", "--what=inspect", "--rounds=1", "--seconds=0.01", "--device=cpu", "--json="])
         out = capsys.readouterr().out
         assert out.count("blocks of") == (4 if kind == "adaptive_span" else 2)
         assert ("with periods rounded" if kind == "adaptive_span" else "without candidates below 0.02") in out

@@ -90,7 +90,7 @@ def measured(tmp_path):
 
     def run(*arguments):
         path = tmp_path / "bench.json"
-        assert bench.main([f"--json={path}", "--device=cpu", *arguments]) == 0
+        assert bench.main([f"--json={path}", f"--png={tmp_path / 'bench.png'}", "--device=cpu", *arguments]) == 0
         return json.loads(path.read_text())["tables"]
 
     return run

@@ -533,7 +533,8 @@ def test_training_on_records(tiny, tmp_path, labelled_dataset, capsys):
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| never")]
     assert len(rows) == 2 and rows[0][1:5] == ["0", "0.0000", "0.0000", "0.0000"]
     report = str(tmp_path / "quality.json")
-    bench.main(["--what=quality", f"--out_dir={whole}", "--split=val", "--device=cpu", f"--json={report}"])
+    keys = ["--split=val", "--device=cpu", f"--json={report}", f"--png={report}.png"]
+    bench.main(["--what=quality", f"--out_dir={whole}", *keys])
     with open(report) as f:
         tables = json.load(f)["tables"]
     row = tables["quality"]["rows"][0]
