@@ -452,6 +452,7 @@ class Layer:
     @torch.no_grad()
     def difference(self):
         """Of the output from that of the same layer in float64, which decodes token by token: of the oracle's norm."""
+        self.attn.eval()
         oracle = copy.deepcopy(getattr(self.attn, "_orig_mod", self.attn)).double()
         x, state = self.x[:1].double(), oracle.init_state(1, self.x.size(1))
         steps = []
@@ -459,7 +460,9 @@ class Layer:
             y, state = oracle.step(token, state)
             steps.append(y)
         expected = torch.cat(steps, 1)
-        return float((self.forward()[:1].double() - expected).norm() / expected.norm().clamp(min=1e-30))
+        found = self.forward()[:1].double()
+        self.attn.train()
+        return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
 
     def operations(self):
         """(nominal, executed) of the attention of a sequence, and all that a forward pass of the layer executes."""
@@ -492,8 +495,8 @@ def first_calls(calls, what, report):
 def overview(types, shape, bench, runtime, report):
     """Each type at each length, all in the same rounds; printed at the shortest and the longest."""
     lengths, until = sorted(set(numbers(bench.lengths, "lengths"))), time.perf_counter() + bench.limit
-    if lengths[0] < 1:
-        raise ConfigError(f"--lengths={bench.lengths}: write numbers of tokens")
+    if lengths[0] < 1 or "block_size" in shape:
+        raise ConfigError(f"--lengths={bench.lengths}: write numbers of tokens, in place of block_size too")
     types = ["softmax", *(t for t in types if t != "softmax")]
     layers = {(t, T): Layer.make(t, T, shape, bench.batch_size, runtime) for T in lengths for t in types}
     if bench.check:
