@@ -345,12 +345,12 @@ def overwritten():
     return torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
 
 
-def interleaved(calls, rounds, seconds, runtime, label, until=math.inf, pick=min):
-    """{name: [seconds of a call in each round]} for {name: callable}, in the order A B C, C B A, and so on, after a
-    call of each that is not counted. No round begins after the moment `until`, but for the first two."""
-    times = {name: [] for name in calls}
-    with progress_bar((rounds + 1) * len(calls), label, "call", World(0, 1, 0)) as bar:
-        for i in range(-1, rounds):
+def interleaved(calls, rounds, seconds, runtime, label, until=math.inf, pick=min, warm=True):
+    """{name: [seconds of a call in each round]} for {name: callable}, in the order A B C, C B A, and so on; with `warm`
+    after a call of each that is not counted. No round begins after the moment `until`, but for the first two."""
+    times, first = {name: [] for name in calls}, -1 if warm else 0
+    with progress_bar((rounds - first) * len(calls), label, "call", World(0, 1, 0)) as bar:
+        for i in range(first, rounds):
             if i > 1 and time.perf_counter() > until:
                 break
             for name in list(calls)[:: -1 if i % 2 else 1]:
@@ -510,8 +510,9 @@ def overview(types, shape, bench, runtime, report):
     calls = {(*key, "forward"): layer.forward for key, layer in layers.items()}
     calls |= {(*key, "both"): layer.forward_backward for key, layer in layers.items()}
     calls |= {(*key, "decode"): decoder for key, (decoder, _) in decoders.items()}
+    # a whole call of each: what follows is warm
     memory = {key: peak_memory(layer.forward_backward, runtime.device_type) for key, layer in layers.items()}
-    times = interleaved(calls, bench.rounds, bench.seconds / 50, runtime, "rounds", until)
+    times = interleaved(calls, bench.rounds, bench.seconds / 50, runtime, "rounds", until, warm=False)
     sweep = report.table("sweep", "a layer at each length", SWEEP, keys=2)
     for (t, T), layer in layers.items():
         forward, both, decode = (times[t, T, kind] for kind in ("forward", "both", "decode"))
