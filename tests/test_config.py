@@ -940,6 +940,7 @@ def test_mutations_end_in_one_line(monkeypatch, tmp_path, text_dataset, checkpoi
     monkeypatch.setattr(train.Run, "train", trained)
     monkeypatch.setattr(bench, "bench_step", trained)
     monkeypatch.setattr(bench, "bench_decode", trained)
+    monkeypatch.setattr(bench, "overview", trained)
     monkeypatch.setattr(sample, "print_stream", trained)
     monkeypatch.chdir(tmp_path)
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
