@@ -1,0 +1,6 @@
+# The run of train_enwik8_tiny.py with sigmoid gates on the heads' output, the MLP narrower by what the gates add.
+from config.train_enwik8_tiny import *
+
+out_dir = "out/enwik8_tiny_gated_output"
+attention_type = "gated_output"
+mlp_hidden = 4 * n_embd - n_embd // 2  # less n_embd^2 parameters a layer
