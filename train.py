@@ -83,6 +83,8 @@ class TrainConfig:
     distill_attention_iters: int = key(0, "steps of distill=attention before those of distill=kl", low=0)
     distill_ce: float = key(0.0, "weight of cross-entropy beside the divergence", low=0.0)
     distill_temperature: float = key(1.0, "softens both distributions of the divergence", low=0.1)
+    penalty_start: int = key(0, "steps without the attention's penalty", low=0)
+    penalty_warmup: int = key(0, "steps after them over which it grows to its weight", low=0)
     train_only: str = key("all", "parameters that move", choices=("all", "attention", "masks"))
     seed: int = key(1337, "seed of weights, batches and dropout", low=0, high=2**31 - 1)
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -120,12 +122,15 @@ class Objective(nn.Module):
         self.model, self.teacher = model, teacher
         self.temperature, self.ce_weight = temperature, ce_weight
 
-    def forward(self, batch, matching=False):
+    def forward(self, batch, matching=False, share=1.0):
+        """`share` of the penalty counts: a number, or a tensor where it changes from step to step."""
         idx, targets = batch  # (B, T) each
         if matching:
             error, penalty = self.attention_error(idx)
+            penalty = share * penalty
             return error + penalty, {"attention_error": error, "penalty": penalty}
         x, penalty = self.model.hidden(idx)
+        penalty = share * penalty
         logits = self.model.lm_head(x)
         ce = cross_entropy(logits, targets)
         if self.teacher is None:
@@ -352,6 +357,13 @@ def lr_factor(cfg, it):
     done = min(1.0, (it - cfg.warmup_iters) / max(1, end - cfg.warmup_iters))
     floor = cfg.min_lr / cfg.learning_rate
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def penalty_share(cfg, it):
+    """Share of the attention's penalty that counts at step `it` (from 0)."""
+    if it < cfg.penalty_start:
+        return 0.0
+    return min(1.0, (it - cfg.penalty_start + 1) / (cfg.penalty_warmup + 1))
 
 
 def compile_objective(objective, batch, runtime):
@@ -799,13 +811,16 @@ class Run:
         for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * lr_factor(self.cfg, self.progress.iter_num)
         self.model.redraw(self.progress.iter_num)
+        share = 1.0
+        if self.cfg.penalty_start or self.cfg.penalty_warmup:  # a tensor: compiled code takes a number for a constant
+            share = torch.tensor(penalty_share(self.cfg, self.progress.iter_num), device=self.runtime.device)
         terms = []
         for micro in range(self.micro_steps):
             batch = tuple(t.to(self.runtime.device, non_blocking=True) for t in self.batches.batch("train"))
             if self.world.size > 1:  # gradients are exchanged once, with the last micro-batch
                 self.objective.require_backward_grad_sync = micro == self.micro_steps - 1
             with self.runtime.autocast():
-                loss, parts = self.objective(batch, matching)
+                loss, parts = self.objective(batch, matching, share)
             self.scaler.scale(loss / self.micro_steps).backward()
             terms.append(torch.stack((loss, *parts.values())).detach())
         for optimizer in self.optimizers:

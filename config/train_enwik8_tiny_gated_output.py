@@ -3,4 +3,4 @@ from config.train_enwik8_tiny import *
 
 out_dir = "out/enwik8_tiny_gated_output"
 attention_type = "gated_output"
-mlp_hidden = 4 * n_embd - n_embd // 2  # less n_embd^2 parameters a layer
+mlp_hidden = 448  # 4 n_embd, less n_embd^2 parameters a layer
