@@ -1458,7 +1458,7 @@ def draw_heads(rows, path):
     shares = torch.tensor([row["shares"] for row in rows]).T  # (H, trigrams)
     H, n = shares.shape
     figure, axes = pyplot().subplots(figsize=(2.2 + 0.8 * n, 1.6 + 0.42 * H), layout="constrained")
-    image = axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(shares.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1)
     for h, i in itertools.product(range(H), range(n)):
         share = shares[h, i].item()
         axes.text(i, h, f"{share:.2f}", ha="center", va="center", fontsize=9, color="white" if share > 0.6 else "black")

@@ -136,6 +136,20 @@ def test_xavier_has_the_specified_widths(fresh_rng):
         torch.testing.assert_close(w @ w.T, torch.eye(8), rtol=0, atol=1e-5)
 
 
+def test_penalty_grows_after_its_start():
+    cfg = train.TrainConfig(penalty_start=2, penalty_warmup=3)
+    assert [train.penalty_share(cfg, it) for it in range(8)] == [0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert train.penalty_share(train.TrainConfig(), 0) == 1
+    assert train.penalty_share(train.TrainConfig(penalty_start=1), 1) == 1
+    model = toy(3, 4, attention_type="gated", gated_reg=2.0).train()
+    x, y = records(3, 50)
+    whole, parts = train.Objective(model)((x, y))
+    half, halved = train.Objective(model)((x, y), False, torch.tensor(0.5))
+    torch.testing.assert_close(halved["penalty"], 0.5 * parts["penalty"])
+    torch.testing.assert_close(whole - half, halved["penalty"])
+    assert halved["penalty"] > 0.1
+
+
 # from configuration to picture
 
 
@@ -166,7 +180,7 @@ def test_base_and_gated_block_by_configuration(trigrams, tmp_path, capsys, monke
     with open(f"{student}/log.jsonl") as f:
         steps = [json.loads(line) for line in f]
     penalties = {e["iter"]: e["penalty"] for e in steps if "penalty" in e}
-    assert penalties[10] == 0 < penalties[20] < penalties[30]
+    assert penalties[10] == 0 < penalties[20]  # a step's number is one more than the steps before it
     model = GPT.from_checkpoint(student)
     assert model.config.n_head == 2 * GPT.from_checkpoint(base).config.n_head == 4
     report = str(tmp_path / "report.json")
