@@ -4,18 +4,19 @@ dataset = "classify_stdlib"
 
 n_layer = 2
 n_head = 4
-n_embd = 128
-block_size = 256
+n_embd = 64
+block_size = 128
 pos_emb = "rope"
-dropout = 0.2
 
-batch_size = 16
-learning_rate = 2e-3
+batch_size = 32
+optimizer = "muon"
+muon_learning_rate = 0.05
+learning_rate = 5e-3
 min_lr = 2e-4
-warmup_iters = 50
-max_iters = 600
+warmup_iters = 20
+max_iters = 800
 beta2 = 0.99
 
-eval_interval = 100
-eval_iters = 20
-eval_batch_size = 64
+eval_interval = 250
+eval_iters = 40
+eval_batch_size = 128

@@ -91,7 +91,7 @@ def collect(folder, length):
 
 def main(argv=None):
     parser = data.arguments(__doc__, Path(__file__).resolve().parent)
-    parser.add_argument("--record_len", type=int, default=256, metavar="N", help="bytes of a snippet (default: 256)")
+    parser.add_argument("--record_len", type=int, default=128, metavar="N", help="bytes of a snippet (default: 128)")
     args = parser.parse_args(argv)
     if args.record_len < 16:
         raise data.DataError(f"--record_len must be at least 16, not {args.record_len}")
