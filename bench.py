@@ -527,8 +527,8 @@ def overview(types, shape, bench, runtime, report):
         sweep.add(*row)
     done = len(next(iter(times.values())))
     title = f"a layer of n_embd {shape['n_embd']}, n_head {shape['n_head']}, as initialised, projections included; "
-    title += f"{sweep.rows[0]['batch'] * lengths[0]:,} tokens a call, {done} rounds; operations: of a sequence, "
-    title += "forward, without projections; crossover: no slower than softmax from there on"
+    title += f"{sweep.rows[0]['batch'] * lengths[0]:,} tokens or a sequence a call, {done} rounds; operations: "
+    title += "attention, forward, one sequence; crossover: no slower than softmax from there on"
     columns = [c for c in SWEEP.split(", ") if c != "batch"]
     with report.table("overview", title, ", ".join(columns) + ", crossover with softmax (tokens)", keys=2) as table:
         for row in sweep.rows:
@@ -560,12 +560,13 @@ def crossover(lengths, ratios):
 def plot_overview(sweep, path):
     """Time, memory and decoding against length, a line for each type that computes something."""
     panels = {  # column: (label, what is drawn of a cell that is for n tokens)
-        "forward + backward (ms)": ("forward + backward (µs per token)", lambda y, n: 1e3 * y / n),
-        "peak memory (MiB)": ("peak memory (KiB per token)", lambda y, n: 1024 * y / n),
-        "decoding (tokens/s)": ("decoding (µs per token)", lambda y, n: 1e6 / y),
+        "forward + backward (ms)": ("forward + backward (µs/token)", lambda y, n: 1e3 * y / n),
+        "peak memory (MiB)": ("peak memory (KiB/token)", lambda y, n: 1024 * y / n),
+        "decoding (tokens/s)": ("decoding (µs/token)", lambda y, n: 1e6 / y),
     }
     types = list(dict.fromkeys(row["attention"] for row in sweep.rows if row["executed (MFLOP)"]))
-    figure, axes = pyplot().subplots(2, 2, figsize=(8.4, 7.4), layout="constrained")
+    plt = pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(8.4, 7.4), layout="constrained")
     for axis, (column, (label, drawn)) in zip(axes.flat, panels.items()):
         for i, name in enumerate(types):
             rows = [row for row in sweep.rows if row["attention"] == name and row[column] is not None]
@@ -577,9 +578,13 @@ def plot_overview(sweep, path):
             axis.fill_between(lengths, [min(y) for y in ys], [max(y) for y in ys], color=style["color"], alpha=0.15)
         axis.set(xscale="log", yscale="log", xlabel="T (tokens)", ylabel=label)
         axis.set_xticks(lengths, [f"{T:,}" for T in lengths], rotation=45)
-        axis.xaxis.set_minor_locator(pyplot().NullLocator())
+        axis.xaxis.set_minor_locator(plt.NullLocator())
+        axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"{y:,g}"))
+        axis.yaxis.set_minor_locator(plt.NullLocator())
     axes[1, 1].set_axis_off()
-    axes[1, 1].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False, ncols=1 + len(types) // 9)
+    handles = axes[0, 0].get_legend_handles_labels()
+    axes[1, 1].legend(*handles, loc="center", frameon=False, ncols=1 + len(types) // 9, fontsize=11, handlelength=1.5)
     save_figure(figure, path)
 
 
