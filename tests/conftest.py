@@ -1,3 +1,4 @@
+import importlib
 import os
 
 import numpy as np
@@ -13,7 +14,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def oracle(name):
     """Import a test oracle. A missing one skips the test, except where NANO_REQUIRE_ORACLES says that all are there."""
     if os.environ.get("NANO_REQUIRE_ORACLES") == "1":
-        return __import__(name)
+        return importlib.import_module(name)
     return pytest.importorskip(name)
 
 
