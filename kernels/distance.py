@@ -192,7 +192,7 @@ class Band:
     def __init__(self, plan, table, prefix, T):
         self.plan, self.C, self.P, self.T, self.m = plan, plan.block, plan.prefix, T, len(table)
         self.parts = segments(plan, T)
-        self.front = max((n - 1) * self.C for _, n, _, _ in self.parts)  # rows of zeros before the first key
+        self.front = max([0] + [hi - a for a, _, runs, _ in self.parts for _, hi, _ in runs])  # zeros before the first key
         self.rows = self.front + -(-T // self.C) * self.C
         C = self.C
         hidden = table.new_full((len(table), C), HIDDEN)
