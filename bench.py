@@ -1226,7 +1226,7 @@ def inspect(bench, runtime, report):
 
 
 def mask_table(folder, layers, c, report):
-    """A row for each head, with the path that its training takes."""
+    """A row for each head, or one for all heads of a layer, with the path that its training takes."""
     columns = "layer, head, span (tokens), period (tokens), offset (tokens), kept (distances), computed as, "
     with report.table(f"masks of {folder}", f"{folder}: masks", columns + "weights (sigmoid)", keys=2) as out:
         for i, attn in layers.items():
@@ -1234,11 +1234,11 @@ def mask_table(folder, layers, c, report):
             first = table.new_empty(len(table), 0, c.block_size) if first is None else first
             paths = [str(path) for path in plans(table.detach(), first)]
             names = c.mask_mix_candidates.split(",")
-            for h in range(c.n_head):
+            for h in range(len(table)):
                 row = [float(stats[name][h]) if name in stats else None for name in ("span", "period", "offset")]
-                weights = stats["weight"].expand(c.n_head, -1)[h].tolist() if "weight" in stats else []
+                weights = stats["weight"][h].tolist() if "weight" in stats else []
                 shown = " ".join(f"{name} {w:.3f}" for name, w in zip(names, weights))
-                out.add(i, h, *row, int(stats["kept"][h]), paths[h % len(paths)], shown)
+                out.add(i, str(h) if len(table) > 1 else "all", *row, int(stats["kept"][h]), paths[h], shown)
 
 
 def mask_costs(folder, layers, c, bench, runtime, report):
@@ -1312,8 +1312,9 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
     masks = torch.cat([attn.log_mask(T)[0].detach().expand(H, -1) for attn in layers.values()]).exp().cpu()
     reach = int((masks > 0).nonzero()[:, 1].max()) + 1
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.22 * len(names)), layout="constrained")
-    image = axes.imshow(masks[:, :reach], aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
-    axes.set(xlabel="distance (tokens)", ylabel="layer.head", yticks=range(len(names)))
+    kept = masks[:, :reach].masked_fill(masks[:, :reach] == 0, math.nan)
+    image = axes.imshow(kept, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
+    axes.set(xlabel="distance (tokens); white: dropped", ylabel="layer.head", yticks=range(len(names)))
     axes.set_yticklabels(names, fontsize=9)
     axes.grid(False)
     figure.colorbar(image, label="mask")
@@ -1340,11 +1341,12 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
     figure, axes = plt.subplots(L, H, figsize=(2.1 * H, 2.1 * L + 0.4), layout="constrained", squeeze=False)
     for row, (i, attn) in zip(axes, layers.items()):
         for h, (panel, p) in enumerate(zip(row, attn.stats(entries[i][0])["attention_map"].float().cpu())):
-            panel.imshow(p.sqrt(), interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
+            image = panel.imshow(p.sqrt(), interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
             panel.set(title=f"{i}.{h}", xticks=[], yticks=[])
             panel.grid(False)
-    figure.supxlabel("key")
-    figure.supylabel("query (square root of p)")
+    figure.supxlabel("key (a panel for each layer.head)")
+    figure.supylabel("query")
+    figure.colorbar(image, ax=axes, label="square root of p", fraction=0.05, aspect=40)
     save(figure, "attention.png")
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
 CALLS = 2**13  # scores that take the time of a segment's calls
 BLOCKS = (16, 32, 64, 128)  # queries a block
+BATCH = 4  # sequences that the choice of a plan counts with: several share the calls of a segment
 HIDDEN = -1e30  # a logit that softmax turns into an exact 0, without the NaN of a row of infinities
 
 
@@ -81,7 +82,7 @@ def plans(table, prefix, sdpa=True):
         new = row, 1, make_plan(row.tobytes(), full and sdpa, P)
         if groups and groups[-1][2].block and new[2].block:
             either, n = groups[-1][0] | row, groups[-1][1] + 1
-            both = make_plan(either.tobytes(), False, P)
+            both = make_plan(either.tobytes(), False, P, n)
             apart = sum(cost(plan, T, n) for _, n, plan in (groups[-1], new))
             if n <= together(both, T) and cost(both, T, n) <= apart:
                 groups.pop()
@@ -91,7 +92,7 @@ def plans(table, prefix, sdpa=True):
 
 
 @functools.lru_cache(4096)
-def make_plan(kept, full, prefix):
+def make_plan(kept, full, prefix, heads=1):
     """The cheapest plan for a row of kept distances, by `cost`. A gap is worth a run of its own where it is longer than
     a block; distances that are all multiples of some number fall into that many shorter sequences."""
     offsets, T = np.flatnonzero(np.frombuffer(kept, dtype=bool)), len(kept)
@@ -99,7 +100,7 @@ def make_plan(kept, full, prefix):
         return Plan(1, 0, (), 0)
     stride = 1 if prefix or len(offsets) < 2 else max(1, int(np.gcd.reduce(offsets)))
     candidates = [Plan(stride, block, split(offsets // stride, block), prefix) for block in BLOCKS]
-    return min(candidates, key=lambda plan: cost(plan, T))
+    return min(candidates, key=lambda plan: cost(plan, T, heads))
 
 
 def split(offsets, block):
@@ -109,14 +110,17 @@ def split(offsets, block):
     return tuple((int(run[0]), int(run[-1])) for run in np.split(offsets, cuts))
 
 
+@functools.lru_cache(4096)
 def cost(plan, T, heads=1):
     """Nanoseconds of a forward and backward pass over heads that go together, fitted on one AVX-512 core: scores, of
     which small blocks make fewer and slower ones, and the calls of each segment."""
-    parts = segments(plan, -(-T // plan.stride))
+    parts, rows = segments(plan, -(-T // plan.stride)), BATCH * heads
     scores = sum(n * plan.block * width for _, n, _, width in parts)
-    return plan.stride * (heads * scores * (10.7 + 80 / plan.block) + 100_000 * len(parts))
+    calls = len(parts) * -(-rows // together(plan, T))
+    return plan.stride * (rows * scores * (10.7 + 80 / plan.block) + 100_000 * calls)
 
 
+@functools.lru_cache(4096)
 def together(plan, T):
     """Heads or sequences whose blocks fit a segment; 1 where those of one fill it."""
     parts = segments(plan, -(-T // plan.stride))
@@ -192,7 +196,8 @@ class Band:
     def __init__(self, plan, table, prefix, T):
         self.plan, self.C, self.P, self.T, self.m = plan, plan.block, plan.prefix, T, len(table)
         self.parts = segments(plan, T)
-        self.front = max([0] + [hi - a for a, _, runs, _ in self.parts for _, hi, _ in runs])  # zeros before the first key
+        before = [hi - a for a, _, runs, _ in self.parts for _, hi, _ in runs]
+        self.front = max([0, *before])  # rows of zeros before the first key
         self.rows = self.front + -(-T // self.C) * self.C
         C = self.C
         hidden = table.new_full((len(table), C), HIDDEN)
@@ -407,7 +412,8 @@ def segment_backward(band, part, q, do, dq, ks, vs, dks, dvs, sums, dfirst, scal
     band.store(dq, new.bmm(ds, k), part, scale)
     band.add_keys(dks, new.bmm(ds.mT, q), part)
     band.add_keys(dvs, new.bmm(p.mT, do), part)
-    total, place = ds.view(-1, band.m, n, *ds.shape[1:]).sum((0, 2)), band.P  # (m, C, W)
+    total, place = ds.view(-1, band.m, n, *ds.shape[1:]), band.P
+    total = total.sum(0).sum(1) if band.m > 1 else total.flatten(0, 2).sum(0, keepdim=True)  # (m, C, W)
     for i, _, w in runs:
         sums[i][:, :, -w:] += total[:, :, place : place + w]
         place += w

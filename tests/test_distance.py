@@ -60,12 +60,14 @@ def run(inputs, dtype, backend):
 
 
 def agree(found, wanted, tolerances):
+    summed = math.prod(wanted[0].shape[:3])  # queries: a table's gradient is a sum over them, which may cancel
     for name, x, ref, tolerance in zip(("o", "dq", "dk", "dv", "dtable", "dprefix"), found, wanted, tolerances):
         assert x.shape == ref.shape and torch.isfinite(x).all(), name
         if x.numel() and ref.abs().max() < 1e-12:  # exactly 0 (one key): its terms, of size 1, cancel up to rounding
             assert x.abs().max() <= 0.1 * tolerance, f"{name}: {x.abs().max():.1e} for 0"
         elif x.numel():  # a gradient that is 0 but for rounding has the scale of its terms
-            error = ((x - ref).norm() / ref.norm().clamp(min=0.01 * x.numel() ** 0.5)).item()
+            terms = summed if name in ("dtable", "dprefix") else x.numel()
+            error = ((x - ref).norm() / ref.norm().clamp(min=0.01 * terms**0.5)).item()
             assert error <= tolerance, f"{name}: {error:.1e}"
 
 
@@ -92,12 +94,13 @@ def test_every_block_size_and_several_segments(block, kind, fresh_rng, monkeypat
     """Small segments: borders between them, and between rows; the caches hold plans of the usual sizes."""
     monkeypatch.setattr(D, "SEGMENT", 2**13)
     monkeypatch.setattr(D, "BLOCKS", (block,))
-    D.make_plan.cache_clear(), D.segments.cache_clear()
+    caches = D.make_plan, D.segments, D.cost, D.together
+    [cache.cache_clear() for cache in caches]
     try:
         for P, shared in ((0, False), (3, True)):
             compare(draw(3, 300, 2, 8, 8, kind, P, fresh_rng, shared))
     finally:
-        D.make_plan.cache_clear(), D.segments.cache_clear()
+        [cache.cache_clear() for cache in caches]
 
 
 @settings(max_examples=25, deadline=None)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -657,6 +658,21 @@ def test_wandb(tiny, tmp_path, mode):
     assert len(read_log(tmp_path / "run", "iter", "loss")) == 8
     if mode == "offline":
         assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_masks_go_to_wandb_as_histograms(tiny, monkeypatch):
+    """At each evaluation, by layer: spans, periods, kept distances, weights."""
+    wandb, sent = pytest.importorskip("wandb"), []
+    run = SimpleNamespace(log=lambda numbers, step: sent.append((step, numbers)), finish=lambda exit_code: None)
+    monkeypatch.setattr(train, "start_wandb", lambda *_: run)
+    keys = dict(attention_type="adaptive_span,mask_mix", use_triangle_wave_masking=True, span_max=8)
+    assert train.main(tiny(wandb_log=True, max_iters=4, eval_interval=2, **keys)) == 0
+    stats = [(step, n) for step, n in sent if any(name.startswith("stats/") for name in n)]
+    assert [step for step, _ in stats] == [0, 2, 4]
+    for _, numbers in stats:
+        assert {"stats/h.0.span", "stats/h.0.period", "stats/h.0.kept", "stats/h.1.weight"} <= numbers.keys()
+        assert all(isinstance(h, wandb.Histogram) for h in numbers.values())
+    assert sum(stats[-1][1]["stats/h.0.span"].histogram) == 2 and sum(stats[-1][1]["stats/h.1.weight"].histogram) == 5
 
 
 def test_masks_are_logged_and_dry_runs_count_what_they_keep(tiny, tmp_path, capsys):
