@@ -1372,7 +1372,7 @@ def bench_heads(bench, runtime, report):
             rows = [list(row.values())[1:] for row in out.rows]
             columns = [[x for x in column if x is not None] for column in zip(*rows)]
             *means, dead = [statistics.fmean(column) if column else None for column in columns]
-            out.add("all", *means, dead and sum(columns[-1]))
+            out.add("all", *means, None if dead is None else sum(columns[-1]))
 
 
 @torch.no_grad()

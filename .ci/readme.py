@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = (
     "n_layer=1 n_head=2 n_embd=32 block_size=32 batch_size=2 max_iters=4 lr_decay_iters=4 eval_iters=1 eval_interval=2"
 )
+SHAPE = ["--n_layer", "--n_head", "--n_embd", "--block_size"]
 SMALL = {  # what each script is given on top of the README's own arguments
     "train.py": TINY.split() + ["log_interval=1", "device=cpu", "eval_batch_size=512"],
     "sample.py": ["max_new_tokens=20", "device=cpu"],
@@ -55,7 +56,9 @@ def main():
         for line in lines:
             words = shlex.split(line, comments=True)
             script = next(word for word in words if word.endswith(".py"))
-            extra = [f"--{key}" for key in SMALL.get(script, []) if f"--{key.split('=')[0]}=" not in line]
+            given = [word.split("=")[0] for word in words]
+            given += SHAPE if "skip_trigrams" in line else []  # the vocabulary decides it
+            extra = [f"--{key}" for key in SMALL.get(script, []) if f"--{key.split('=')[0]}" not in given]
             if words[0] == "python":
                 words[0] = sys.executable
             elif words[0] == "torchrun":
