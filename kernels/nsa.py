@@ -30,6 +30,7 @@ SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
     4096: (32, 16, 64, 16, 512),
 }
 FORCED = 3  # a query's own block, block 0 and the block before its own
+RESOLUTION = 2.0**-20  # of attention: blocks whose scores are nearer are equal, however they were rounded
 QUERIES = 64  # queries in a tile of the compressed and the window branch
 ROWS = 64  # scores in a tile of the selected branch, along the queries
 SCORES = 2**18  # scores that are worked on at a time, so that they stay in cache
@@ -85,7 +86,8 @@ def nsa_compressed_dense(q, k, v, block, stride, select_block, select_count, off
     for b, h, i in torch.cartesian_prod(*map(torch.arange, (B, Hk, T))).tolist():
         own = (offset + i) // select_block
         forced = list(dict.fromkeys((own, 0, max(own - 1, 0))))
-        rest = sorted((j for j in range(own) if j not in forced), key=lambda j: -score[b, h, i, j].item())
+        rank = {j: (round(score[b, h, i, j].item() / RESOLUTION), j) for j in range(own) if j not in forced}
+        rest = sorted(rank, key=rank.get, reverse=True)  # of equal ones the most recent
         chosen = (forced + rest)[:select_count]
         index[b, i, h, : len(chosen)] = torch.tensor(chosen)
     return o, index
@@ -190,9 +192,10 @@ def compressed_forward(q, k, v, scale, block, stride, select_block, select_count
         if count > 0:
             p = p.unflatten(1, (hi - lo, -1)).sum(2)  # over the group's heads
             score = importance(p, n_blocks, block, stride, select_block)
-            late = torch.arange(1, n_blocks + 1, device=q.device) > own[lo:hi, None] - 2
-            score, best = score.masked_fill_(late, -1.0).topk(count, -1, sorted=False)
-            index[rows, lo:hi, FORCED : FORCED + count] = (best + 1).masked_fill_(score < 0, -1)
+            candidate = torch.arange(1, n_blocks + 1, device=q.device)
+            rank = score.div_(RESOLUTION).round_().long().mul_(n_blocks + 1).add_(candidate)  # no two are equal
+            rank, best = rank.masked_fill_(candidate > own[lo:hi, None] - 2, -1).topk(count, -1, sorted=False)
+            index[rows, lo:hi, FORCED : FORCED + count] = (best + 1).masked_fill_(rank < 0, -1)
     index = index.view(B, Hk, T, -1).transpose(1, 2).contiguous()
     return ungrouped(o, like), index
 

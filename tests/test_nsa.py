@@ -281,6 +281,21 @@ def test_fla_definitions(H, Hk):
     assert torch.equal(index.sort(-1)[0], wanted.sort(-1)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_blocks_are_chosen_by_recency(dtype):
+    """A compressed block that lies half in one selectable block and half in the next gives both the same score, up to
+    rounding: the choice must not hang on that, or a step and a forward pass would read different tokens."""
+    sizes, (q, k, v, _) = (8, 4, 8, 4), draw_compressed(2, 64, 2, 1, 16, (8, 4, 8, 4))
+    q, k, v = q.to(dtype), 0.1 * k.to(dtype), v.to(dtype)
+    q[..., 0], k[:, 7, :, 0] = 20.0, 20.0  # tokens 28 to 35: blocks 3 and 4
+    index = nsa_compressed(q, k, v, *sizes)[1]
+    assert (index[:, 48:56] == 4).any(-1).all() and not (index[:, 48:56] == 3).any()
+    assert torch.equal(index.sort(-1)[0], K.nsa_compressed_dense(q, k, v, *sizes)[1].sort(-1)[0])
+    for t in range(48, 56):
+        one = nsa_compressed(q[:, t : t + 1], k[:, : (t - 7) // 4 + 1], v[:, : (t - 7) // 4 + 1], *sizes, offset=t)[1]
+        assert torch.equal(one.sort(-1)[0], index[:, t : t + 1].sort(-1)[0])
+
+
 def lucidrains(H, Hk, window, count):
     """The public module as far as the definitions agree: no norm, no rotary positions; K and V are those of all
     branches. Its window is one token longer than it says."""
