@@ -49,7 +49,7 @@ import kernels.gla
 import kernels.gsa
 from config import ConfigError, key
 from data import DataError, Dataset, SymbolsCodec, windows, write_meta, write_split
-from kernels.distance import distance, plans
+from kernels.distance import distance, paths
 from kernels.gla import gla
 from kernels.gsa import gsa
 from kernels.nsa import (
@@ -769,6 +769,7 @@ OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T
     "gsa": lambda q, k, v, g, s, backend="auto": gsa(q, k, v, -torch.expm1(s), s, scale=1.0, backend=backend)[0],
     "nsa": nsa,
 }
+BANDED = functools.partial(distance, backend="banded")
 WITH_TABLES = ("performer", "span", "mask_mix")  # these take q, k, v, and features or a mask by distance
 
 
@@ -874,6 +875,8 @@ def operator_rows(names, shape, bench, runtime):
             for span in numbers(bench.spans, "spans"):
                 table = ((span - x) / 32).clamp(0, 1).log().repeat(H, 1)
                 rows[f"span {span}"] = distance, [*qkv, table.requires_grad_()]
+                if runtime.device_type == "cuda":  # where FlexAttention is taken: the form that it must beat
+                    rows[f"span {span}, banded"] = BANDED, rows[f"span {span}"][1]
         elif name == "mask_mix":
             kept = [o for o in numbers(bench.offsets, "offsets") if o < T]
             table = torch.full((1, T), -math.inf, device=runtime.device)
@@ -908,7 +911,7 @@ def oracle(name, call):
     """What defines the operator of a row, and its other forms are tested against; None for peers and layers."""
     if name == "softmax":  # a mask by distance that masks nothing
         return lambda q, k, v, *_: distance(q, k, v, q.new_zeros(1, q.shape[1]), backend="dense").transpose(1, 2)
-    if call is distance:
+    if call in (distance, BANDED):
         return functools.partial(distance, backend="dense")
     if name == "performer":
         return functools.partial(performer_with, call.args[0].double(), backend="recurrent")
@@ -1232,13 +1235,13 @@ def mask_table(folder, layers, c, report):
         for i, attn in layers.items():
             stats, (table, first) = attn.stats(), attn.log_mask(c.block_size)
             first = table.new_empty(len(table), 0, c.block_size) if first is None else first
-            paths = [str(path) for path in plans(table.detach(), first)]
+            computed = [path for path, _ in paths(table.detach(), first, c.d_head)]
             names = c.mask_mix_candidates.split(",")
             for h in range(len(table)):
                 row = [float(stats[name][h]) if name in stats else None for name in ("span", "period", "offset")]
                 weights = stats["weight"][h].tolist() if "weight" in stats else []
                 shown = " ".join(f"{name} {w:.3f}" for name, w in zip(names, weights))
-                out.add(i, str(h) if len(table) > 1 else "all", *row, int(stats["kept"][h]), paths[h], shown)
+                out.add(i, str(h) if len(table) > 1 else "all", *row, int(stats["kept"][h]), computed[h], shown)
 
 
 def mask_costs(folder, layers, c, bench, runtime, report):

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import build, key
-from kernels.distance import distance, executed_pairs, plans
+from kernels.distance import distance, paths
 from kernels.gated import executed_pairs as gated_pairs
 from kernels.gated import gated
 from kernels.gla import gla
@@ -537,7 +537,7 @@ class DistanceAttention(SoftmaxAttention):
         first = table.new_empty(len(table), 0, T) if first is None else first
         P, each = min(T, first.size(1)), 4 * self.d_head * self.n_head // len(table)
         seen = (table > -math.inf).sum(0).double() @ (T - torch.arange(T, device=table.device)).double()
-        executed = sum(executed_pairs(plan, T) for plan in plans(table, first))
+        executed = sum(pairs for _, pairs in paths(table, first, self.d_head))
         for s in range(P):  # the first keys have masks of their own
             seen += (first[:, s, : T - s] > -math.inf).sum() - (table[:, : T - s] > -math.inf).sum()
         return each * int(seen), each * executed

@@ -3,10 +3,11 @@
     o_t = sum_s p_ts v_s,   p_ts = softmax_s(scale q_t . k_s + table[t - s]),   s <= t      table (H, T), -inf: dropped
     prefix[s, t - s] stands in place of the table for the first P keys                      prefix (H, P, T)
 
-`distance` is the public function. A query that sees no key has output 0. Two forms of the same equations: `dense`, the
-oracle; `banded`, which reads the kept distances off the table at each call (nothing can be stale) and computes only
-blocks that hold some. Axes: B batch, T time, H heads, D key width, V value width, C queries a block, W keys that a
-block sees, n blocks in a segment, R rows (batch and heads worked on together), N = R * n.
+`distance` is the public function. A query that sees no key has output 0. Three forms of the same equations: `dense`,
+the oracle; `banded`, which reads the kept distances off the table at each call (nothing can be stale) and computes only
+blocks that hold some; `flex`, PyTorch's FlexAttention over the blocks that hold some, for GPUs. Axes: B batch, T time,
+H heads, D key width, V value width, C queries a block, W keys that a block sees, n blocks in a segment, R rows (batch
+and heads worked on together), N = R * n.
 """
 
 import functools
@@ -17,11 +18,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
 CALLS = 2**13  # scores that take the time of a segment's calls
 BLOCKS = (16, 32, 64, 128)  # queries a block
 BATCH = 4  # sequences that the choice of a plan counts with: several share the calls of a segment
+TILE = 128  # queries and keys of a block of FlexAttention
 HIDDEN = -1e30  # a logit that softmax turns into an exact 0, without the NaN of a row of infinities
 
 
@@ -473,7 +476,72 @@ def backward(ctx, do, _):
 distance_op.register_autograd(backward, setup_context=setup_context)
 
 
+# ----------------------------------------------------------------------------- FlexAttention
+
+
+def flex_fits(x, T, width):
+    """Whether FlexAttention takes inputs like x of T tokens, the narrower of keys and values `width` wide: it has no
+    backward pass on a CPU, no fp64, and is compiled anew for each length, so odd ones are left to the banded form."""
+    return x.device.type == "cuda" and x.dtype != torch.float64 and T % TILE == 0 and width >= 16
+
+
+def seen_tiles(table, prefix):
+    """(H or 1, n, n) tiles of TILE queries by TILE keys that hold a kept distance, or some of the first keys. In tile
+    (i, j) are the distances TILE (i - j - 1) + 1 .. TILE (i - j + 1) - 1."""
+    n = -(-table.shape[1] // TILE)
+    kept = F.pad(table > -math.inf, (0, n * TILE - table.shape[1])).unflatten(1, (n, TILE))
+    some = kept.any(2)
+    some[:, 1:] |= kept[:, :-1, 1:].any(2)
+    i = torch.arange(n, device=table.device)
+    far = i[:, None] - i
+    seen = some[:, far.clamp(min=0)] | (i * TILE < prefix.shape[1])
+    return seen & (far >= 0)
+
+
+def distance_flex(q, k, v, table, prefix, scale):
+    """One fused kernel over the seen tiles, for each head its own. The tiles are made of the table on its device, so
+    that a change of the kept set is a change of data: nothing waits for the GPU, nothing is compiled again."""
+    T, H, shared, P = q.shape[1], q.shape[2], len(table) == 1, prefix.shape[1]
+    table = torch.where(is_one(table), 0.0, table)
+    kept, kept_first = table > -math.inf, prefix > -math.inf
+    bias, first = table.clamp(min=HIDDEN), prefix.clamp(min=HIDDEN)
+
+    def pick(of_distance, of_first, h, t, s):
+        h, far = torch.zeros_like(h) if shared else h, (t - s).clamp(min=0)
+        found = of_distance[h, far]
+        return torch.where(s < P, of_first[h, s.clamp(max=P - 1), far], found) if P else found
+
+    def mask_mod(b, h, t, s):
+        return pick(kept, kept_first, h, t, s) & (t >= s)
+
+    def score_mod(score, b, h, t, s):
+        return score + pick(bias, first, h, t, s)
+
+    seen = seen_tiles(table, prefix).expand(H, -1, -1)[None].int()  # (1, H, n, n)
+    order = seen.argsort(dim=-1, descending=True, stable=True).int()
+    tiles = BlockMask.from_kv_blocks(
+        seen.sum(-1, dtype=torch.int32), order, BLOCK_SIZE=TILE, mask_mod=mask_mod, seq_lengths=(T, T)
+    )
+    xs = (x.transpose(1, 2) for x in (q, k, v))
+    return flex_attention(*xs, score_mod=score_mod, block_mask=tiles, scale=scale).transpose(1, 2)
+
+
+@functools.cache
+def compiled_flex():
+    return torch.compile(distance_flex, dynamic=False)
+
+
 # ----------------------------------------------------------------------------- public
+
+
+def paths(table, prefix, width):
+    """(what computes it, query-key pairs that a forward pass computes) for each row of the table, on the table's device
+    and of its precision; width: the smaller of D and V."""
+    T = table.shape[1]
+    if not flex_fits(table, T, width):
+        return [(str(plan), executed_pairs(plan, T)) for plan in plans(table, prefix)]
+    tiles, n = seen_tiles(table, prefix).sum((1, 2)).tolist(), T // TILE
+    return [(f"FlexAttention, {m} of {n * (n + 1) // 2} blocks of {TILE}", m * TILE**2) for m in tiles]
 
 
 def distance(q, k, v, table, prefix=None, scale=None, backend="auto"):
@@ -481,8 +549,9 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto"):
 
     q, k (B, T, H, D)   v (B, T, H, V)   table (H or 1, T) log-mask of distances 0 .. T-1, -inf drops one
     prefix (H or 1, P, T) log-mask of the first P keys by distance, in place of the table   scale: D^-1/2 unless given
-    backend: auto | banded | dense. Dropped distances are not computed, and have gradient 0. So has a table row of
-    zeros: it is the constant mask of 1 and, on a CPU, PyTorch's causal attention.
+    backend: auto (flex on a GPU where `flex_fits`, else banded) | banded | flex | dense. Dropped distances are not
+    computed, and have gradient 0. So has a table row of zeros: it is the constant mask of 1 and, on a CPU, PyTorch's
+    causal attention.
     """
     check(q, k, v, table, prefix, backend)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
@@ -492,6 +561,9 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto"):
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if backend == "dense":
         return distance_dense(q, k, v, table, prefix, scale)
+    if backend == "flex" or (backend == "auto" and flex_fits(q, q.shape[1], min(q.shape[3], v.shape[3]))):
+        flex = compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else distance_flex
+        return flex(q, k, v, table, prefix, scale)
     return distance_op(q, k, v, table, prefix, scale)[0]
 
 
@@ -507,5 +579,5 @@ def check(q, k, v, table, prefix, backend):
         raise ValueError(f"distance: table must be {(H, T)} or {(1, T)}, got {tuple(table.shape)}")
     if prefix is not None and (prefix.dim() != 3 or (prefix.shape[0], prefix.shape[2]) != tuple(table.shape)):
         raise ValueError(f"distance: prefix must be ({table.shape[0]}, P, {T}), got {tuple(prefix.shape)}")
-    if backend not in ("auto", "banded", "dense"):
-        raise ValueError(f"distance: backend must be auto, banded or dense, got {backend!r}")
+    if backend not in ("auto", "banded", "flex", "dense"):
+        raise ValueError(f"distance: backend must be auto, banded, flex or dense, got {backend!r}")
