@@ -1383,7 +1383,7 @@ class GPT(nn.Module):
         values in `overrides` replace the stored ones; what then does not fit is in `model.loaded`."""
         stored = read_checkpoint(out_dir, name)
         model = cls(stored_config(stored, **overrides))
-        model.loaded = load_weights(model, stored["model"])
+        model.loaded = load_weights(model, stored["model"], stored_config(stored))
         return model
 
     @classmethod
@@ -1405,7 +1405,7 @@ class GPT(nn.Module):
         shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions)
         shape |= dict(vocab_size=c.vocab_size, bias=True, gelu=gelu, mlp_hidden=c.n_inner or 0)
         model = cls(build(GPTConfig, shape | overrides))
-        model.loaded = load_weights(model, gpt2_names(hf.state_dict()))
+        model.loaded = load_weights(model, gpt2_names(hf.state_dict()), build(GPTConfig, shape))
         return model
 
 
@@ -1469,17 +1469,21 @@ class LoadReport:
 
 
 @torch.no_grad()
-def load_weights(model, weights):
+def load_weights(model, weights, source):
     """Copy into `model` each tensor of `weights` that fits by name and shape; report the rest. A longer position table
-    gives its first block_size rows; of softmax attention the rows of q, k and v go where the attention has as many."""
+    gives its first block_size rows; rows of q, k and v go where the attention has as many. What the rows of c_attn are
+    `source` says, the GPTConfig of the model that the weights are from."""
     own = model.state_dict()  # shares storage with the parameters
+    with torch.device("meta"):
+        rows = {name: list(getattr(ATTENTION[name](source), "parts", ())) for name in set(source.types())}
+    rows = {f"transformer.h.{i}.attn": rows[name] for i, name in enumerate(source.types())}
     copied, left, partly = [], [], {}
     for name, value in weights.items():
         layer, projections, _ = name.rpartition(".c_attn.")
         if projections and name in own:
-            attn, softmax = model.get_submodule(layer), is_softmax(layer, weights)
-            if own[name].shape != value.shape or (softmax and list(attn.parts) != ["q", "k", "v"]):
-                partly[name] = taken = copy_projections(attn, own[name], value) if softmax else []
+            attn, parts = model.get_submodule(layer), rows.get(layer)
+            if own[name].shape != value.shape or list(attn.parts) != parts:
+                partly[name] = taken = copy_projections(attn, own[name], value) if parts == [*"qkv"] else []
                 missing = [part for part in "qkv" if not any(part in other.split("_")[0] for other in taken)]
                 copied += [f"{name}[{','.join(taken)}]"] if taken else []
                 left += [f"{name}[{','.join(missing)}]"] if missing else []
@@ -1501,12 +1505,6 @@ def load_weights(model, weights):
             rest = [part for part in parts if part not in taken]
             new += [f"{name}[{','.join(rest)}]"] if rest else []
     return LoadReport(copied, new, left)
-
-
-def is_softmax(layer, weights):
-    """Whether a checkpoint's attention layer has the projections of softmax attention alone: c_attn is q, k, v."""
-    tensors = [name.removeprefix(f"{layer}.") for name in weights if name.startswith(f"{layer}.")]
-    return all(name.startswith(("c_attn.", "c_proj.")) for name in tensors)
 
 
 def copy_projections(attn, own, value):

@@ -107,11 +107,11 @@ def test_missing_gpt2_is_one_line(tmp_path):
 
 
 def test_what_is_new_is_listed():
-    report = load_weights(make(), make(attention_type="none").state_dict())
+    report = load_weights(make(), (other := make(attention_type="none")).state_dict(), other.config)
     assert (
         report.left == [] and all(".attn." in name or ".ln_1." in name for name in report.new) and len(report.new) == 6
     )
-    wrong = load_weights(make(), make(n_embd=16).state_dict())
+    wrong = load_weights(make(), (other := make(n_embd=16)).state_dict(), other.config)
     assert wrong.copied == [] and "transformer.wte.weight" in wrong.left and "transformer.wte.weight" in wrong.new
 
 
