@@ -14,7 +14,9 @@
     python bench.py --compare=A.json,B.json --fail_below=0.95   # the speeds of two files, for who changed a kernel
 
 Timings are medians over interleaved rounds (A B A B), with minimum and maximum, so that a drifting machine favours
-none of them; a range of more than half is printed alone, marked `wide`. Every table goes into --json as well:
+none of them; a range of more than half is printed alone, marked `wide`. Shares of the matmul peak count what a forward
+pass executes three times; shares of the copy bandwidth the weights, states and keys that a token must read. Every table
+goes into --json as well, after each part of --what=all:
 
     schema    1
     what      the value of --what, `time` when it ended (UTC), `commit` of the code
@@ -38,6 +40,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -62,7 +65,7 @@ from kernels.nsa import (
     nsa_window_dense,
 )  # fmt: skip
 from kernels.performer import performer
-from model import ATTENTION, GPT, GPTConfig, ModelError, random_features, read_checkpoint
+from model import ATTENTION, GPT, GPTConfig, ModelError, matrix_size, random_features, read_checkpoint
 from train import Run, TrainConfig, World, eval_window, evaluate, git_commit, progress_bar, token_nats, write_atomically
 
 NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a long block
@@ -143,8 +146,8 @@ class Table:
     """Rows of cells under headings that name the unit; the first `keys` cells name a row. A cell is text, a number,
     None or a list: one number for each round. As a context it prints itself at its end, even if an error cut it."""
 
-    def __init__(self, title, columns, keys):
-        self.title, self.keys, self.rows = title, keys, []
+    def __init__(self, name, title, columns, keys=1):
+        self.name, self.title, self.keys, self.rows = name, title, keys, []
         self.specs = dict(columns) if isinstance(columns, dict) else dict.fromkeys(columns.split(", "))
 
     def add(self, *cells):
@@ -154,6 +157,9 @@ class Table:
         return self
 
     def __exit__(self, *_):
+        self.show()
+
+    def show(self):
         print("\n".join(["", self.title, "", *self.lines()]), flush=True)
 
     def lines(self):
@@ -169,13 +175,9 @@ class Table:
     def text(self, name, cell):
         if cell is None or isinstance(cell, str):
             return cell or "-"
-        return (
-            spread(cell)
-            if isinstance(cell, list)
-            else format(cell, self.specs[name])
-            if self.specs[name]
-            else number(cell)
-        )
+        if isinstance(cell, list):
+            return spread(cell)
+        return format(cell, self.specs[name]) if self.specs[name] else number(cell)
 
 
 class Report:
@@ -186,7 +188,7 @@ class Report:
         self.runtime, self.config = runtime, {"bench": asdict(bench), "model": model_keys}
 
     def table(self, name, title, columns, keys=1):
-        self.tables[name] = Table(title, columns, keys)
+        self.tables[name] = Table(name, title, columns, keys)
         return self.tables[name]
 
     def note(self, text):
@@ -203,8 +205,20 @@ class Report:
             hint = "" if torch.get_num_threads() == 1 else "; OMP_NUM_THREADS=1 times by the processor's own clock"
             self.note(f"load average {load:.1f} on {cores} cores: other work shares them{hint}")
 
+    def share_of_peak(self, forward, seconds):
+        """The measured matmul peak's share of a forward and backward pass, for each round: operations that the forward
+        pass executes (None: nobody counted them), and twice as many for the backward pass, which executes no fewer."""
+        return None if forward is None else [3 * forward / 1e9 / self.peaks["matmul_gflops"] / s for s in seconds]
+
+    def share_of_bandwidth(self, bytes, seconds):
+        """The measured copy bandwidth's share of reading so many bytes, for each round: what a cache holds is read
+        faster than that, and then no share is given."""
+        shares = [bytes / 1e9 / self.peaks["copy_gb_s"] / s for s in seconds]
+        return shares if max(shares) <= 1 else "above 1: from caches"
+
     def write(self):
-        if not self.path or not self.tables:
+        """After each part of a measurement, what there is until then."""
+        if not self.path or not any(t.rows for t in self.tables.values()):
             return
         r = self.runtime
         machine = {"device": r.device, "dtype": r.dtype, "threads": torch.get_num_threads(), "processor": processor(r)}
@@ -254,7 +268,8 @@ def compare(bench, report):
     common = [(key, c) for key, c in common if not c.endswith(("(ratio)", "(share)"))]
     if not common:
         raise ConfigError(f"--compare={bench.compare}: nothing that was timed is in both files")
-    columns = "table, row, measured, A, B, speed of B / A (ratio), beside softmax (ratio), too slow"
+    columns = "table, row, measured, A (in its unit), B (in its unit), speed of B / A (ratio), beside softmax (ratio), "
+    columns += "too slow"
     with report.table("compare", f"A is {paths[0]}, B is {paths[1]}; above 1 is faster", columns, keys=3) as table:
         for key, column in common:
             cells, reference, beside = (a[key][column], b[key][column]), (key[0], "softmax", *key[2:]), None
@@ -405,9 +420,13 @@ def peak_memory(step, device_type):
 
 LAYER = dict(n_layer=1, n_head=4, n_embd=256)
 LAYER_TOKENS = 4096  # of a call, whatever T
-SWEEP = "attention, T (tokens), batch, forward (ms), forward + backward (ms), of softmax (ratio), peak memory (MiB), "
-SWEEP += "decoding (tokens/s), state (bytes), nominal (MFLOP), executed (MFLOP), saved of softmax's (share), "
-SWEEP += "of the matmul peak (share)"
+SWEEP = "attention, T (tokens), batch (sequences), forward (ms), forward + backward (ms), of softmax (ratio), "
+SWEEP += "of the matmul peak (share), decoding (tokens/s), state (bytes), peak memory (MiB), nominal (MFLOP), "
+SWEEP += "executed (MFLOP), saved of softmax's (share)"
+PARTS = {  # of what is printed: a table for what training costs, and one for decoding and what needs no clock
+    "overview": SWEEP.split(", ")[:2] + SWEEP.split(", ")[3:7] + ["crossover with softmax (tokens)"],
+    "overview, further": SWEEP.split(", ")[:2] + SWEEP.split(", ")[7:],
+}
 
 
 @dataclass
@@ -469,8 +488,7 @@ class Layer:
     def operations(self):
         """(nominal, executed) of the attention of a sequence, and all that a forward pass of the layer executes."""
         nominal, executed = self.attn.flops(self.x.size(1))
-        matrices = sum(m.weight.numel() for m in self.attn.modules() if isinstance(m, nn.Linear))
-        return nominal, executed, self.x.size(0) * (executed + 2 * self.x.size(1) * matrices)
+        return nominal, executed, self.x.size(0) * (executed + 2 * self.x.size(1) * matrix_size(self.attn))
 
 
 def tolerance(report):
@@ -521,22 +539,31 @@ def overview(types, shape, bench, runtime, report):
         ratio = [a / b for a, b in zip(both, times["softmax", T, "both"])]
         nominal, executed, whole = layer.operations()
         saved = 1 - executed / layers["softmax", T].operations()[1]
-        share = [3 * whole / 1e9 / report.peaks["matmul_gflops"] / s for s in both]
-        row = (t, T, layer.x.size(0), [1e3 * s for s in forward], [1e3 * s for s in both], ratio, memory[t, T])
-        row += ([1 / s for s in decode], decoders[t, T][1], nominal / 1e6, executed / 1e6, saved, share)
+        share = report.share_of_peak(whole, both)
+        row = (t, T, layer.x.size(0), [1e3 * s for s in forward], [1e3 * s for s in both], ratio, share)
+        row += ([1 / s for s in decode], decoders[t, T][1], memory[t, T], nominal / 1e6, executed / 1e6, saved)
         sweep.add(*row)
-    done = len(next(iter(times.values())))
-    title = f"a layer of n_embd {shape['n_embd']}, n_head {shape['n_head']}, as initialised, projections included; "
-    title += f"{sweep.rows[0]['batch'] * lengths[0]:,} tokens or a sequence a call, {done} rounds; operations: "
-    title += "attention, forward, one sequence; crossover: no slower than softmax from there on"
-    columns = [c for c in SWEEP.split(", ") if c != "batch"]
-    with report.table("overview", title, ", ".join(columns) + ", crossover with softmax (tokens)", keys=2) as table:
-        for row in sweep.rows:
-            if row["T (tokens)"] in (lengths[0], lengths[-1]):
-                ratios = [r["of softmax (ratio)"] for r in sweep.rows if r["attention"] == row["attention"]]
-                cross = crossover(lengths, ratios) if row["attention"] != "softmax" else None
-                table.add(*(row[c] for c in columns), cross)
+    rounds, tokens = len(next(iter(times.values()))), sweep.rows[0]["batch (sequences)"] * lengths[0]
+    title = f"a layer of n_embd {shape['n_embd']}, n_head {shape['n_head']}, as initialised, projections included, "
+    title += f"{tokens:,} tokens or a sequence a call, {rounds} rounds; crossover: no slower than softmax from there on"
+    further = "decoding after T - 1 tokens; memory of a forward and backward pass; operations of attention, forward, "
+    for table in summary(sweep.rows, title, further + "one sequence"):
+        report.tables[table.name] = table
+        table.show()
     plot_overview(sweep, bench.png or "bench.png")
+
+
+def summary(sweep, *titles):
+    """The tables that are printed of the sweep's rows, at the shortest and the longest T."""
+    lengths, tables = sorted({row["T (tokens)"] for row in sweep}), []
+    for (name, columns), title in zip(PARTS.items(), titles):
+        tables.append(Table(name, title, ", ".join(columns), keys=2))
+        for row in sweep:
+            if row["T (tokens)"] in (lengths[0], lengths[-1]):
+                ratios = [r["of softmax (ratio)"] for r in sweep if r["attention"] == row["attention"]]
+                cross = crossover(lengths, ratios) if row["attention"] != "softmax" else None
+                tables[-1].add(*(row.get(column, cross) for column in columns))
+    return tables
 
 
 def crossover(lengths, ratios):
@@ -572,7 +599,7 @@ def plot_overview(sweep, path):
             rows = [row for row in sweep.rows if row["attention"] == name and row[column] is not None]
             cells = [row[column] if isinstance(row[column], list) else [row[column]] for row in rows]
             lengths = [row["T (tokens)"] for row in rows]
-            ys = [[drawn(y, r["batch"] * T) for y in cell] for r, T, cell in zip(rows, lengths, cells)]
+            ys = [[drawn(y, r["batch (sequences)"] * T) for y in cell] for r, T, cell in zip(rows, lengths, cells)]
             style = LINES[i % len(LINES)] if i else dict(color="black", linewidth=2.5)
             axis.plot(lengths, [statistics.median(y) for y in ys], label=name, **style)
             axis.fill_between(lengths, [min(y) for y in ys], [max(y) for y in ys], color=style["color"], alpha=0.15)
@@ -654,8 +681,9 @@ def our_step(model, cfg, runtime, folder):
 
 
 def bench_steps(shapes, bench, runtime, report):
-    columns = "attention, n_layer, n_head, n_embd, block, batch, vocab, parameters, MFLOP/token, step (ms), tokens/s, "
-    columns += "plain stack (ms), ours / plain (ratio), of the peak (share)"
+    columns = "attention, n_layer (layers), n_head (heads), n_embd (channels), block (tokens), batch (sequences), "
+    columns += "vocabulary (ids), parameters (count), step (ms), tokens/s, plain stack (ms), ours / plain (ratio), "
+    columns += "nanoGPT's count (MFLOP/token), of the peak by it (share), of the matmul peak (share)"
     title = f"training steps, {bench.rounds} rounds; the plain stack is softmax attention from torch.nn"
     with report.table("step", title, columns, keys=7) as table:
         for shape in shapes:
@@ -681,11 +709,14 @@ def bench_step(shape, bench, runtime, report, table):
     peaks.append(matmul_peak(runtime, bench.seconds) / 1e9)  # the machine drifts: the highest is the peak
     report.peaks["matmul_gflops"] = max(peaks)
     tokens, N = batch_size * c.block_size, model.num_params()
-    per_token = 6 * N + 12 * c.n_layer * c.n_head * c.d_head * c.block_size
-    rates = [1000 * tokens / t for t in ours]
-    share = statistics.median(rates) * per_token / 1e9 / max(peaks)
-    row = (c.attention_type, c.n_layer, c.n_head, c.n_embd, c.block_size, batch_size, c.vocab_size, N, per_token / 1e6)
-    table.add(*row, ours, rates, plain, [a / b for a, b in zip(ours, plain)], share)
+    rates, counted, share = [1000 * tokens / t for t in ours], None, None
+    if c.attention_type == "softmax":  # what it takes for attention is softmax attention's, of a full T x T
+        counted = 6 * N + 12 * c.n_layer * c.n_head * c.d_head * c.block_size
+        share = statistics.median(rates) * counted / 1e9 / max(peaks)
+    executed = report.share_of_peak(batch_size * model.flops(c.block_size)[1], [t / 1000 for t in ours])
+    row = (c.attention_type, c.n_layer, c.n_head, c.n_embd, c.block_size, batch_size, c.vocab_size, N)
+    row += (ours, rates, plain, [a / b for a, b in zip(ours, plain)], counted and counted / 1e6, share, executed)
+    table.add(*row)
 
 
 # -----------------------------------------------------------------------------
@@ -717,14 +748,16 @@ def steps_beside(models, bench, runtime, report):
         times = interleaved(steps, bench.rounds, bench.seconds, runtime, "steps", pick=statistics.mean)
     title = f"training steps: n_layer {c.n_layer}, n_head {c.n_head}, n_embd {c.n_embd}, block {c.block_size}, "
     title += f"batch {batch_size}; operations of attention, forward, as a share of {first}'s"
-    columns = f"model, kept (distances), nominal (share), executed (share), step (ms), of {first}'s (ratio)"
+    columns = f"model, kept (distances), nominal (share), executed (share), step (ms), of {first}'s (ratio), "
+    columns += "of the matmul peak (share)"
     full = attention_flops(models[first])[0]
     with report.table("steps beside", title, columns) as table:
         for name, model in models.items():
             kept = [b.attn.stats()["kept"].float() for b in model.transformer.h if hasattr(b.attn, "log_mask")]
             kept = float(torch.cat(kept).mean()) if kept else None
             ms, ratio = [1000 * t for t in times[name]], [a / b for a, b in zip(times[name], times[first])]
-            table.add(name, kept, *(f / full for f in attention_flops(model)), ms, ratio)
+            share = report.share_of_peak(batch_size * model.flops(c.block_size)[1], times[name])
+            table.add(name, kept, *(f / full for f in attention_flops(model)), ms, ratio, share)
 
 
 def attention_flops(model):
@@ -952,7 +985,8 @@ def bench_operators(bench, runtime, report):
     kernels.gla.AUTOTUNE = kernels.gsa.AUTOTUNE = bench.autotune
     title = f"operators: 64 slots, 256 features, {bench.rounds} rounds; memory beyond the inputs, forward + backward"
     columns = "operator, B x T x H x K x V, forward (ms), forward + backward (ms), of softmax (ratio), ns/token, "
-    with report.table("ops", title, columns + "peak memory (MiB)", keys=2) as table:
+    columns += "of the matmul peak (share), peak memory (MiB)"
+    with report.table("ops", title, columns, keys=2) as table:
         for shape in parse_shapes(bench.shapes):
             operators_at(shape, names, bench, runtime, report, table)
 
@@ -978,8 +1012,19 @@ def operators_at(shape, names, bench, runtime, report, table):
     for name in rows:
         ratio = [a / b for a, b in zip(both[name], both["softmax"])]
         each = [1e6 * t / (shape[0] * shape[1]) for t in both[name]]
+        share = report.share_of_peak(operations(name, *rows[name], shape), [t / 1000 for t in both[name]])
         memory = peak_memory(steps[name], runtime.device_type)
-        table.add(name, " x ".join(map(str, shape)), forward[name], both[name], ratio, each, memory)
+        table.add(name, " x ".join(map(str, shape)), forward[name], both[name], ratio, each, share, memory)
+
+
+def operations(name, call, inputs, shape):
+    """What a forward pass of an operator executes, as the layer that it is of counts it; None for what no layer here
+    is made of."""
+    B, T, H, K, V = shape
+    sizes = SimpleNamespace(n_head=H, d_head=(K + V) / 2, d_k=K, d_v=V, n_slot=64, n_feature=256, n_kv=1, mean=True)
+    sizes.sizes, sizes.log_mask = nsa_sizes(T), lambda T: (inputs[3].detach(), None)
+    kind = "mask_mix" if call is distance else {"gla_exact": "gla"}.get(name, name)
+    return B * ATTENTION[kind].flops(sizes, T)[1] if kind in ATTENTION else None
 
 
 # -----------------------------------------------------------------------------
@@ -990,11 +1035,10 @@ def bench_decode(c, bench, runtime, report):
     """Greedy sampling after 12 tokens, with the cache and recomputing the prefix; the texts must be equal."""
     model = GPT(c).to(runtime.device).eval()
     idx = torch.randint(c.vocab_size, (1, 12), device=runtime.device)
-    times = {True: [], False: []}
-    texts = {}
+    times, texts = {True: [], False: []}, {}
     with torch.no_grad(), runtime.autocast():
-        for use_cache in times:
-            model.generate(idx, 5, temperature=0, use_cache=use_cache)
+        read = keys_read(lambda: model.generate(idx, bench.tokens, temperature=0))[1]
+        model.generate(idx, 5, temperature=0, use_cache=False)
         for _ in range(bench.rounds):
             for use_cache in times:
                 start = time.perf_counter()
@@ -1003,12 +1047,15 @@ def bench_decode(c, bench, runtime, report):
                 times[use_cache].append(time.perf_counter() - start)
     rates = {cached: [bench.tokens / t for t in ts] for cached, ts in times.items()}
     columns = (
-        "attention, n_layer, n_embd, block, cached (tokens/s), recomputed (tokens/s), cached / recomputed (ratio), "
+        "attention, n_layer (layers), n_embd (channels), block (tokens), cached (tokens/s), recomputed (tokens/s), "
     )
-    with report.table("decode", f"{bench.tokens} tokens after 12, batch 1", columns + "same greedy text", 4) as table:
+    columns += "cached / recomputed (ratio), same greedy text, of the copy bandwidth (share)"
+    with report.table("decode", f"{bench.tokens} tokens after 12, batch 1", columns, keys=4) as table:
         ratio = [a / b for a, b in zip(times[False], times[True])]
         same = "yes" if torch.equal(texts[True], texts[False]) else "no"
-        table.add(c.attention_type, c.n_layer, c.n_embd, c.block_size, rates[True], rates[False], ratio, same)
+        read += bench.tokens * fixed_bytes(model, model.init_state(1).layers)
+        share = report.share_of_bandwidth(read, times[True])
+        table.add(c.attention_type, c.n_layer, c.n_embd, c.block_size, rates[True], rates[False], ratio, same, share)
     if c.pos_emb != "learned":  # learned positions end with the block
         bench_positions(model, bench, runtime, report)
 
@@ -1033,28 +1080,36 @@ def bench_positions(model, bench, runtime, report):
         calls = {row: functools.partial(models[row[0]].step, token, copy.deepcopy(s)) for row, s in states.items()}
         read = {row: keys_read(call) for row, call in calls.items()}
         times = interleaved(calls, 4 * bench.rounds, bench.seconds / 8, runtime, "positions")
-    times = {row: [1e6 * t for t in ts] for row, ts in times.items()}
     columns = "attention, position (tokens), a token (us), of the first position (ratio), of softmax (ratio), "
-    columns += "keys read, state (bytes)"
+    columns += "read (keys), state (bytes), of the copy bandwidth (share)"
     with report.table("positions", "one token, by its position in the text", columns, keys=2) as table:
         for (name, pos), state in states.items():
-            ratios = [
-                [a / b for a, b in zip(times[name, pos], times[x])] for x in ((name, positions[0]), ("softmax", pos))
-            ]
-            table.add(name, pos, times[name, pos], *ratios, read[name, pos] or None, state_bytes(state.layers))
+            seconds, (keys, of_keys) = times[name, pos], read[name, pos]
+            ratios = [[a / b for a, b in zip(seconds, times[x])] for x in ((name, positions[0]), ("softmax", pos))]
+            share = report.share_of_bandwidth(of_keys + fixed_bytes(models[name], state.layers), seconds)
+            us = [1e6 * t for t in seconds]
+            table.add(name, pos, us, *ratios, keys or None, state_bytes(state.layers), share)
 
 
 def keys_read(step):
-    """Keys that softmax attention reads while `step` runs, over all heads, counted where they reach PyTorch."""
-    plain, read = F.scaled_dot_product_attention, []
+    """(keys, bytes of them and of their values) that softmax attention reads while `step` runs, over all heads,
+    counted where they reach PyTorch."""
+    plain, read = F.scaled_dot_product_attention, [(0, 0)]
 
     def counted(q, k, v, **options):
-        read.append(k.shape[:3].numel())
+        read.append((k.shape[:3].numel(), k.nbytes + v.nbytes))
         return plain(q, k, v, **options)
 
     with mock.patch.object(F, "scaled_dot_product_attention", counted):
         step()
-    return sum(read)
+    return tuple(map(sum, zip(*read)))
+
+
+def fixed_bytes(model, layers):
+    """Bytes that each token reads wherever it stands: the matrices, and the states that do not grow. With those of
+    keys_read it is what a token reads at the least: `gated` and `nsa` read keys that nobody counts."""
+    matrices = [m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear)]
+    return sum(matrices) + state_bytes([s for s in layers if isinstance(s, (torch.Tensor, tuple))])
 
 
 def state_bytes(state):
@@ -1073,16 +1128,12 @@ def state_bytes(state):
 def bench_quality(bench, runtime, report):
     """The full pass over the splits for each checkpoint folder, the loss by position in the context, and what a model
     cost to train; of those that classify each label's part in it too."""
-    columns = dict.fromkeys(("folder", "attention", "parameters", "data", "split"))
-    columns |= {
-        "nats/token": ",.6f",
-        "standard error (nats/token)": ".6f",
-        "bits/byte": ",.6f",
-        "token perplexity": ",.3f",
-        "word perplexity": ",.2f",
-    }
+    columns = dict.fromkeys(("folder", "attention", "parameters (count)", "data", "split"))
+    columns |= {"nats/token": ",.6f", "standard error (nats/token)": ".6f", "bits/byte": ",.6f"}
+    columns |= {"perplexity (per token)": ",.3f", "perplexity (per word)": ",.2f"}
     columns |= dict.fromkeys(("context (tokens)", "stride (tokens)"))
-    columns |= dict.fromkeys(("accuracy", "majority class", "macro precision", "macro recall", "macro F1"), ".4f")
+    classes = ("accuracy", "majority class", "macro precision", "macro recall", "macro F1")
+    columns |= dict.fromkeys((f"{name} (share)" for name in classes), ".4f")
     labelled, curves, costs = [], {}, {}
     with report.table("quality", "full pass over whole splits", columns, keys=5) as table:
         for folder in run_folders(bench):
@@ -1093,17 +1144,20 @@ def bench_quality(bench, runtime, report):
     with report.table("by context", title, columns, keys=2) as by_context:
         for (folder, split), curve in curves.items():
             by_context.add(folder, split, *(curve.get(bin) for bin in bins))
-    columns = {"folder": None, "attention": None, "split": None, "parameters": None, "trained on (tokens)": None}
+    columns = dict.fromkeys(("folder", "attention", "split", "parameters (count)", "trained on (tokens)"))
     columns |= {"executed in training (GFLOP)": None, "loss (nats/token)": ".4f"}
     with report.table("scaling", "loss against what it cost", columns, keys=3) as scaling:
         for row in table.rows:
             cost = costs[row["folder"]]
-            scaling.add(row["folder"], row["attention"], row["split"], row["parameters"], *cost, row["nats/token"])
+            scaling.add(
+                row["folder"], row["attention"], row["split"], row["parameters (count)"], *cost, row["nats/token"]
+            )
     plot_quality(curves, scaling.rows, bench.png or "quality.png")
     for folder, scores in labelled:
         names = [row["label"] for row in scores["labels"]]
-        columns = {"label": None, "targets": None, "precision": ".4f", "recall": ".4f", "F1": ".4f"}
-        columns |= dict.fromkeys((f"called {name}" for name in names), "d")
+        columns = {"label": None, "targets (count)": None}
+        columns |= dict.fromkeys(("precision (share)", "recall (share)", "F1 (share)"), ".4f")
+        columns |= dict.fromkeys((f"called {name} (count)" for name in names), "d")
         title = f"labels of {folder}, {scores['split']}"
         with report.table(title, title, columns) as table:
             for row, called in zip(scores["labels"], scores["confusion"]):
@@ -1181,14 +1235,14 @@ def plot_quality(curves, rows, path):
         axes[0, 0].plot(list(curve), list(curve.values()), label=name, **LINES[i % len(LINES)])
     axes[0, 0].set(xscale="log", xlabel="context (tokens)", ylabel=f"{split} loss (nats per token)")
     axes[0, 0].legend(frameon=False, fontsize=10)
-    labels = {"parameters": "parameters", "trained on (tokens)": "training tokens"}
-    labels |= {"executed in training (GFLOP)": "executed in training (GFLOP)"}
-    for axis, (column, label) in zip(axes.flat[1:], labels.items()):
+    for axis, column in zip(
+        axes.flat[1:], ("parameters (count)", "trained on (tokens)", "executed in training (GFLOP)")
+    ):
         for i, name in enumerate(types):
             points = sorted((r[column], r["loss (nats/token)"]) for r in rows if r["attention"] == name and r[column])
             if points:
                 axis.plot(*zip(*points), label=name, **LINES[i % len(LINES)])
-        axis.set(xscale="log", xlabel=label, ylabel=f"{split} loss (nats per token)")
+        axis.set(xscale="log", xlabel=column, ylabel=f"{split} loss (nats per token)")
     axes[0, 1].legend(frameon=False, fontsize=10)
     save_figure(figure, path)
 
@@ -1241,7 +1295,7 @@ def mask_table(folder, layers, c, report):
                 row = [float(stats[name][h]) if name in stats else None for name in ("span", "period", "offset")]
                 weights = stats["weight"][h].tolist() if "weight" in stats else []
                 shown = " ".join(f"{name} {w:.3f}" for name, w in zip(names, weights))
-                out.add(i, str(h) if len(table) > 1 else "all", *row, int(stats["kept"][h]), computed[h], shown)
+                out.add(str(i), str(h) if len(table) > 1 else "all", *row, int(stats["kept"][h]), computed[h], shown)
 
 
 def mask_costs(folder, layers, c, bench, runtime, report):
@@ -1250,7 +1304,8 @@ def mask_costs(folder, layers, c, bench, runtime, report):
     q, k, v = (torch.randn(shape, device=runtime.device, requires_grad=True) for _ in range(3))
     full = 4 * c.n_head * c.d_head * (T * (T + 1) // 2)
     title = f"{folder}: cost at T {T}, batch {shape[0]}, {bench.rounds} rounds; operations as a share of softmax's"
-    columns = "layer, nominal (share), executed (share), forward + backward (ms), of softmax's time (ratio)"
+    columns = "layer, nominal (share), executed (share), forward + backward (ms), of softmax's time (ratio), "
+    columns += "of the matmul peak (share)"
     with report.table(f"costs of {folder}", title, columns) as out:
         for i, attn in layers.items():
             mask = [m if m is None else m.detach().requires_grad_() for m in attn.log_mask(T)]
@@ -1258,9 +1313,10 @@ def mask_costs(folder, layers, c, bench, runtime, report):
             ours = functools.partial(operator_step, functools.partial(distance, q, k, v, *mask), inputs)
             plain = functools.partial(operator_step, functools.partial(sdpa, q, k, v), [q, k, v])
             times = interleaved({"ours": ours, "plain": plain}, bench.rounds, bench.seconds / 4, runtime, f"layer {i}")
-            ours, plain = ([1000 * t for t in ts] for ts in times.values())
-            nominal, executed = (f / full for f in attn.flops(T))
-            out.add(i, nominal, executed, ours, [a / b for a, b in zip(ours, plain)])
+            ours, ratio = times["ours"], [a / b for a, b in zip(*times.values())]
+            nominal, executed = attn.flops(T)
+            share = report.share_of_peak(shape[0] * executed, ours)
+            out.add(str(i), nominal / full, executed / full, [1000 * t for t in ours], ratio, share)
 
 
 def mask_changes(folder, model, layers, dataset, bench, runtime, report):
@@ -1320,7 +1376,7 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
     axes.set(xlabel="distance (tokens); white: dropped", ylabel="layer.head", yticks=range(len(names)))
     axes.set_yticklabels(names, fontsize=9)
     axes.grid(False)
-    figure.colorbar(image, label="mask")
+    figure.colorbar(image, label="mask (factor of a weight)")
     save(figure, "kept.png")
 
     mixed = {i: s["weight"].cpu() for i, s in stats.items() if "weight" in s}
@@ -1331,11 +1387,11 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
         )
         image = axes.imshow(weights, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
         rows = [str(i) if len(w) == 1 else f"{i}.{h}" for i, w in mixed.items() for h in range(len(w))]
-        axes.set(ylabel="layer" if len(rows) == len(mixed) else "layer.head", yticks=range(len(rows)))
+        axes.set(ylabel="layer" if len(rows) == len(mixed) else "layer.head", xlabel="mask", yticks=range(len(rows)))
         axes.set_yticklabels(rows, fontsize=9)
         axes.set_xticks(range(len(candidates)), [c.strip() for c in candidates], rotation=45, ha="right")
         axes.grid(False)
-        figure.colorbar(image, label="sigmoid(alpha)")
+        figure.colorbar(image, label="weight, sigmoid(alpha)")
         save(figure, "weights.png")
 
     ids = dataset.codec.encode(bench.text)[:T] if bench.text else dataset.split("val").tokens[: min(T, 64)]
@@ -1347,9 +1403,9 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
             image = panel.imshow(p.sqrt(), interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
             panel.set(title=f"{i}.{h}", xticks=[], yticks=[])
             panel.grid(False)
-    figure.supxlabel("key (a panel for each layer.head)")
-    figure.supylabel("query")
-    figure.colorbar(image, ax=axes, label="square root of p", fraction=0.05, aspect=40)
+    figure.supxlabel("key (tokens; a panel for each layer.head)")
+    figure.supylabel("query (tokens)")
+    figure.colorbar(image, ax=axes, label="square root of the weight", fraction=0.05, aspect=40)
     save(figure, "attention.png")
 
 
@@ -1360,7 +1416,8 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
 def bench_heads(bench, runtime, report):
     """Over the first windows of the validation split, by layer: the weight on the first token, the mean gate of pairs,
     the share of them that is 0, heads whose gates are all 0, and the mean gate of the output."""
-    names = {"first_token": "first token", "gate": "gate", "gate_zero": "gates of 0", "output_gate": "output gate"}
+    names = {"first_token": "on the first token (weight)", "gate": "of pairs (mean gate)"}
+    names |= {"gate_zero": "gates of 0 (share)", "output_gate": "of the output (mean gate)"}
     for folder in run_folders(bench):
         model = GPT.from_checkpoint(folder).to(runtime.device).eval()
         split = Dataset(bench.dataset or trained_on(folder)).split("val")
@@ -1368,7 +1425,9 @@ def bench_heads(bench, runtime, report):
         x = next(windows(split, context, context, bench.eval_batch_size))[0].to(runtime.device)
         found = [b.attn.stats(entry) for b, (entry, _) in zip(model.transformer.h, model.trace(x))]
         title = f"{folder}: {model.config.attention_type}, {x.numel():,} tokens"
-        with report.table(f"heads of {folder}", title, ", ".join(["layer", *names.values(), "dead heads"])) as out:
+        with report.table(
+            f"heads of {folder}", title, ", ".join(["layer", *names.values(), "dead heads (count)"])
+        ) as out:
             for i, stats in enumerate(found):
                 row = [float(stats[name].float().mean()) if name in stats else None for name in names]
                 out.add(str(i), *row, int(stats["dead"].sum()) if "dead" in stats else None)
@@ -1442,7 +1501,8 @@ def bench_superposition(bench, runtime, report):
         x, y = (torch.cat(parts).to(runtime.device) for parts in zip(*passes))
         rows = superposition(model, x, y)
         title = f"{folder}: {c.attention_type}, {attn.n_head} heads, {len(rows)} trigrams"
-        columns = {"trigram": "", "records": "", "accuracy": ".4f", "learnt": "", "heads": "", "distributed": ""}
+        columns = {"trigram": "", "records (count)": "", "accuracy (share)": ".4f"}
+        columns |= dict.fromkeys(("learnt", "heads", "distributed"))
         with report.table(f"superposition in {folder}", title, columns) as out:
             for row in rows:
                 row["name"] = dataset.codec.decode([row["token"]]) + " -> " + dataset.codec.decode([row["target"]])
@@ -1474,9 +1534,9 @@ def draw_heads(rows, path):
         axes.text(i, h, f"{share:.2f}", ha="center", va="center", fontsize=9, color="white" if share > 0.6 else "black")
     state = ["distributed" if row["distributed"] else "" if row["learnt"] else "not learnt" for row in rows]
     axes.set_xticks(range(n), [f"{row['name']}\n{s}" for row, s in zip(rows, state)], fontsize=9)
-    axes.set(ylabel="head", yticks=range(H))
+    axes.set(xlabel="trigram", ylabel="head", yticks=range(H))
     axes.grid(False)
-    figure.colorbar(image, label="records that the head does alone")
+    figure.colorbar(image, label="records that the head does alone (share)")
     save_figure(figure, path)
 
 
@@ -1484,7 +1544,11 @@ def draw_heads(rows, path):
 # curves
 
 
-TRAJECTORIES = {"alpha": "alpha", "span": "span (tokens)", "period": "period (tokens)"}  # of the masks' statistics
+TRAJECTORIES = {
+    "alpha": "alpha (logit)",
+    "span": "span (tokens)",
+    "period": "period (tokens)",
+}  # of the masks' statistics
 
 
 def read_log(folder):
@@ -1623,12 +1687,24 @@ def main(argv):
     whats = [bench.what]
     if bench.what == "all":
         whats = ["overview", "ops", "step", "decode"] + (["quality", "curves"] if bench.out_dir else [])
-    if {"overview", "step", "ops", "decode"} & set(whats):
+    if {"overview", "step", "ops", "decode", "inspect"} & set(whats):
         report.measure_machine(bench.seconds)
+    failed = False
     for what in whats:
-        measure(what, explicit, bench, runtime, report)
-    report.write()
-    return 0
+        try:
+            measure(what, explicit, bench, runtime, report)
+        except Exception as error:
+            report.notes.append(f"{what} failed: {type(error).__name__}: {' '.join(str(error).split())}")
+            if len(whats) == 1:
+                raise
+            print(report.notes[-1], flush=True)
+            failed = True
+        except KeyboardInterrupt:
+            report.note(f"{what} was interrupted")
+            raise
+        finally:
+            report.write()
+    return int(failed)
 
 
 if __name__ == "__main__":

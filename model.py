@@ -1370,8 +1370,7 @@ class GPT(nn.Module):
 
     def flops(self, T):
         """(nominal, executed) operations of a forward pass over one sequence of T tokens: matrices and attention."""
-        matrices = [m for m in self.modules() if isinstance(m, nn.Linear)]
-        dense = 2 * T * sum(m.weight.numel() for m in matrices)
+        dense = 2 * T * matrix_size(self)
         attention = [block.attn.flops(T) for block in self.transformer.h]
         return dense + sum(a[0] for a in attention), dense + sum(a[1] for a in attention)
 
@@ -1407,6 +1406,12 @@ class GPT(nn.Module):
         model = cls(build(GPTConfig, shape | overrides))
         model.loaded = load_weights(model, gpt2_names(hf.state_dict()), build(GPTConfig, shape))
         return model
+
+
+def matrix_size(module):
+    """Weights that multiply every token: of linear layers and of gates."""
+    linear = [m.weight for m in module.modules() if isinstance(m, (nn.Linear, OutputGate)) and m.weight is not None]
+    return sum(w.numel() for w in linear + [m.gate for m in module.modules() if isinstance(m, GatedAttention)])
 
 
 def cross_entropy(logits, targets):

@@ -1,4 +1,5 @@
 import importlib
+import math
 import os
 
 import numpy as np
@@ -58,6 +59,30 @@ def fresh_rng():
     print(f"seed {seed}")
     torch.manual_seed(seed)
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def products():
+    """`products(call)`: the operations of the matrix products that a call runs, also of those inside operators, two for
+    a multiply-add, by the shapes that PyTorch was given. Of its causal attention those of the pairs s <= t, in two
+    products forward and five backward."""
+
+    def count(call):
+        with torch.autograd.profiler.profile(record_shapes=True) as profile:
+            call()
+        operations = 0
+        for event in profile.kineto_results.events():
+            name, shapes = event.name().removeprefix("aten::").rstrip("_"), event.shapes()
+            if name in ("mm", "bmm", "addmm", "baddbmm"):
+                a, b = shapes[int("add" in name) :][:2]
+                operations += 2 * math.prod(a) * b[-1]
+            elif name.startswith("_scaled_dot_product_flash_attention_for_cpu"):
+                backward = name.endswith("backward")
+                B, H, T, D = shapes[int(backward)]
+                operations += (10 if backward else 4) * B * H * D * (T * (T + 1) // 2)
+        return operations
+
+    return count
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def test_numbers_have_the_digits_that_their_spread_leaves():
 
 def test_a_table_is_aligned_markdown_and_survives_an_error(capsys):
     columns = {"name": None, "loss (nats/token)": ".3f", "time (ms)": None}
-    with pytest.raises(ZeroDivisionError), Table("title", columns, keys=1) as table:
+    with pytest.raises(ZeroDivisionError), Table("name", "title", columns) as table:
         table.add("a", 1.23456, [1.0, 1.1])
         table.add("longer", None, None)
         raise ZeroDivisionError
@@ -38,6 +38,14 @@ def test_a_table_is_aligned_markdown_and_survives_an_error(capsys):
     assert [c.strip() for c in lines[5].split("|")[1:-1]] == ["longer", "-", "-"]
     with pytest.raises(ValueError):
         table.add("too few")
+
+
+def units(tables):
+    """Each column that holds numbers names its unit."""
+    for table in tables.values():
+        for row in table["rows"]:
+            unnamed = [c for c, cell in row.items() if isinstance(cell, (int, float, list)) and not {*c} & {*"(/"}]
+            assert list(row) == table["columns"] and not unnamed, unnamed
 
 
 def test_the_file_says_where_it_comes_from(tmp_path, capsys):
@@ -50,11 +58,11 @@ def test_the_file_says_where_it_comes_from(tmp_path, capsys):
         assert name in found and f"{name}" in bench.__doc__
     assert found["what"] == "ops" and found["config"]["bench"]["rounds"] == 2
     assert found["machine"]["matmul_gflops"] > 0 and found["machine"]["copy_gb_s"] > 0
+    units(found["tables"])
     table = found["tables"]["ops"]
     assert [row["operator"] for row in table["rows"]] == ["softmax", "gla"]
     for row in table["rows"]:
         assert list(row) == table["columns"]
-        assert all("(" in name or "/" in name for name, cell in row.items() if isinstance(cell, (int, float, list)))
     capsys.readouterr()
     bench.main([*options, "--json="])
     assert "wrote" not in capsys.readouterr().out
@@ -110,14 +118,16 @@ def test_overview_of_every_type(overview, tmp_path, capsys):
     tables = overview()
     rows = tables["overview"]["rows"]
     assert [(r["attention"], r["T (tokens)"]) for r in rows] == [(t, T) for T in (8, 32) for t in ATTENTION]
-    for row in rows:
-        assert list(row) == tables["overview"]["columns"]
-        assert all("(" in name for name in row if name != "attention")
+    units(tables)
+    for row, more in zip(rows, tables["overview, further"]["rows"], strict=True):
+        assert [*row.values()][:2] == [*more.values()][:2]
+        row |= more
         assert row["crossover with softmax (tokens)"] is None if row["attention"] == "softmax" else True
         assert min(row["forward (ms)"] + row["forward + backward (ms)"] + row["decoding (tokens/s)"]) > 0
         attn = ATTENTION[row["attention"]](GPTConfig(block_size=row["T (tokens)"], n_embd=32, n_head=2))
         wanted = [f / 1e6 for f in attn.flops(row["T (tokens)"])]
         assert [row["nominal (MFLOP)"], row["executed (MFLOP)"]] == pytest.approx(wanted)
+        assert max(row["of the matmul peak (share)"]) < 1
         assert (row["peak memory (MiB)"] > 0) and (row["state (bytes)"] > 0) == (row["attention"] != "none")
     assert {r["saved of softmax's (share)"] for r in rows if r["attention"] == "softmax"} == {0.0}
     assert {r["saved of softmax's (share)"] for r in rows if r["attention"] == "none"} == {1.0}
@@ -127,16 +137,45 @@ def test_overview_of_every_type(overview, tmp_path, capsys):
 
 def test_executed_operations_are_counted(overview):
     """Softmax's are the pairs of a brute-force count; a mask that skips nothing saves nothing, whatever computes it."""
-    rows = overview("--attention_type=softmax,adaptive_span", "--span_init=1.0")["overview"]["rows"]
+    rows = overview("--attention_type=softmax,adaptive_span", "--span_init=1.0")["overview, further"]["rows"]
     for row in rows:
         T = row["T (tokens)"]
         pairs = sum(s <= t for t in range(T) for s in range(T))
         assert row["executed (MFLOP)"] == row["nominal (MFLOP)"] == pytest.approx(4 * 32 * pairs / 1e6)
         assert row["saved of softmax's (share)"] == 0.0
     assert [row["attention"] for row in rows] == ["softmax", "adaptive_span"] * 2
-    rows = overview("--attention_type=mask_mix", "--mask_mix_candidates=full")["overview"]["rows"]
+    rows = overview("--attention_type=mask_mix", "--mask_mix_candidates=full")["overview, further"]["rows"]
     for row in rows:  # weights below 1: in blocks, that hold more pairs than a causal mask has
         assert row["saved of softmax's (share)"] <= 0.0
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_operations_are_those_of_the_products(name, products):
+    """Of a layer and its projections, forward: what is said to be executed is what runs. `gated` counts the products of
+    its gates too, which are no matrix products; `gsa` and `nsa` run up to 3 % more, and a last chunk is filled up.
+    Forward and backward: no more is said than runs."""
+    runtime = Runtime("cpu", "float32", False, "")
+    for T in (64, 192, 200):
+        layer = bench.Layer.make(name, T, bench.LAYER, 2, runtime)
+        said = layer.operations()[2]
+        assert 0.995 * said <= products(layer.forward) <= (1.03 if T < 200 else 1.2) * said
+        assert products(layer.forward_backward) >= 3 * 0.995 * said
+
+
+def test_operations_of_operators(products):
+    """What is said of an operator is what runs, or less (of `nsa`, whose tiles follow what is selected, to 3 %), and
+    less than that forward and backward; the rest has no count."""
+    shape, runtime = (2, 192, 4, 32, 32), Runtime("cpu", "float32", False, "")
+    names = [*bench.OPERATORS, *bench.WITH_TABLES]
+    rows = bench.operator_rows(names, shape, bench.BenchConfig(spans="16,50,300", peers=True), runtime)
+    counted = {name for name in rows if bench.operations(name, *rows[name], shape)}
+    assert rows.keys() - counted == {name for name in rows if " layer" in name or name in bench.PEERS}
+    for name in counted - {"gla_exact"}:  # parts of its chunks are no matrix products
+        (call, inputs), said = rows[name], bench.operations(name, *rows[name], shape)
+        forward = products(lambda: call(*[x.detach() for x in inputs]))  # noqa: B023
+        assert (0.97 if name == "nsa" else 0.999) <= forward / said < 1.26, name
+        both = products(lambda: bench.operator_step(lambda: call(*inputs), inputs))  # noqa: B023
+        assert both >= 3 * 0.999 * said, name
 
 
 def test_the_check_finds_a_wrong_layer(overview, monkeypatch):
@@ -199,6 +238,37 @@ def test_compare_finds_a_planted_slow_down(results, capsys):
     assert bench.main([f"--compare={a},{results('e.json', {'gla': 1 / 1.2})}", "--fail_below=0.9"]) == 0
     assert bench.main([f"--compare={a},{results('f.json', {})}", "--fail_below=0.9"]) == 0
     assert bench.main([f"--compare={a},{b}"]) == 0
+
+
+def test_compare_finds_a_planted_slow_down_of_an_operator(tmp_path, monkeypatch, fresh_rng, capsys):
+    """From the operators to the exit status, on a clock that they alone move, read with 2 % of noise."""
+    clock, factor = [0.0], {}
+
+    def timed(step, *_, **__):
+        start, clock[0] = clock[0], clock[0] + 1e-6
+        step()
+        return (clock[0] - start) * fresh_rng.uniform(0.98, 1.02)
+
+    def slowed(name, plain):
+        def call(*inputs, **options):
+            clock[0] += 0.001 * factor.get(name, 1.0)
+            return plain(*inputs, **options)
+
+        return call
+
+    monkeypatch.setattr(bench, "timed", timed)
+    monkeypatch.setattr(bench.Report, "measure_machine", lambda self, _: self.peaks.update(matmul_gflops=100.0))
+    for name in ("softmax", "gla", "gsa"):
+        monkeypatch.setitem(bench.OPERATORS, name, slowed(name, bench.OPERATORS[name]))
+    options = ["--what=ops", "--shapes=1x32x1x8x8", "--operators=gla,gsa", "--rounds=5", "--device=cpu"]
+    files = [str(tmp_path / name) for name in ("a.json", "b.json", "c.json")]
+    for file, factor["gla"] in zip(files, (1.0, 1.2, 1.0)):
+        assert bench.main([*options, f"--json={file}"]) == 0
+    capsys.readouterr()
+    assert bench.main([f"--compare={files[0]},{files[1]}", "--fail_below=0.9", "--json="]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "below 0.9" in line]
+    assert lines and all("gla, 1 x 32" in line for line in lines)
+    assert bench.main([f"--compare={files[0]},{files[2]}", "--fail_below=0.9", "--json="]) == 0
 
 
 def test_ratios_of_speeds_have_the_range_that_the_rounds_allow():
@@ -272,6 +342,61 @@ def test_quality_adds_up(tiny, text_dataset, tmp_path):
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_part_that_fails_or_is_stopped_loses_nothing(tmp_path, monkeypatch, capsys):
+    """The file is there after each part, also with what the failed one had measured; the others go on."""
+    path, seen, stop = tmp_path / "bench.json", [], False
+
+    def measure(what, explicit, bench, runtime, report):
+        seen.append((what, set(json.loads(path.read_text())["tables"]) if path.exists() else set()))
+        with report.table(what, "title", "name, time (ms)") as table:
+            if what != "step":
+                table.add("a", [1.0, 2.0])
+            if what == "ops":
+                raise KeyboardInterrupt if stop else RuntimeError("out of\nluck")
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench.Report, "measure_machine", lambda *_: None)
+    assert bench.main(["--what=all", "--device=cpu", f"--json={path}"]) == 1
+    assert "\nops failed: RuntimeError: out of luck\n" in capsys.readouterr().out
+    parts = ["overview", "ops", "step", "decode"]
+    assert seen == [(what, set(parts[:i])) for i, what in enumerate(parts)]
+    found = json.loads(path.read_text())
+    assert list(found["tables"]) == parts
+    assert found["tables"]["ops"]["rows"] and found["notes"] == ["ops failed: RuntimeError: out of luck"]
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--what=all", "--device=cpu", f"--json={path}"])
+    found = json.loads(path.read_text())
+    assert list(found["tables"]) == ["overview", "ops"] and found["notes"] == ["ops was interrupted"]
+    with pytest.raises(KeyboardInterrupt):  # by itself too
+        bench.main(["--what=ops", "--device=cpu", f"--json={path}"])
+    assert list(json.loads(path.read_text())["tables"]) == ["ops"]
+    stop = False
+    with pytest.raises(RuntimeError):  # one part alone: a bug shows its traceback
+        bench.main(["--what=ops", "--device=cpu", f"--json={path}"])
+
+
+def test_no_share_of_what_a_cache_gave():
+    report = bench.Report(bench.BenchConfig(), Runtime("cpu", "float32", False, ""), {})
+    report.peaks = {"matmul_gflops": 100.0, "copy_gb_s": 10.0}
+    assert report.share_of_bandwidth(1e9, [0.2, 0.4]) == [0.5, 0.25]
+    assert report.share_of_bandwidth(1e9, [0.2, 0.09]) == "above 1: from caches"
+    assert report.share_of_peak(1e9, [0.06]) == [0.5] and report.share_of_peak(None, [0.06]) is None
+
+
+def test_bytes_that_a_token_reads():
+    """The matrices once, the state of a fixed size, and keys and values up to the token's own."""
+    shape = dict(block_size=32, vocab_size=20, n_layer=2, n_head=2, n_embd=16, pos_emb="rope")
+    for name, state in (("gla", 2 * 8 * 16), ("softmax", 2 * 2 * 2 * 9 * 8), ("none", 0)):
+        lm = GPT(GPTConfig(attention_type=name, **shape)).eval()
+        decoding = lm.init_state(1)
+        lm.step(torch.randint(20, (1, 8)), decoding)
+        keys, size = bench.keys_read(lambda: lm.step(torch.randint(20, (1, 1)), decoding))  # noqa: B023
+        weights = sum(p.numel() for p in lm.parameters() if p.dim() == 2)  # the embedding is the output matrix
+        assert size + bench.fixed_bytes(lm, decoding.layers) == 4 * (weights + state)
+        assert keys == (2 * 2 * 9 if name == "softmax" else 0)
+
+
 def test_all_that_needs_no_run(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(bench, "measure", lambda what, *_: done.append(what))
@@ -306,9 +431,10 @@ def test_the_readme_shows_the_committed_measurement():
     root = pathlib.Path(bench.__file__).parent
     found = json.loads((root / "assets" / "bench.json").read_text())
     assert found["commit"] and not found["commit"].endswith("-dirty") and found["machine"]["processor"]
-    readme, stored = (root / "README.md").read_text(encoding="utf-8"), found["tables"]["overview"]
-    table = Table(stored["title"], dict.fromkeys(stored["columns"]), stored["keys"])
-    table.rows = stored["rows"]
-    assert "\n".join(table.lines()) in readme and "assets/bench.png" in readme
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    tables = bench.summary(found["tables"]["sweep"]["rows"], "", "")
+    for table in tables:
+        assert "\n".join(table.lines()) in readme, f"paste the table {table.name!r} of bench.py into the README"
+    assert len(tables) == 2 and "assets/bench.png" in readme
     assert found["commit"][:7] in readme and (root / "assets" / "bench.png").read_bytes()[:4] == b"\x89PNG"
-    assert {row["attention"] for row in table.rows} <= set(ATTENTION)
+    assert {row["attention"] for row in tables[0].rows} <= set(ATTENTION)

@@ -453,7 +453,8 @@ def test_decoding_reads_fewer_keys():
         lm = GPT(GPTConfig(attention_type=name, **shape, **keys)).eval()
         state = lm.init_state(1)
         lm.step(torch.randint(50, (1, 4095)), state)
-        counts[name] = bench.keys_read(lambda: lm.step(torch.randint(50, (1, 1)), state))  # noqa: B023
+        counts[name], size = bench.keys_read(lambda: lm.step(torch.randint(50, (1, 1)), state))  # noqa: B023
+        assert size == counts[name] * 2 * 8 * 4  # a key and a value of 8 floats each
     assert counts["softmax"] == 2 * 2 * 4096 and counts["adaptive_span"] == 2 * 2 * 128
     assert counts["softmax"] >= 3 * counts["adaptive_span"]
 
@@ -579,12 +580,26 @@ def test_the_clamped_ratio_stays_useful():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_operations_are_those_of_the_kept_pairs(name, fresh_rng):
+def test_operations_are_those_of_the_kept_pairs(name, fresh_rng, products):
+    """Nominal: of all pairs, one by one, those with a mask above 0. Executed: the matrix products that ran."""
     attn = make(name)
     for T in (3, 40, 64):
         pairs = sum(entry(attn, h, t, s) > 0 for h in range(3) for t in range(T) for s in range(t + 1))
         nominal, executed = attn.flops(T)
         assert nominal == 4 * 8 * pairs and executed >= nominal
+        q, k, v = torch.randn(3, 1, T, 3, 8, dtype=torch.float64)
+        mask = [x if x is None else x.detach() for x in attn.log_mask(T)]
+        assert executed == products(lambda: distance(q, k, v, *mask))  # noqa: B023
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_executed_pairs_are_those_of_the_products(kind, fresh_rng, products):
+    """Several blocks, segments and sequences, heads together and apart, with and without masks of the first keys."""
+    for T, P, shared in ((17, 0, False), (400, 0, False), (400, 3, False), (400, 2, True)):
+        q, k, v, table, prefix, _ = draw(2, T, 4, 8, 8, kind, P, fresh_rng, shared)
+        plans = D.plans(table, table.new_empty(len(table), 0, T) if prefix is None else prefix)
+        pairs = 2 * 4 // len(table) * sum(D.executed_pairs(plan, T) for plan in plans)
+        assert products(lambda: distance(q, k, v, table, prefix)) == 4 * 8 * pairs  # noqa: B023
 
 
 def test_mask_parameters_are_not_decayed():
@@ -657,4 +672,4 @@ def test_types_beside_each_other(tmp_path):
     assert [softmax[0], none[0], span[0]] == ["softmax", "none", "adaptive_span"]
     assert softmax[1:4] == [None, 1.0, 1.0] and span[1] == 12 and none[3] == 0
     span, softmax = rows("positions", "--what=decode", "--positions=31", "--tokens=2")
-    assert (span[0], span[-2]) == ("adaptive_span", 24) and (softmax[0], softmax[-2]) == ("softmax", 64)
+    assert (span[0], span[-3]) == ("adaptive_span", 24) and (softmax[0], softmax[-3]) == ("softmax", 64)

@@ -148,9 +148,9 @@ def test_step_and_decode_print_their_figures(measured):
     tiny = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--rounds=2"]
     row = measured("--what=step", "--batch_size=2", "--seconds=0.02", *tiny)["step"]["rows"][0]
     per_token = 6 * (12 * 32**2 + 3 * 32 + 256 * 32) + 12 * 32 * 32
-    assert row["MFLOP/token"] == per_token / 1e6 and row["batch"] == 2
+    assert row["nanoGPT's count (MFLOP/token)"] == per_token / 1e6 and row["batch (sequences)"] == 2
     assert row["tokens/s"] == pytest.approx([1000 * 64 / ms for ms in row["step (ms)"]])
-    assert 0 < row["of the peak (share)"] < 1
+    assert 0 < row["of the peak by it (share)"] < 1 and 0 < max(row["of the matmul peak (share)"]) < 1
     tables = measured("--what=decode", "--tokens=50", "--seconds=0.02", *tiny)
     assert tables["decode"]["rows"][0]["same greedy text"] == "yes" and "positions" not in tables
 

@@ -540,7 +540,7 @@ def test_training_on_records(tiny, tmp_path, labelled_dataset, capsys):
         tables = json.load(f)["tables"]
     row = tables["quality"]["rows"][0]
     assert (
-        row["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+        row["accuracy (share)"] == pytest.approx(accuracy, abs=1e-6)
         and row["bits/byte"] is None
         and row["context (tokens)"] == 6
     )
