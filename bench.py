@@ -321,6 +321,17 @@ def save_figure(figure, path):
     print(f"wrote {path}")
 
 
+def heat_map(values, rows, size, label, vmax=1, cmap="viridis", **options):
+    """A figure and its axes: a matrix whose rows have names, and what its colours mean."""
+    figure, axes = pyplot().subplots(figsize=size, layout="constrained")
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=cmap, vmin=0, vmax=vmax)
+    axes.set(yticks=range(len(rows)), **options)
+    axes.set_yticklabels(rows, fontsize=9)
+    axes.grid(False)
+    figure.colorbar(image).set_label(label, fontsize=10)
+    return figure, axes
+
+
 # -----------------------------------------------------------------------------
 # clocks
 
@@ -696,7 +707,6 @@ def bench_step(shape, bench, runtime, report, table):
     c = config.build(GPTConfig, shape)
     cfg = TrainConfig(batch_size=batch_size, learning_rate=1e-4, min_lr=1e-5)
     x, y = (torch.randint(c.vocab_size, (batch_size, c.block_size), device=runtime.device) for _ in range(2))
-    peaks = [report.peaks["matmul_gflops"]]
     with tempfile.TemporaryDirectory() as folder:
         step, model = our_step(GPT(c), cfg, runtime, folder)
         # the plain stack is softmax attention, learned positions and a GELU MLP, whatever stands beside it
@@ -706,13 +716,13 @@ def bench_step(shape, bench, runtime, report, table):
         calls, pick = {"ours": step, "plain": beside}, statistics.mean  # a step waits for its data now and then
         times = interleaved(calls, bench.rounds, bench.seconds, runtime, c.attention_type, pick=pick)
     ours, plain = ([1000 * t for t in ts] for ts in times.values())
-    peaks.append(matmul_peak(runtime, bench.seconds) / 1e9)  # the machine drifts: the highest is the peak
-    report.peaks["matmul_gflops"] = max(peaks)
+    peak = max(report.peaks["matmul_gflops"], matmul_peak(runtime, bench.seconds) / 1e9)  # the machine drifts
+    report.peaks["matmul_gflops"] = peak
     tokens, N = batch_size * c.block_size, model.num_params()
     rates, counted, share = [1000 * tokens / t for t in ours], None, None
     if c.attention_type == "softmax":  # what it takes for attention is softmax attention's, of a full T x T
         counted = 6 * N + 12 * c.n_layer * c.n_head * c.d_head * c.block_size
-        share = statistics.median(rates) * counted / 1e9 / max(peaks)
+        share = statistics.median(rates) * counted / 1e9 / peak
     executed = report.share_of_peak(batch_size * model.flops(c.block_size)[1], [t / 1000 for t in ours])
     row = (c.attention_type, c.n_layer, c.n_head, c.n_embd, c.block_size, batch_size, c.vocab_size, N)
     row += (ours, rates, plain, [a / b for a, b in zip(ours, plain)], counted and counted / 1e6, share, executed)
@@ -1136,8 +1146,8 @@ def bench_quality(bench, runtime, report):
     columns |= dict.fromkeys((f"{name} (share)" for name in classes), ".4f")
     labelled, curves, costs = [], {}, {}
     with report.table("quality", "full pass over whole splits", columns, keys=5) as table:
-        for folder in run_folders(bench):
-            labelled += score_checkpoint(folder, bench, runtime, table, curves, costs)
+        for run in runs(bench, runtime):
+            labelled += score_checkpoint(*run, bench, runtime, table, curves, costs)
     bins = sorted({bin for curve in curves.values() for bin in curve})
     columns = {"folder": None, "split": None} | {f"to {bin} (nats/token)": ".4f" for bin in bins}
     title = "loss of tokens by how many they see, above the one before up to the one named"
@@ -1164,15 +1174,10 @@ def bench_quality(bench, runtime, report):
                 table.add(*row.values(), *called)
 
 
-def score_checkpoint(folder, bench, runtime, table, curves, costs):
+def score_checkpoint(folder, model, dataset, bench, runtime, table, curves, costs):
     """A row of `table` for each split, its loss by context in `curves`, and in `costs` the training's tokens and
     operations; returns the folder and the scores of those whose targets are labels."""
-    model = GPT.from_checkpoint(folder).to(runtime.device)
-    if model.loaded.new:
-        raise ModelError(f"{folder}: the checkpoint lacks {', '.join(model.loaded.new)}")
-    dataset, labelled = Dataset(bench.dataset or trained_on(folder)), []
-    if model.config.vocab_size < dataset.vocab_size:
-        raise ConfigError(f"{folder}: its vocabulary of {model.config.vocab_size} is not that of {dataset.name}")
+    labelled = []
     context, stride = eval_window(model, dataset, bench.eval_context, bench.eval_stride)
     for name in bench.split.split(","):
         split = dataset.split(name.strip())
@@ -1254,6 +1259,18 @@ def run_folders(bench):
     return folders
 
 
+def runs(bench, runtime):
+    """(folder, model, data set) of each folder of --out_dir."""
+    for folder in run_folders(bench):
+        model = GPT.from_checkpoint(folder).to(runtime.device).eval()
+        if model.loaded.new:
+            raise ModelError(f"{folder}: the checkpoint lacks {', '.join(model.loaded.new)}")
+        dataset = Dataset(bench.dataset or trained_on(folder))
+        if model.config.vocab_size < dataset.vocab_size:
+            raise ConfigError(f"{folder}: its vocabulary of {model.config.vocab_size} is not that of {dataset.name}")
+        yield folder, model, dataset
+
+
 def trained_on(folder):
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
@@ -1269,15 +1286,13 @@ def trained_on(folder):
 def inspect(bench, runtime, report):
     """For each folder: what its masks keep, by layer and head; what that costs, counted and measured; what rounding
     periods or dropping light candidates does to the loss; and pictures, written to the folder."""
-    for folder in run_folders(bench):
-        model = GPT.from_checkpoint(folder).to(runtime.device).eval()
+    for folder, model, dataset in runs(bench, runtime):
         layers = {i: b.attn for i, b in enumerate(model.transformer.h) if hasattr(b.attn, "log_mask")}
         if not layers:
             raise ConfigError(f"{folder}: no layer of {model.config.attention_type!r} learns a mask by distance")
         print(f"{folder}: {model.config.attention_type}, block_size {model.config.block_size}")
         mask_table(folder, layers, model.config, report)
         mask_costs(folder, layers, model.config, bench, runtime, report)
-        dataset = Dataset(bench.dataset or trained_on(folder))
         mask_changes(folder, model, layers, dataset, bench, runtime, report)
         draw_masks(folder, model, layers, dataset, bench, runtime)
 
@@ -1370,28 +1385,19 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
 
     masks = torch.cat([attn.log_mask(T)[0].detach().expand(H, -1) for attn in layers.values()]).exp().cpu()
     reach = int((masks > 0).nonzero()[:, 1].max()) + 1
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.22 * len(names)), layout="constrained")
     kept = masks[:, :reach].masked_fill(masks[:, :reach] == 0, math.nan)
-    image = axes.imshow(kept, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
-    axes.set(xlabel="distance (tokens); white: dropped", ylabel="layer.head", yticks=range(len(names)))
-    axes.set_yticklabels(names, fontsize=9)
-    axes.grid(False)
-    figure.colorbar(image, label="mask (factor of a weight)")
-    save(figure, "kept.png")
+    options = dict(xlabel="distance (tokens); white: dropped", ylabel="layer.head")
+    size = 9, 1.2 + 0.22 * len(names)
+    save(heat_map(kept, names, size, "mask (factor of a weight)", vmax=None, **options)[0], "kept.png")
 
     mixed = {i: s["weight"].cpu() for i, s in stats.items() if "weight" in s}
     if mixed:
         weights, candidates = torch.cat(list(mixed.values())), model.config.mask_mix_candidates.split(",")
-        figure, axes = plt.subplots(
-            figsize=(2.5 + 0.5 * len(candidates), 1.6 + 0.25 * len(weights)), layout="constrained"
-        )
-        image = axes.imshow(weights, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
         rows = [str(i) if len(w) == 1 else f"{i}.{h}" for i, w in mixed.items() for h in range(len(w))]
-        axes.set(ylabel="layer" if len(rows) == len(mixed) else "layer.head", xlabel="mask", yticks=range(len(rows)))
-        axes.set_yticklabels(rows, fontsize=9)
+        size = 2.5 + 0.5 * len(candidates), 1.6 + 0.25 * len(weights)
+        options = dict(xlabel="mask", ylabel="layer" if len(rows) == len(mixed) else "layer.head")
+        figure, axes = heat_map(weights, rows, size, "weight (sigmoid of alpha)", **options)
         axes.set_xticks(range(len(candidates)), [c.strip() for c in candidates], rotation=45, ha="right")
-        axes.grid(False)
-        figure.colorbar(image, label="weight, sigmoid(alpha)")
         save(figure, "weights.png")
 
     ids = dataset.codec.encode(bench.text)[:T] if bench.text else dataset.split("val").tokens[: min(T, 64)]
@@ -1418,16 +1424,13 @@ def bench_heads(bench, runtime, report):
     the share of them that is 0, heads whose gates are all 0, and the mean gate of the output."""
     names = {"first_token": "on the first token (weight)", "gate": "of pairs (mean gate)"}
     names |= {"gate_zero": "gates of 0 (share)", "output_gate": "of the output (mean gate)"}
-    for folder in run_folders(bench):
-        model = GPT.from_checkpoint(folder).to(runtime.device).eval()
-        split = Dataset(bench.dataset or trained_on(folder)).split("val")
-        context = model.config.block_size
+    for folder, model, dataset in runs(bench, runtime):
+        split, context = dataset.split("val"), model.config.block_size
         x = next(windows(split, context, context, bench.eval_batch_size))[0].to(runtime.device)
         found = [b.attn.stats(entry) for b, (entry, _) in zip(model.transformer.h, model.trace(x))]
         title = f"{folder}: {model.config.attention_type}, {x.numel():,} tokens"
-        with report.table(
-            f"heads of {folder}", title, ", ".join(["layer", *names.values(), "dead heads (count)"])
-        ) as out:
+        head = ", ".join(["layer", *names.values(), "dead heads (count)"])
+        with report.table(f"heads of {folder}", title, head) as out:
             for i, stats in enumerate(found):
                 row = [float(stats[name].float().mean()) if name in stats else None for name in names]
                 out.add(str(i), *row, int(stats["dead"].sum()) if "dead" in stats else None)
@@ -1487,13 +1490,11 @@ def superposition(model, x, y, samples=2000, sure=0.99):
 
 def bench_superposition(bench, runtime, report):
     """Which trigrams each folder's toy has learnt, which head represents each, and superposition.png in the folder."""
-    for folder in run_folders(bench):
-        model = GPT.from_checkpoint(folder).to(runtime.device).eval()
+    for folder, model, dataset in runs(bench, runtime):
         c, attn = model.config, model.transformer.h[0].attn
         if c.n_layer != 1 or c.mlp != "none" or c.norm != "none" or not 2 <= getattr(attn, "n_head", 0) <= 12:
             needs = "n_layer=1, mlp=none, norm=none and 2 to 12 heads"
             raise ConfigError(f"{folder}: heads are told apart in a model of attention alone: {needs}")
-        dataset = Dataset(bench.dataset or trained_on(folder))
         if dataset.record_len is None:
             raise ConfigError(f"{folder}: {dataset.name} is text: heads are told apart by the targets of records")
         split = dataset.split("test")
@@ -1526,17 +1527,14 @@ def describe_heads(rows, n_head):
 def draw_heads(rows, path):
     """Heads by trigrams: the share of records that a head can do alone."""
     shares = torch.tensor([row["shares"] for row in rows]).T  # (H, trigrams)
-    H, n = shares.shape
-    figure, axes = pyplot().subplots(figsize=(2.2 + 0.8 * n, 1.6 + 0.42 * H), layout="constrained")
-    image = axes.imshow(shares.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    (H, n), options = shares.shape, dict(cmap="Blues", xlabel="trigram", ylabel="head")
+    size, label = (2.2 + 0.8 * n, 1.6 + 0.42 * H), "done by the head alone (share)"
+    figure, axes = heat_map(shares, range(H), size, label, **options)
     for h, i in itertools.product(range(H), range(n)):
         share = shares[h, i].item()
         axes.text(i, h, f"{share:.2f}", ha="center", va="center", fontsize=9, color="white" if share > 0.6 else "black")
     state = ["distributed" if row["distributed"] else "" if row["learnt"] else "not learnt" for row in rows]
     axes.set_xticks(range(n), [f"{row['name']}\n{s}" for row, s in zip(rows, state)], fontsize=9)
-    axes.set(xlabel="trigram", ylabel="head", yticks=range(H))
-    axes.grid(False)
-    figure.colorbar(image, label="records that the head does alone (share)")
     save_figure(figure, path)
 
 
@@ -1564,7 +1562,7 @@ def read_log(folder):
     return tuple([e for e in entries if kind in e] for kind in ("loss", "split", "stats"))
 
 
-def plot_curves(bench):
+def plot_curves(bench, runtime, report):
     """Training and validation loss of each run against steps and training time, what it cost, for students the distance
     from the teacher, and for learned masks their parameters' way, in one PNG."""
     runs, masks = {}, []
@@ -1627,18 +1625,16 @@ def draw_trajectories(folder, name, stats, kind, panel, runs):
             panel.plot(iters, line, color=colour, alpha=0.7, linewidth=1.2)
     for label, number in labels.items():
         panel.plot([], [], color=COLOURS[number % len(COLOURS)], label=label)
-    panel.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1, 0.5))
+    panel.legend(frameon=False, fontsize=9, ncols=2)
     panel.set(xlabel="optimizer steps", ylabel=TRAJECTORIES[kind], title=name)
 
 
 def draw_bars(key, label, panel, runs):
     """The last value of each run's steps."""
-    for i, (steps, _) in enumerate(runs.values()):
-        panel.barh(i, steps[-1][key], color=COLOURS[i % len(COLOURS)])
-        panel.annotate(f" {steps[-1][key]:,.0f}", (steps[-1][key], i), va="center")
-    panel.set_yticks(range(len(runs)), list(runs))
-    panel.set(xlabel=label)
-    panel.margins(x=0.2)
+    for i, (name, (steps, _)) in enumerate(runs.items()):
+        panel.barh(i, steps[-1][key], color=COLOURS[i % len(COLOURS)], alpha=0.5)
+        panel.annotate(f" {name}: {steps[-1][key]:,.0f}", (0, i), va="center")
+    panel.set(xlabel=label, yticks=[])
     panel.grid(axis="y", visible=False)
     panel.invert_yaxis()
 
@@ -1649,8 +1645,6 @@ def measure(what, explicit, bench, runtime, report):
     if what == "overview":
         types = explicit.get("attention_type", ",".join(ATTENTION)).split(",")
         overview([t.strip() for t in types], LAYER | explicit, bench, runtime, report)
-    elif what == "ops":
-        bench_operators(bench, runtime, report)
     elif what == "step" and bench.beside:
         c = config.build(GPTConfig, dict(vocab_size=256) | explicit)
         steps_beside(models_beside(c, bench), bench, runtime, report)
@@ -1660,16 +1654,9 @@ def measure(what, explicit, bench, runtime, report):
     elif what == "decode":
         shape = dict(vocab_size=256) if own else {k: v for k, v in NANOGPT_SHAPES[2].items() if k != "batch_size"}
         bench_decode(config.build(GPTConfig, shape | explicit), bench, runtime, report)
-    elif what == "quality":
-        bench_quality(bench, runtime, report)
-    elif what == "inspect":
-        inspect(bench, runtime, report)
-    elif what == "heads":
-        bench_heads(bench, runtime, report)
-    elif what == "superposition":
-        bench_superposition(bench, runtime, report)
     else:
-        plot_curves(bench)
+        parts = dict(ops=bench_operators, quality=bench_quality, inspect=inspect, heads=bench_heads)
+        (parts | dict(superposition=bench_superposition, curves=plot_curves))[what](bench, runtime, report)
 
 
 def main(argv):
