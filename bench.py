@@ -324,7 +324,7 @@ def save_figure(figure, path):
 def heat_map(values, rows, size, label, vmax=1, cmap="viridis", **options):
     """A figure and its axes: a matrix whose rows have names, and what its colours mean."""
     figure, axes = pyplot().subplots(figsize=size, layout="constrained")
-    image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=cmap, vmin=0, vmax=vmax)
+    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", cmap=cmap, vmin=0, vmax=vmax)
     axes.set(yticks=range(len(rows)), **options)
     axes.set_yticklabels(rows, fontsize=9)
     axes.grid(False)
