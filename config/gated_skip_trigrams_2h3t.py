@@ -18,7 +18,7 @@ penalty_start = 600
 penalty_warmup = 1500
 
 learning_rate = 1e-2
-mask_learning_rate = 1e-2  # of the gates
+mask_learning_rate = 3e-2  # of the gates
 min_lr = 1e-4
 max_iters = 3000
 eval_interval = 1000

@@ -132,7 +132,7 @@ def test_xavier_has_the_specified_widths(fresh_rng):
         assert torch.cat([get(a).flatten() for a in draws]).std().item() == pytest.approx(std, rel=0.12)
     assert draws[0].c_proj.bias is None
     attn = toy(n, 8, attention_type="gated").transformer.h[0].attn
-    for w in attn.gate / math.sqrt(V):
+    for w in attn.gate / (3 * math.sqrt(V)):
         torch.testing.assert_close(w @ w.T, torch.eye(8), rtol=0, atol=1e-5)
 
 
