@@ -1056,16 +1056,14 @@ def bench_decode(c, bench, runtime, report):
                 texts[use_cache][0, -1].item()  # the last token is there
                 times[use_cache].append(time.perf_counter() - start)
     rates = {cached: [bench.tokens / t for t in ts] for cached, ts in times.items()}
-    columns = (
-        "attention, n_layer (layers), n_embd (channels), block (tokens), cached (tokens/s), recomputed (tokens/s), "
-    )
-    columns += "cached / recomputed (ratio), same greedy text, of the copy bandwidth (share)"
+    columns = "attention, n_layer (layers), n_embd (channels), block (tokens), cached (tokens/s), "
+    columns += "of the copy bandwidth (share), recomputed (tokens/s), cached / recomputed (ratio), same greedy text"
     with report.table("decode", f"{bench.tokens} tokens after 12, batch 1", columns, keys=4) as table:
         ratio = [a / b for a, b in zip(times[False], times[True])]
         same = "yes" if torch.equal(texts[True], texts[False]) else "no"
         read += bench.tokens * fixed_bytes(model, model.init_state(1).layers)
         share = report.share_of_bandwidth(read, times[True])
-        table.add(c.attention_type, c.n_layer, c.n_embd, c.block_size, rates[True], rates[False], ratio, same, share)
+        table.add(c.attention_type, c.n_layer, c.n_embd, c.block_size, rates[True], share, rates[False], ratio, same)
     if c.pos_emb != "learned":  # learned positions end with the block
         bench_positions(model, bench, runtime, report)
 
@@ -1642,7 +1640,8 @@ def draw_bars(key, label, panel, runs):
 def measure(what, explicit, bench, runtime, report):
     """One of the kinds of measurement; `explicit` are the keys of the model that were given."""
     own = explicit.keys() - {"attention_type"}  # a shape of the user's, or nanoGPT's
-    if what == "overview":
+    if what == "overview":  # of --what=all too, whose block_size is that of the models
+        explicit = {k: v for k, v in explicit.items() if k != "block_size" or bench.what == what}
         types = explicit.get("attention_type", ",".join(ATTENTION)).split(",")
         overview([t.strip() for t in types], LAYER | explicit, bench, runtime, report)
     elif what == "step" and bench.beside:

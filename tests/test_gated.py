@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import kernels.gated
-from kernels.gated import FLOOR, gated
+from kernels.gated import FLOOR, executed_pairs, gated
 from model import GPT, GPTConfig, param_groups
 
 TINY = dict(block_size=32, vocab_size=50, n_layer=1, n_head=3, n_embd=24)
@@ -52,6 +52,12 @@ def test_both_forms_equal_the_equations(backend, fresh_rng):
     torch.testing.assert_close(o, want, rtol=0, atol=1e-13)
     assert penalty.item() == pytest.approx(shared, rel=1e-12)
     assert gated(*inputs, penalise=False, backend=backend)[1] == 0
+
+
+@pytest.mark.parametrize("T", [1, 37, 200, 700])
+def test_executed_pairs_are_those_of_the_products(T, fresh_rng, products):
+    inputs = [x.detach() for x in random_inputs(1, T, 4, 8, 8)]
+    assert products(lambda: gated(*inputs)) == 4 * 8 * 4 * executed_pairs(T, 4)
 
 
 @pytest.mark.parametrize("segment", [1, 300, 2**17])
