@@ -19,6 +19,14 @@ def oracle(name):
     return pytest.importorskip(name)
 
 
+def check_units(tables):
+    """Of a file that bench.py wrote: each column that holds numbers names its unit."""
+    for table in tables.values():
+        for row in table["rows"]:
+            unnamed = [c for c, cell in row.items() if isinstance(cell, (int, float, list)) and not {*c} & {*"(/"}]
+            assert list(row) == table["columns"] and not unnamed, unnamed
+
+
 @pytest.fixture(scope="session")
 def text_dataset(tmp_path_factory):
     """A prepared data set of bytes with something to learn: counted words in a random order. Its folder."""

@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 import torch
+from conftest import check_units
 
 import bench
 import train
@@ -40,14 +41,6 @@ def test_a_table_is_aligned_markdown_and_survives_an_error(capsys):
         table.add("too few")
 
 
-def units(tables):
-    """Each column that holds numbers names its unit."""
-    for table in tables.values():
-        for row in table["rows"]:
-            unnamed = [c for c, cell in row.items() if isinstance(cell, (int, float, list)) and not {*c} & {*"(/"}]
-            assert list(row) == table["columns"] and not unnamed, unnamed
-
-
 def test_the_file_says_where_it_comes_from(tmp_path, capsys):
     """The schema at the top of bench.py, and each column that holds numbers names its unit."""
     path = tmp_path / "a.json"
@@ -58,7 +51,7 @@ def test_the_file_says_where_it_comes_from(tmp_path, capsys):
         assert name in found and f"{name}" in bench.__doc__
     assert found["what"] == "ops" and found["config"]["bench"]["rounds"] == 2
     assert found["machine"]["matmul_gflops"] > 0 and found["machine"]["copy_gb_s"] > 0
-    units(found["tables"])
+    check_units(found["tables"])
     table = found["tables"]["ops"]
     assert [row["operator"] for row in table["rows"]] == ["softmax", "gla"]
     for row in table["rows"]:
@@ -118,7 +111,7 @@ def test_overview_of_every_type(overview, tmp_path, capsys):
     tables = overview()
     rows = tables["overview"]["rows"]
     assert [(r["attention"], r["T (tokens)"]) for r in rows] == [(t, T) for T in (8, 32) for t in ATTENTION]
-    units(tables)
+    check_units(tables)
     for row, more in zip(rows, tables["overview, further"]["rows"], strict=True):
         assert [*row.values()][:2] == [*more.values()][:2]
         row |= more
@@ -327,6 +320,7 @@ def test_quality_adds_up(tiny, text_dataset, tmp_path):
     out = [f"--out_dir={tmp_path / 'run'}", f"--json={path}", f"--png={tmp_path / 'a.png'}", "--device=cpu"]
     assert bench.main(["--what=quality", *out, "--eval_stride=4"]) == 0
     tables = json.loads(path.read_text())["tables"]
+    check_units(tables)
     model = GPT.from_checkpoint(str(tmp_path / "run"))
     steps = read_checkpoint(str(tmp_path / "run"))["iter_num"]
     for row, curve, cost in zip(*(tables[name]["rows"] for name in ("quality", "by context", "scaling"))):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import check_units
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -633,11 +634,21 @@ def test_wrong_keys(keys, want):
 @pytest.mark.slow
 def test_inspect(tiny, tmp_path, capsys):
     keys = dict(use_triangle_wave_masking=True, mask_mix_candidates="offset_0,full,first_2", max_iters=2)
-    folder = tmp_path / "run"
+    folder, report = tmp_path / "run", tmp_path / "report.json"
     for kind in ("adaptive_span", "softmax,mask_mix"):
         own = {k: v for k, v in keys.items() if k == "max_iters" or ("wave" in k) == (kind == "adaptive_span")}
         train.main(tiny(attention_type=kind, **own))
-        bench.main([f"--out_dir={folder}", "--what=inspect", "--rounds=1", "--seconds=0.01", "--device=cpu", "--json="])
+        bench.main(
+            [
+                f"--out_dir={folder}",
+                "--what=inspect",
+                "--rounds=1",
+                "--seconds=0.01",
+                "--device=cpu",
+                f"--json={report}",
+            ]
+        )
+        check_units(json.loads(report.read_text())["tables"])
         out = capsys.readouterr().out
         assert out.count("blocks of") == (4 if kind == "adaptive_span" else 1)  # one for all heads
         assert ("with periods rounded" if kind == "adaptive_span" else "without candidates below 0.02") in out

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from conftest import check_units
 
 import bench
 import config
@@ -91,7 +92,9 @@ def measured(tmp_path):
     def run(*arguments):
         path = tmp_path / "bench.json"
         assert bench.main([f"--json={path}", f"--png={tmp_path / 'bench.png'}", "--device=cpu", *arguments]) == 0
-        return json.loads(path.read_text())["tables"]
+        tables = json.loads(path.read_text())["tables"]
+        check_units(tables)
+        return tables
 
     return run
 

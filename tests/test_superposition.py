@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, check_units
 
 import bench
 import config
@@ -191,6 +191,7 @@ def test_base_and_gated_block_by_configuration(trigrams, tmp_path, capsys, monke
     assert "B1 -> C1" in out and "distributed: none" in out and "unused heads" in out
     with open(report) as f:
         tables = json.load(f)["tables"]
+    check_units(tables)
     assert [row["trigram"] for row in tables[f"superposition in {base}"]["rows"]] == [
         f"B{b} -> C{b}" for b in (1, 2, 3)
     ]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, oracle
+from conftest import ROOT, check_units, oracle
 from torch.nn import functional as F
 
 import bench
@@ -538,6 +538,7 @@ def test_training_on_records(tiny, tmp_path, labelled_dataset, capsys):
     bench.main(["--what=quality", f"--out_dir={whole}", *keys])
     with open(report) as f:
         tables = json.load(f)["tables"]
+    check_units(tables)
     row = tables["quality"]["rows"][0]
     assert (
         row["accuracy (share)"] == pytest.approx(accuracy, abs=1e-6)
