@@ -6,7 +6,8 @@
     python train.py config/train_stdlib.py --init_from=resume --eval_only
 
 In out_dir: config.json, log.jsonl (a line for each logged iteration and each evaluation), ckpt.pt (the last state, to
-resume), best.pt (the weights with the lowest validation loss). Ctrl-C or SIGTERM finishes the step and saves.
+resume), best.pt (the weights with the lowest validation loss, once penalties have their full weight). Ctrl-C or SIGTERM
+finishes the step and saves.
 """
 
 import contextlib
@@ -896,7 +897,8 @@ class Run:
                 raise TrainError(f"{what}; {last}; lower learning_rate")
 
     def evaluate(self):
-        """The cheap estimate, logged; best.pt when validation improves."""
+        """The cheap estimate, logged; best.pt when validation improves, and while the penalty grows: what is best
+        without it is not the run's result."""
         losses = estimate_loss(self.model, self.batches, self.cfg, self.runtime, self.world)
         if self.progress.iter_num == 0 and self.world.master:  # not before the new run is known to start
             discard_earlier_run(self.cfg.out_dir)
@@ -907,8 +909,9 @@ class Run:
             comparison = compare_with_teacher(self.model, self.teacher, batches, self.runtime, self.world)
             self.say(f"  {describe_comparison(comparison)}")
         score = comparison.get("kl", losses.get("val", math.inf))  # a student is chosen by its distance to the teacher
-        if score < self.progress.best_val_loss:
-            self.progress.best_val_loss = score
+        growing = penalty_share(self.cfg, self.progress.iter_num) < 1
+        if growing or score < self.progress.best_val_loss:
+            self.progress.best_val_loss = math.inf if growing else score
             if self.world.master:
                 extra = dict(iter_num=self.progress.iter_num, best_val_loss=score)
                 save_checkpoint(os.path.join(self.cfg.out_dir, "best.pt"), self.model, **extra)

@@ -150,6 +150,17 @@ def test_penalty_grows_after_its_start():
     assert halved["penalty"] > 0.1
 
 
+def test_best_weights_have_seen_the_whole_penalty(tiny, tmp_path, monkeypatch):
+    """The validation loss is lowest before gates are penalised; those weights answer another question."""
+    rising = itertools.count()
+    monkeypatch.setattr(train, "estimate_loss", lambda *_: {"val": float(next(rising))})
+    keys = dict(attention_type="gated", gated_reg=0.1, eval_interval=5, max_iters=20)
+    for started, best in ((dict(penalty_start=8, penalty_warmup=3), 15), ({}, 0)):
+        out_dir = str(tmp_path / f"best_{best}")
+        assert train.main(tiny(out_dir=out_dir, **keys, **started)) == 0
+        assert torch.load(f"{out_dir}/best.pt", weights_only=True)["iter_num"] == best
+
+
 # from configuration to picture
 
 
