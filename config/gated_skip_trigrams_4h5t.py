@@ -6,4 +6,4 @@ teacher = "out/skip_trigrams_4h5t"
 dataset = "skip_trigrams"
 n_head = 8
 n_embd = 12
-max_iters = 5000  # two heads share a trigram for longer
+batch_size = 100
