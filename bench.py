@@ -65,7 +65,7 @@ from kernels.nsa import (
     nsa_window_dense,
 )  # fmt: skip
 from kernels.performer import performer
-from model import ATTENTION, GPT, GPTConfig, ModelError, matrix_size, random_features, read_checkpoint
+from model import ATTENTION, GPT, GPTConfig, ModelError, matrices, random_features, read_checkpoint
 from train import Run, TrainConfig, World, eval_window, evaluate, git_commit, progress_bar, token_nats, write_atomically
 
 NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a long block
@@ -499,7 +499,11 @@ class Layer:
     def operations(self):
         """(nominal, executed) of the attention of a sequence, and all that a forward pass of the layer executes."""
         nominal, executed = self.attn.flops(self.x.size(1))
-        return nominal, executed, self.x.size(0) * (executed + 2 * self.x.size(1) * matrix_size(self.attn))
+        return (
+            nominal,
+            executed,
+            self.x.size(0) * (executed + 2 * self.x.size(1) * sum(w.numel() for w in matrices(self.attn))),
+        )
 
 
 def tolerance(report):
@@ -1116,8 +1120,9 @@ def keys_read(step):
 def fixed_bytes(model, layers):
     """Bytes that each token reads wherever it stands: the matrices, and the states that do not grow. With those of
     keys_read it is what a token reads at the least: `gated` and `nsa` read keys that nobody counts."""
-    matrices = [m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear)]
-    return sum(matrices) + state_bytes([s for s in layers if isinstance(s, (torch.Tensor, tuple))])
+    return sum(w.nbytes for w in matrices(model)) + state_bytes(
+        [s for s in layers if isinstance(s, (torch.Tensor, tuple))]
+    )
 
 
 def state_bytes(state):

@@ -1370,7 +1370,7 @@ class GPT(nn.Module):
 
     def flops(self, T):
         """(nominal, executed) operations of a forward pass over one sequence of T tokens: matrices and attention."""
-        dense = 2 * T * matrix_size(self)
+        dense = 2 * T * sum(w.numel() for w in matrices(self))
         attention = [block.attn.flops(T) for block in self.transformer.h]
         return dense + sum(a[0] for a in attention), dense + sum(a[1] for a in attention)
 
@@ -1408,10 +1408,10 @@ class GPT(nn.Module):
         return model
 
 
-def matrix_size(module):
+def matrices(module):
     """Weights that multiply every token: of linear layers and of gates."""
     linear = [m.weight for m in module.modules() if isinstance(m, (nn.Linear, OutputGate)) and m.weight is not None]
-    return sum(w.numel() for w in linear + [m.gate for m in module.modules() if isinstance(m, GatedAttention)])
+    return linear + [m.gate for m in module.modules() if isinstance(m, GatedAttention)]
 
 
 def cross_entropy(logits, targets):
@@ -1480,15 +1480,15 @@ def load_weights(model, weights, source):
     `source` says, the GPTConfig of the model that the weights are from."""
     own = model.state_dict()  # shares storage with the parameters
     with torch.device("meta"):
-        rows = {name: list(getattr(ATTENTION[name](source), "parts", ())) for name in set(source.types())}
+        rows = {name: getattr(ATTENTION[name](source), "parts", {}) for name in set(source.types())}
     rows = {f"transformer.h.{i}.attn": rows[name] for i, name in enumerate(source.types())}
     copied, left, partly = [], [], {}
     for name, value in weights.items():
         layer, projections, _ = name.rpartition(".c_attn.")
         if projections and name in own:
-            attn, parts = model.get_submodule(layer), rows.get(layer)
-            if own[name].shape != value.shape or list(attn.parts) != parts:
-                partly[name] = taken = copy_projections(attn, own[name], value) if parts == [*"qkv"] else []
+            attn, parts = model.get_submodule(layer), rows.get(layer, {})
+            if own[name].shape != value.shape or attn.parts != parts:
+                partly[name] = taken = copy_projections(attn, own[name], value) if [*parts] == [*"qkv"] else []
                 missing = [part for part in "qkv" if not any(part in other.split("_")[0] for other in taken)]
                 copied += [f"{name}[{','.join(taken)}]"] if taken else []
                 left += [f"{name}[{','.join(missing)}]"] if missing else []

@@ -156,7 +156,9 @@ class Objective(nn.Module):
 
 def kl_divergence(teacher_logits, logits, targets, temperature=1.0):
     """KL(teacher || student) in nats, mean over the positions whose target is not -1. Logits (B, T, V)."""
-    kl = divergence if torch.compiler.is_compiling() else Divergence.apply  # a compiler fuses the formula itself
+    # a compiler fuses the formula itself; float16 has no place for a gradient before the loss scale multiplies it
+    plain = torch.compiler.is_compiling() or logits.dtype == torch.float16
+    kl = divergence if plain else Divergence.apply
     scored = targets >= 0
     return (kl(teacher_logits, logits, temperature) * scored).sum() / scored.sum()
 
@@ -176,7 +178,10 @@ class Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, teacher_logits, logits, temperature):
         rows = max(1, Divergence.CACHED // logits.size(-1))
-        kl, ctx.grad = logits.new_empty(logits.shape[:-1], dtype=torch.float32), torch.empty_like(logits)
+        kl, ctx.grad = (
+            logits.new_empty(logits.shape[:-1], dtype=torch.float32),
+            torch.empty_like(logits, memory_format=torch.contiguous_format),
+        )
         tensors = (x.flatten(0, 1).split(rows) for x in (teacher_logits, logits, kl[..., None], ctx.grad))
         for *pq, found, grad in zip(*tensors):
             p, q = ((x.float() / temperature).log_softmax(-1) for x in pq)
@@ -910,7 +915,7 @@ class Run:
             self.say(f"  {describe_comparison(comparison)}")
         score = comparison.get("kl", losses.get("val", math.inf))  # a student is chosen by its distance to the teacher
         growing = penalty_share(self.cfg, self.progress.iter_num) < 1
-        if growing or score < self.progress.best_val_loss:
+        if "val" in losses and (growing or score < self.progress.best_val_loss):
             self.progress.best_val_loss = math.inf if growing else score
             if self.world.master:
                 extra = dict(iter_num=self.progress.iter_num, best_val_loss=score)

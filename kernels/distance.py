@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils._triton import has_triton
 
 SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
 CALLS = 2**13  # scores that take the time of a segment's calls
@@ -481,8 +482,8 @@ distance_op.register_autograd(backward, setup_context=setup_context)
 
 def flex_fits(x, T, width):
     """Whether FlexAttention takes inputs like x of T tokens, the narrower of keys and values `width` wide: it has no
-    backward pass on a CPU, no fp64, and is compiled anew for each length, so odd ones are left to the banded form."""
-    return x.device.type == "cuda" and x.dtype != torch.float64 and T % TILE == 0 and width >= 16
+    backward pass on a CPU, no fp64, is compiled by Triton, and anew for each length: odd ones take the banded form."""
+    return x.device.type == "cuda" and x.dtype != torch.float64 and T % TILE == 0 and width >= 16 and has_triton()
 
 
 def seen_tiles(table, prefix):
@@ -531,6 +532,12 @@ def compiled_flex():
     return torch.compile(distance_flex, dynamic=False)
 
 
+def fused(*inputs):
+    """`distance_flex` compiled, for each shape once: past dynamo's usual limit of 8 it would hold all T x T scores."""
+    with torch._dynamo.config.patch(recompile_limit=256):
+        return compiled_flex()(*inputs)
+
+
 # ----------------------------------------------------------------------------- public
 
 
@@ -562,7 +569,7 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto"):
     if backend == "dense":
         return distance_dense(q, k, v, table, prefix, scale)
     if backend == "flex" or (backend == "auto" and flex_fits(q, q.shape[1], min(q.shape[3], v.shape[3]))):
-        flex = compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else distance_flex
+        flex = fused if q.is_cuda and not torch.compiler.is_compiling() else distance_flex
         return flex(q, k, v, table, prefix, scale)
     return distance_op(q, k, v, table, prefix, scale)[0]
 

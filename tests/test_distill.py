@@ -55,13 +55,13 @@ def test_divergence_is_the_mean_over_scored_positions(fresh_rng):
     assert kl_divergence(q, p, targets) != kl_divergence(p, q, targets)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_divergence_in_one_pass_is_the_formula(temperature, dtype, fresh_rng, monkeypatch):
     """Its hand-made gradient too, over groups of rows of which the last is shorter, some positions not scored."""
     monkeypatch.setattr(Divergence, "CACHED", 41 * int(fresh_rng.integers(1, 5)))
     p, q, targets = 4 * torch.randn(2, 7, 41), 4 * torch.randn(2, 7, 41), torch.randint(-1, 41, (2, 7))
-    p, q, scored = p.to(dtype), q.to(dtype).requires_grad_(), targets >= 0
+    p, q, scored = p.to(dtype), q.to(dtype).mT.contiguous().mT.requires_grad_(), targets >= 0  # any strides
     kl = kl_divergence(p, q, targets, temperature)
     wanted = (divergence(p, q, temperature) * scored).sum() / scored.sum()
     torch.testing.assert_close(kl, wanted)
@@ -183,6 +183,11 @@ def test_another_mechanisms_projections_are_not_taken_for_softmaxs():
     """The rows of gla's c_attn are not q, k and v of a third each."""
     report = load_weights(make(), (other := make(attention_type="gla")).state_dict(), other.config)
     assert not any("c_attn" in name for name in report.copied) and sum("c_attn" in name for name in report.new) == 2
+    widths = [dict(gla_expand_k=0.5, gla_expand_v=1.0), dict(gla_expand_k=1.0, gla_expand_v=0.5)]
+    ours, theirs = (make(attention_type="gla", **w) for w in widths)  # as many rows in all, of other parts
+    name = "transformer.h.0.attn.c_attn.weight"
+    assert ours.state_dict()[name].shape == theirs.state_dict()[name].shape
+    assert name not in load_weights(ours, theirs.state_dict(), theirs.config).copied
 
 
 def test_rows_of_another_order_are_not_taken_for_the_same():
