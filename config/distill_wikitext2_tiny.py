@@ -5,11 +5,11 @@ from config.train_wikitext2_tiny import *
 out_dir = "out/distill_wikitext2_tiny"
 init_from = teacher = "out/wikitext2_tiny"
 distill = "kl"
-distill_attention_iters = 40
+distill_attention_iters = 80
 
 batch_size = 2
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 10
-max_iters = 120
-eval_interval = 40
+max_iters = 240
+eval_interval = 80
