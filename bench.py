@@ -186,6 +186,7 @@ class Report:
     def __init__(self, bench, runtime, model_keys):
         self.path, self.tables, self.notes, self.peaks = bench.json, {}, [], {}
         self.runtime, self.config = runtime, {"bench": asdict(bench), "model": model_keys}
+        self.commit = git_commit()  # before a picture in the repository is written again
 
     def table(self, name, title, columns, keys=1):
         self.tables[name] = Table(name, title, columns, keys)
@@ -224,7 +225,7 @@ class Report:
         machine = {"device": r.device, "dtype": r.dtype, "threads": torch.get_num_threads(), "processor": processor(r)}
         machine["clock"] = "events" if r.device_type == "cuda" else clock_name(r.device_type)
         found = {"schema": 1, "what": self.config["bench"]["what"], "machine": machine | self.peaks}
-        found |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": git_commit()}
+        found |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": self.commit}
         found |= {"versions": {"python": platform.python_version(), "torch": torch.__version__}, "config": self.config}
         tables = {
             name: {"title": t.title, "columns": list(t.specs), "keys": t.keys, "rows": t.rows}
