@@ -14,7 +14,7 @@ muon_learning_rate = 0.05
 learning_rate = 5e-3
 min_lr = 2e-4
 warmup_iters = 20
-max_iters = 800
+max_iters = 1500
 beta2 = 0.99
 
 eval_interval = 250
