@@ -10,7 +10,7 @@ PY = $(BIN)/python
 SOURCES = *.py config data kernels tests .ci
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all format check-format bench bench-step bench-ops kernel-report gpu clean
+.PHONY: help install demo test test-all format check-format bench bench-step bench-ops compare kernel-report gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,29 @@ bench-step: $(VENV)/run.stamp  ## training speed against the matmul peak and a p
 
 bench-ops: $(VENV)/dev.stamp  ## attention operators beside softmax attention and naive loops, against time
 	$(PY) bench.py --what=ops --peers=true
+
+# make compare CONFIG=config/train_enwik8_small.py TYPES="softmax gla" SEEDS="1 2"; runs that are done are kept until
+# CONFIG or OPTIONS change
+CONFIG = config/train_enwik8_tiny.py
+OPTIONS = --max_iters=500
+TYPES = softmax gla gsa performer nsa none
+SEEDS = 1 2 3
+COMPARED = $(foreach t,$(TYPES),$(foreach s,$(SEEDS),out/compare/$(t)-$(s)))
+comma = ,
+space = $(subst ,, )
+
+compare: $(COMPARED:=/done)  ## train TYPES alike over SEEDS, then their validation loss, mean and standard deviation
+	$(PY) bench.py --what=quality --split=val --out_dir=$(subst $(space),$(comma),$(strip $(COMPARED))) \
+	  --json=out/compare/compare.json --png=out/compare/compare.png
+
+out/compare/%/done: out/compare/recipe | $(VENV)/run.stamp
+	$(PY) train.py $(CONFIG) $(OPTIONS) --attention_type=$(word 1,$(subst -, ,$*)) --seed=$(word 2,$(subst -, ,$*)) --out_dir=$(@D)
+	@touch $@
+
+out/compare/recipe: FORCE
+	@mkdir -p $(@D)
+	@echo '$(CONFIG) $(OPTIONS)' | cmp -s - $@ || echo '$(CONFIG) $(OPTIONS)' > $@
+FORCE:
 
 kernel-report: $(VENV)/run.stamp  ## registers, spills, shared memory and tensor-core instructions of each Triton kernel
 	$(PY) -m kernels.report

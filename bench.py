@@ -1166,6 +1166,7 @@ def bench_quality(bench, runtime, report):
             scaling.add(
                 row["folder"], row["attention"], row["split"], row["parameters (count)"], *cost, row["nats/token"]
             )
+    over_seeds(table.rows, report)
     plot_quality(curves, scaling.rows, bench.png or "quality.png")
     for folder, scores in labelled:
         names = [row["label"] for row in scores["labels"]]
@@ -1200,6 +1201,41 @@ def score_checkpoint(folder, model, dataset, bench, runtime, table, curves, cost
             labelled.append((folder, s))
     costs[folder] = training_cost(folder, model)
     return labelled
+
+
+def over_seeds(rows, report):
+    """Mean and standard deviation (n - 1) over runs that differ in nothing but their seed, where there are any."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((recipe(row["folder"]), row["split"]), []).append(row)
+    if all(len(runs) < 2 for runs in groups.values()):
+        return
+    columns = dict.fromkeys(("attention", "first run", "split", "parameters (count)", "seeds (count)"))
+    units = {"nats/token": ".4f", "bits/byte": ".4f"}
+    columns |= {f"{what} ({unit})": f for unit, f in units.items() for what in ("mean", "standard deviation")}
+    with report.table("over seeds", "mean over runs that differ in their seed alone", columns, keys=3) as table:
+        for (_, split), runs in groups.items():
+            cells = []
+            for scores in ([row[unit] for row in runs] for unit in units):
+                known = scores[0] is not None
+                cells += [statistics.mean(scores) if known else None]
+                cells += [statistics.stdev(scores) if known and len(scores) > 1 else None]
+            first = runs[0]
+            table.add(first["attention"], first["folder"], split, first["parameters (count)"], len(runs), *cells)
+
+
+def recipe(folder):
+    """What a run was, but for its seed, its folder, and keys that leave its figures alone; of a folder that does not
+    say, the folder."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            stored = json.load(f)
+        idle = ("seed", "out_dir", "export", "checkpoint_interval", "log_interval", "device", "compile")
+        model, cfg = asdict(GPTConfig()) | stored["model"], asdict(TrainConfig()) | stored["train"]
+        cfg = {k: v for k, v in cfg.items() if k not in idle and not k.startswith(("wandb", "eval"))}
+        return json.dumps([model, cfg, stored["data"]["label"]], sort_keys=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return folder
 
 
 def standard_error(nats, lengths):
