@@ -605,8 +605,10 @@ class AdaptiveSpan(DistanceAttention):
         self.sigmoid, self.wave = config.span_param == "sigmoid", config.use_triangle_wave_masking
         init = torch.full((self.n_head,), config.span_init)
         self.span = nn.Parameter(init.clamp(0.001, 0.999).logit() if self.sigmoid else init)
+        self.meaning = {"span": config.span_param}  # of a stored number
         if self.wave:
             self.period_range = config.period_min_triangle_wave_masking, config.period_max_triangle_wave_masking
+            self.meaning["period"] = self.period_range
             self.period = nn.Parameter(torch.rand(self.n_head).clamp(0.001, 0.999).logit())
             self.ratio = nn.Parameter(torch.zeros(self.n_head))
 
@@ -677,6 +679,7 @@ class MaskMix(DistanceAttention):
         self.n_first = max(k if kind == "first" else 0 for kind, k in self.candidates)
         self.reg, self.prune = config.mask_mix_reg, config.mask_mix_prune
         self.alpha = nn.Parameter(torch.zeros(self.n_head if config.mask_mix_per_head else 1, len(self.candidates)))
+        self.meaning = {"alpha": self.candidates}
 
     def weights(self):
         w = self.alpha.sigmoid()  # (H or 1, N)
@@ -1389,20 +1392,31 @@ class GPT(nn.Module):
     def from_pretrained(cls, source, **overrides):
         """GPT-2 weights, from the hub (`gpt2`, `gpt2-medium`, ...) or from a local Hugging Face folder."""
         try:
-            from transformers import GPT2LMHeadModel
+            from transformers import AutoConfig, GPT2LMHeadModel
         except ImportError:
             raise ModelError("GPT-2 weights are read by transformers: pip install transformers") from None
         try:
-            hf = GPT2LMHeadModel.from_pretrained(source)
+            c = AutoConfig.from_pretrained(source)
+            if c.model_type == "gpt2":
+                hf, found = GPT2LMHeadModel.from_pretrained(source, output_loading_info=True)
         except Exception as error:  # the hub's client raises a dozen kinds
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"no GPT-2 weights in {source!r}: {reason}") from None
-        gelu = {"gelu_new": "tanh", "gelu": "erf"}.get(hf.config.activation_function)
+        if c.model_type != "gpt2":
+            raise ModelError(f"{source} is a model of type {c.model_type}: only GPT-2's weights have a place here")
+        if found["missing_keys"]:
+            raise ModelError(f"{source} lacks {', '.join(sorted(found['missing_keys']))}")
+        gelu = {"gelu_new": "tanh", "gelu": "erf"}.get(c.activation_function)
         if gelu is None:
-            raise ModelError(f"{source}: activation {hf.config.activation_function!r} is not a GELU")
-        c = hf.config
+            raise ModelError(f"{source}: activation {c.activation_function!r} is not a GELU")
+        for name, ours in dict(
+            scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, layer_norm_epsilon=1e-5
+        ).items():
+            if getattr(c, name) != ours:
+                raise ModelError(f"{source}: its {name} is {getattr(c, name)}, here it is {ours}")
         shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions)
         shape |= dict(vocab_size=c.vocab_size, bias=True, gelu=gelu, mlp_hidden=c.n_inner or 0)
+        shape |= dict(embedding="tied" if c.tie_word_embeddings else "untied")
         model = cls(build(GPTConfig, shape | overrides))
         model.loaded = load_weights(model, gpt2_names(hf.state_dict()), build(GPTConfig, shape))
         return model
@@ -1465,28 +1479,36 @@ class LoadReport:
 
     def __str__(self):
         in_part = [name for name in self.copied if "[" in name]
+        every = sorted(set(layer_numbers(self.copied + self.new + self.left)))
         lists = {"in part": in_part, "new (not in the file)": self.new, "left (not in the model)": self.left}
         parts = [f"copied {len(self.copied)} tensors"]
         for title, names in lists.items():
-            layers = dict.fromkeys(re.sub(r"\.h\.\d+\.", ".h.*.", name) for name in names)
-            parts += [f"{title}: {', '.join(layers)}"] if names else []
+            layers = {}
+            for name in names:
+                layers.setdefault(re.sub(r"\.h\.\d+\.", ".h.*.", name), []).extend(layer_numbers([name]))
+            listed = [n if sorted(i) == every else n.replace("*", ",".join(map(str, i))) for n, i in layers.items()]
+            parts += [f"{title}: {', '.join(listed)}"] if names else []
         return "; ".join(parts)
+
+
+def layer_numbers(names):
+    return [int(i) for name in names for i in re.findall(r"\.h\.(\d+)\.", name)]
 
 
 @torch.no_grad()
 def load_weights(model, weights, source):
-    """Copy into `model` each tensor of `weights` that fits by name and shape; report the rest. A longer position table
-    gives its first block_size rows; rows of q, k and v go where the attention has as many. What the rows of c_attn are
-    `source` says, the GPTConfig of the model that the weights are from."""
+    """Copy into `model` each tensor of `weights` that fits by name, shape and meaning; report the rest. A longer
+    position table gives its first block_size rows; rows of q, k and v go where the attention has as many. What the rows
+    of c_attn and the numbers of a mask mean `source` says, the GPTConfig of the model that the weights are from."""
     own = model.state_dict()  # shares storage with the parameters
     with torch.device("meta"):
-        rows = {name: getattr(ATTENTION[name](source), "parts", {}) for name in set(source.types())}
-    rows = {f"transformer.h.{i}.attn": rows[name] for i, name in enumerate(source.types())}
+        layers = {name: ATTENTION[name](source) for name in set(source.types())}
+    layers = {f"transformer.h.{i}.attn": layers[name] for i, name in enumerate(source.types())}
     copied, left, partly = [], [], {}
     for name, value in weights.items():
         layer, projections, _ = name.rpartition(".c_attn.")
         if projections and name in own:
-            attn, parts = model.get_submodule(layer), rows.get(layer, {})
+            attn, parts = model.get_submodule(layer), getattr(layers.get(layer), "parts", {})
             if own[name].shape != value.shape or attn.parts != parts:
                 partly[name] = taken = copy_projections(attn, own[name], value) if [*parts] == [*"qkv"] else []
                 missing = [part for part in "qkv" if not any(part in other.split("_")[0] for other in taken)]
@@ -1495,7 +1517,10 @@ def load_weights(model, weights, source):
                 continue
         if name in own and name.endswith("wpe.weight") and value.size(0) > own[name].size(0):
             value = value[: own[name].size(0)]
-        if name in own and own[name].shape == value.shape:
+        layer, _, parameter = name.rpartition(".")
+        sides = (model.get_submodule(layer), layers[layer]) if layer in layers and name in own else ()
+        meanings = [getattr(attn, "meaning", {}).get(parameter) for attn in sides] or [None]
+        if name in own and own[name].shape == value.shape and meanings[0] == meanings[-1]:
             own[name].copy_(value)
             copied.append(name)
         else:

@@ -133,6 +133,8 @@ def label_probabilities(model, ids, record_len, labels, runtime):
 def compare(cfg, runtime):
     """The continuations of each prompt by each model, in columns on the terminal, and as Markdown tables in cfg.out."""
     names = [name.strip() for name in cfg.compare.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--compare names no folder: write --compare=FOLDER,FOLDER")
     prompts = [line for line in read_prompt(cfg.start).splitlines() if line] or [cfg.start]
     columns = []
     for name in names:

@@ -6,8 +6,8 @@
     python train.py config/train_stdlib.py --init_from=resume --eval_only
 
 In out_dir: config.json, log.jsonl (a line for each logged iteration and each evaluation), ckpt.pt (the last state, to
-resume), best.pt (the weights with the lowest validation loss, once penalties have their full weight). Ctrl-C or SIGTERM
-finishes the step and saves.
+resume), best.pt (the weights with the lowest validation loss, once penalties have their full weight; of a student those
+with the lowest divergence and penalty after its first step). Ctrl-C or SIGTERM finishes the step and saves.
 """
 
 import contextlib
@@ -282,6 +282,8 @@ def make_model(cfg, model_config, given, dataset):
         raise ConfigError(f"init_from={cfg.init_from}: neither scratch, resume, gpt2... nor a folder")
     ours = is_training_folder(cfg.init_from)
     model = (GPT.from_checkpoint if ours else GPT.from_pretrained)(cfg.init_from, **explicit)
+    if not model.loaded.copied:
+        raise ModelError(f"init_from={cfg.init_from}: none of its tensors has a place in a model of these sizes")
     return model, None, f"{cfg.init_from}: {model.loaded}"
 
 
@@ -296,6 +298,10 @@ def load_teacher(cfg, model):
     same = ["vocab_size"]
     if cfg.distill == "attention" or cfg.distill_attention_iters:
         same += ["n_layer", "n_embd"]
+        if not any(p.requires_grad for block in model.transformer.h for p in block.attn.parameters()):
+            raise ConfigError("the student has no attention to match: write --distill_attention_iters=0, --distill=kl")
+        if "none" in teacher.config.types():
+            raise ConfigError(f"teacher={cfg.teacher} has layers without attention: there is nothing to match in them")
     for name in same:
         theirs, mine = getattr(teacher.config, name), getattr(model.config, name)
         if theirs != mine:
@@ -381,7 +387,9 @@ def make_optimizers(model, cfg, device_type):
         if params
     ]
     fused = device_type in ("cpu", "cuda")
-    optimizers.insert(0, torch.optim.AdamW(members, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused))
+    if members:
+        betas = (cfg.beta1, cfg.beta2)
+        optimizers.insert(0, torch.optim.AdamW(members, lr=cfg.learning_rate, betas=betas, fused=fused))
     return optimizers
 
 
@@ -467,10 +475,9 @@ def compare_with_teacher(model, teacher, batches, runtime, world, chunk=2**24):
 
 
 def describe_comparison(c):
-    return (
-        f"KL from the teacher {c['kl']:.4f} nats a token, token perplexity {math.exp(c['student_ce']):.3f} (teacher "
-        f"{math.exp(c['teacher_ce']):.3f}), same likeliest token {100 * c['agreement']:.1f} %"
-    )
+    ours, theirs = (f"{perplexity(c[name], 1):.3f}" for name in ("student_ce", "teacher_ce"))
+    agreed = f"same likeliest token {100 * c['agreement']:.1f} %"
+    return f"KL from the teacher {c['kl']:.4f} nats a token, token perplexity {ours} (teacher {theirs}), {agreed}"
 
 
 @torch.no_grad()
@@ -782,6 +789,7 @@ class Run:
             self.restore(stored)
         self.signal = 0
         self.bad_steps = 0
+        self.penalty = 0.0  # of the last step
         model.activation_checkpointing = cfg.activation_checkpointing
         self.teacher = teacher
         self.objective = Objective(model, teacher, cfg.distill_temperature, cfg.distill_ce)
@@ -800,13 +808,16 @@ class Run:
         self.progress = Progress(**{k: type(v)(stored.get(k, v)) for k, v in dataclasses.asdict(Progress()).items()})
         if self.progress.iter_num < 0:
             raise KeyError(f"iteration {self.progress.iter_num}")
+        if bool(stored.get("config", {}).get("teacher")) != bool(self.cfg.teacher):  # a divergence, or a loss
+            self.progress.best_val_loss = math.inf
         for optimizer, state in zip(self.optimizers, (stored.get("optimizer"), stored.get("muon"))):
             options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             try:
                 optimizer.load_state_dict(state)
             except (KeyError, TypeError, ValueError):
-                why = f"its optimizer state is not of this optimizer={self.cfg.optimizer}"
-                raise ModelError(f"{stored['path']}: {why}") from None
+                why = f"its optimizer state is not of optimizer={self.cfg.optimizer}, train_only={self.cfg.train_only}"
+                how = "--init_from=FOLDER with another --out_dir starts from its weights alone"
+                raise ModelError(f"{stored['path']}: {why}; {how}") from None
             for group, ours in zip(optimizer.param_groups, options):  # rates and decay are the command's
                 group.update(ours)
             for p, moments in optimizer.state.items():
@@ -867,7 +878,9 @@ class Run:
         means = torch.stack(terms).cpu().double().mean(0)  # read once a step: each reading waits for a GPU
         means = [t / self.world.size for t in self.world.sum(means.tolist())]
         self.update(means[0], norm)
-        return dict(zip(("loss", *parts), means)) | {"grad_norm": norm}
+        terms = dict(zip(("loss", *parts), means)) | {"grad_norm": norm}
+        self.penalty = terms["penalty"]
+        return terms
 
     def clip(self):
         """Clip weights and masks apart; returns the norm of all gradients before."""
@@ -903,7 +916,7 @@ class Run:
 
     def evaluate(self):
         """The cheap estimate, logged; best.pt when validation improves, and while the penalty grows: what is best
-        without it is not the run's result."""
+        without it is not the run's result. Nor is a student as converted, which may be its teacher exactly."""
         losses = estimate_loss(self.model, self.batches, self.cfg, self.runtime, self.world)
         if self.progress.iter_num == 0 and self.world.master:  # not before the new run is known to start
             discard_earlier_run(self.cfg.out_dir)
@@ -913,10 +926,12 @@ class Run:
             batches = self.batches.fixed("val", self.cfg.eval_iters)
             comparison = compare_with_teacher(self.model, self.teacher, batches, self.runtime, self.world)
             self.say(f"  {describe_comparison(comparison)}")
-        score = comparison.get("kl", losses.get("val", math.inf))  # a student is chosen by its distance to the teacher
-        growing = penalty_share(self.cfg, self.progress.iter_num) < 1
-        if "val" in losses and (growing or score < self.progress.best_val_loss):
-            self.progress.best_val_loss = math.inf if growing else score
+        score = losses.get("val", math.inf)
+        if comparison:  # a student is chosen by what it minimises: its penalty is what it gives up exactness for
+            score = comparison["kl"] + self.penalty
+        early = penalty_share(self.cfg, self.progress.iter_num) < 1 or (comparison and self.progress.iter_num == 0)
+        if "val" in losses and (early or score < self.progress.best_val_loss):
+            self.progress.best_val_loss = math.inf if early else score
             if self.world.master:
                 extra = dict(iter_num=self.progress.iter_num, best_val_loss=score)
                 save_checkpoint(os.path.join(self.cfg.out_dir, "best.pt"), self.model, **extra)
@@ -1066,6 +1081,10 @@ def train(model_config, cfg, given, world, device):
     if cfg.gradient_accumulation_steps % world.size:
         steps = cfg.gradient_accumulation_steps
         raise ConfigError(f"gradient_accumulation_steps={steps} must be a multiple of the {world.size} processes")
+    for key_name in ("teacher", "init_from"):  # a new run replaces the checkpoints in its folder
+        folder = getattr(cfg, key_name)
+        if not cfg.eval_only and os.path.isdir(folder) and os.path.realpath(folder) == os.path.realpath(cfg.out_dir):
+            raise ConfigError(f"out_dir={cfg.out_dir} is the folder of {key_name}: write another, it would be replaced")
     runtime = config.resolve_device(device, cfg.dtype, cfg.compile)
     dataset = Dataset(cfg.dataset)
     if cfg.dry_run:

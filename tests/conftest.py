@@ -1,6 +1,8 @@
 import importlib
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +19,15 @@ def oracle(name):
     if os.environ.get("NANO_REQUIRE_ORACLES") == "1":
         return importlib.import_module(name)
     return pytest.importorskip(name)
+
+
+def run_two_processes(arguments):
+    """train.py under torchrun, two processes on the CPU."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    launch += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", os.path.join(ROOT, "train.py")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def check_units(tables):

@@ -8,13 +8,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import oracle
+from conftest import oracle, run_two_processes
 from torch.nn import functional as F
 
+import bench
 import config
 import sample
 import train
-from model import ATTENTION, GPT, GPTConfig, load_weights, read_checkpoint
+from model import ATTENTION, GPT, GPTConfig, ModelError, load_weights, read_checkpoint
 from train import Divergence, Objective, compare_with_teacher, divergence, kl_divergence
 
 TINY = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
@@ -100,6 +101,34 @@ def test_objective_adds_what_its_line_says(fresh_rng):
     assert all(p.grad is not None for p in student.parameters()) and all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("matching", [False, True])
+def test_objective_adds_the_penalty(matching, fresh_rng):
+    """Whole, or the share of it that counts; beside the divergence and beside the error of attention."""
+    teacher, student = make(), make(attention_type="adaptive_span", span_reg=0.3).train()
+    objective, batch = Objective(student, teacher, 2.0, 0.25), tokens()
+    loss, parts = objective(batch, matching)
+    spans = torch.stack([block.attn.spans() + 32 for block in student.transformer.h])
+    torch.testing.assert_close(parts["penalty"], 0.3 * spans.mean(1).sum())
+    rest = parts["attention_error"] if matching else 4 * parts["kl"] + 0.25 * parts["ce"]
+    torch.testing.assert_close(loss, rest + parts["penalty"])
+    half, halved = objective(batch, matching, 0.5)
+    torch.testing.assert_close(halved["penalty"], parts["penalty"] / 2)
+    torch.testing.assert_close(half, rest + parts["penalty"] / 2)
+
+
+def test_float16_gradients_survive_until_the_loss_scale(fresh_rng):
+    """A gradient of p - q over thousands of tokens and positions is below float16's smallest number: the scale must
+    reach it before it is rounded."""
+    p, q = torch.randn(2, 8, 2000), torch.randn(2, 8, 2000)
+    targets, grads = torch.zeros(2, 8, dtype=torch.long), []
+    for dtype, scale in ((torch.float16, 2.0**16), (torch.float32, 1.0)):
+        logits = q.to(torch.float16).to(dtype).requires_grad_()
+        (scale * kl_divergence(p.to(torch.float16).to(dtype), logits, targets)).backward()
+        grads.append(logits.grad.float() / scale)
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-8)
+    assert (grads[1].abs() < 6e-8).any()  # some are too small for float16 as they are
+
+
 def test_attention_is_matched_on_the_teachers_inputs(fresh_rng):
     teacher, student, (idx, targets) = make(), make(attention_type="gla"), tokens()
     loss, parts = Objective(student, teacher)((idx, targets), matching=True)
@@ -118,11 +147,15 @@ def test_attention_is_matched_on_the_teachers_inputs(fresh_rng):
     assert Objective(twin, teacher)((idx, targets), matching=True)[0] < 1e-10
 
 
-def test_comparison_equals_a_loop(fresh_rng):
-    teacher, student = make(), make(attention_type="gla")
+@pytest.mark.parametrize("keys", [dict(attention_type="gla"), dict(attention_type="adaptive_span", span_reg=1.0)])
+def test_comparison_equals_a_loop(keys, fresh_rng):
+    teacher, student = make(dropout=0.5).train(), make(dropout=0.5, **keys).train()
     batches = [tokens(3), tokens(2)]
     batches[0][1][0, :5] = -1
+    teacher.eval()  # as load_teacher leaves it; the student is put into evaluation for the while
     have = compare_with_teacher(student, teacher, batches, CPU, train.World(0, 1, 0), chunk=40 * 7)
+    assert student.training
+    student.eval()
     kl, ours, theirs, agreed, n = 0.0, 0.0, 0.0, 0, 0
     for idx, targets in batches:
         q, p = (m(idx, targets)[0].double().log_softmax(-1) for m in (student, teacher))
@@ -212,6 +245,41 @@ def test_rows_of_another_order_are_not_taken_for_the_same():
 
 
 @pytest.mark.parametrize(
+    "ours, theirs, name",
+    [
+        (dict(attention_type="adaptive_span"), dict(span_param="ratio"), "span"),
+        (dict(attention_type="mask_mix"), dict(mask_mix_candidates="offset_0,every_2,every_3,every_4,full"), "alpha"),
+        (
+            dict(attention_type="adaptive_span", use_triangle_wave_masking=True),
+            dict(period_max_triangle_wave_masking=9.0),
+            "period",
+        ),
+    ],
+)
+def test_a_masks_numbers_are_copied_where_they_mean_the_same(ours, theirs, name):
+    source, same, other = make(**ours), make(**ours), make(**ours | theirs)
+    full = f"transformer.h.1.attn.{name}"
+    torch.nn.init.normal_(source.get_parameter(full))
+    before = other.get_parameter(full).clone()
+    assert full in load_weights(same, source.state_dict(), source.config).copied
+    assert torch.equal(same.get_parameter(full), source.get_parameter(full))
+    report = load_weights(other, source.state_dict(), source.config)
+    assert full in report.new and full in report.left and torch.equal(other.get_parameter(full), before)
+    wave = make(**ours | dict(attention_type="adaptive_span", use_triangle_wave_masking=True))
+    if name == "span":  # another factor beside it leaves it what it was
+        assert full in load_weights(wave, source.state_dict(), source.config).copied
+
+
+def test_the_report_names_layers_that_are_not_all():
+    source, deeper = make(), make(n_layer=4)
+    text = str(load_weights(deeper, source.state_dict(), source.config))
+    assert "new (not in the file): transformer.h.2,3.ln_1.weight" in text
+    assert "transformer.h.*.attn.c_attn" in str(
+        load_weights(make(attention_type="gla"), source.state_dict(), source.config)
+    )
+
+
+@pytest.mark.parametrize(
     "keys",
     [
         dict(attention_type="adaptive_span", span_init=1.0),
@@ -280,7 +348,8 @@ def read_log(folder):
 
 def student(tiny, tmp_path, folder, **keys):
     keys = dict(init_from=folder, teacher=folder, attention_type="gla", distill="kl", dropout=0.0) | keys
-    return tiny(out_dir=str(tmp_path / "student"), learning_rate=3e-3, max_iters=40, lr_decay_iters=40, **keys)
+    sizes = dict(learning_rate=3e-3, max_iters=40, lr_decay_iters=40)
+    return tiny(out_dir=str(tmp_path / "student"), **sizes | keys)
 
 
 def test_a_student_comes_closer(tiny, tmp_path, teacher, capsys):
@@ -300,6 +369,93 @@ def test_a_student_comes_closer(tiny, tmp_path, teacher, capsys):
     assert capsys.readouterr().out.count("KL from the teacher") == 2  # val and test, by the full pass
 
 
+def test_rows_are_of_held_out_text_and_best_is_their_best(tiny, tmp_path, teacher, capsys):
+    """A row is the comparison on the fixed batches of val, and no training row has it; best.pt is the trained student
+    with the lowest divergence and penalty, also where that of the cross-entropy is another."""
+    train.main(student(tiny, tmp_path, teacher, distill_attention_iters=10, eval_interval=5, distill_ce=0.1))
+    folder, log = str(tmp_path / "student"), read_log(tmp_path / "student")
+    rows = {e["iter"]: e for e in log if e.get("split") == "val"}
+    assert not any("kl" in e for e in log if e.get("split") == "train")
+    assert all(e["student_ce"] == pytest.approx(e["val_loss"], rel=1e-6) for e in rows.values())
+    best, last = read_checkpoint(folder, "best.pt"), GPT.from_checkpoint(folder, "ckpt.pt").eval()
+    found = min((i for i in rows if i), key=lambda i: rows[i]["kl"])
+    assert best["iter_num"] == found and best["best_val_loss"] == pytest.approx(rows[found]["kl"])
+    dataset = train.Dataset(json.load(open(os.path.join(folder, "config.json")))["train"]["dataset"])
+    original = GPT.from_checkpoint(teacher).eval()
+    batches = train.Batches(dataset, 16, 4, 1337).fixed("val", 2)
+    wanted = compare_with_teacher(last, original, batches, CPU, train.World(0, 1, 0))
+    assert {name: rows[40][name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+    capsys.readouterr()
+    options = ["--init_from=resume", "--eval_only", "--eval_context=16", "--eval_stride=4"]
+    train.main([*student(tiny, tmp_path, teacher), *options])
+    out = capsys.readouterr().out
+    nats = [float(x) for x in re.findall(r"(?:val|test): ([0-9.]+) nats", out)]
+    shown = re.findall(r"KL from the teacher ([0-9.]+) .* token perplexity ([0-9.]+) \(teacher ([0-9.]+)\)", out)
+    assert len(nats) == len(shown) == 2
+    for loss, (_, ours, theirs), split in zip(nats, shown, ("val", "test")):
+        assert float(ours) == pytest.approx(math.exp(loss), abs=1e-3)
+        scores = train.evaluate(original, dataset.split(split), 16, 4, 16, CPU)
+        assert float(theirs) == pytest.approx(scores["token_perplexity"], abs=1e-3)
+
+
+def test_a_student_that_begins_as_its_teacher_is_not_its_own_result(tiny, tmp_path, teacher):
+    """Open spans are the teacher exactly, and no divergence is below that: the penalty counts in what is best."""
+    keys = dict(attention_type="adaptive_span", span_init=1.0, span_param="ratio", span_reg=1e-2, learning_rate=1e-4)
+    train.main(student(tiny, tmp_path, teacher, **keys, softness_span_mask=2, mask_learning_rate=0.05, eval_interval=5))
+    log, best = read_log(tmp_path / "student"), read_checkpoint(str(tmp_path / "student"), "best.pt")
+    rows = {e["iter"]: e for e in log if e.get("split") == "val"}
+    penalty = {e["iter"]: e["penalty"] for e in log if "penalty" in e}
+    assert rows[0]["kl"] < 1e-6 and rows[40]["kl"] > 1e-6
+    found = min((i for i in rows if i), key=lambda i: rows[i]["kl"] + penalty[i])
+    assert best["iter_num"] == found > 5 and best["best_val_loss"] == pytest.approx(rows[found]["kl"] + penalty[found])
+
+
+def test_the_objectives_keys_reach_it(tiny, tmp_path, teacher, monkeypatch):
+    """A step's loss is t^2 KL + w CE of its own row; the teacher of a model with dropout does not drop."""
+    teachers = []
+    step = train.Run.step
+    monkeypatch.setattr(train.Run, "step", lambda run: teachers.append(run.objective.teacher.training) or step(run))
+    train.main(student(tiny, tmp_path, teacher, distill_temperature=3.0, distill_ce=0.5))
+    rows = [e for e in read_log(tmp_path / "student") if "loss" in e]
+    assert len(rows) == 40 and not any(teachers)
+    for e in rows:
+        assert e["loss"] == pytest.approx(9 * e["kl"] + 0.5 * e["ce"], rel=1e-5)
+
+
+def test_best_is_found_again_when_the_teacher_leaves(tiny, tmp_path, teacher):
+    """A divergence is no loss to compare with."""
+    train.main([*student(tiny, tmp_path, teacher), "--max_iters=10"])
+    options = student(tiny, tmp_path, teacher, init_from="resume", teacher="", distill="none", eval_interval=10)
+    train.main([*options, "--max_iters=30"])
+    best = read_checkpoint(str(tmp_path / "student"), "best.pt")
+    losses = {e["iter"]: e["val_loss"] for e in read_log(tmp_path / "student") if e.get("split") == "val"}
+    later = min((20, 30), key=losses.get)
+    assert best["iter_num"] == later and best["best_val_loss"] == pytest.approx(losses[later])
+
+
+@pytest.mark.parametrize("init_from", ["scratch", None, "resume"])
+def test_a_teacher_is_not_written_over(tiny, tmp_path, teacher, init_from):
+    before = {name: open(os.path.join(teacher, name), "rb").read() for name in ("best.pt", "ckpt.pt", "log.jsonl")}
+    keys = {} if init_from is None else dict(init_from=init_from)
+    link = tmp_path / "link"
+    link.symlink_to(teacher)
+    with pytest.raises(config.ConfigError, match="out_dir=.* is the folder of teacher"):
+        train.main([*student(tiny, tmp_path, teacher, attention_type="softmax", **keys), f"--out_dir={link}"])
+    with pytest.raises(config.ConfigError, match="out_dir=.* is the folder of init_from"):
+        train.main(tiny(init_from=teacher, out_dir=teacher))
+    assert all(open(os.path.join(teacher, name), "rb").read() == data for name, data in before.items())
+
+
+def test_muon_may_have_all_there_is(tiny, tmp_path, teacher):
+    """Softmax attention without biases is matrices alone: no group is left for AdamW, here and on resume."""
+    keys = dict(attention_type="softmax", train_only="attention", optimizer="muon", min_lr=1e-4, eval_interval=5)
+    train.main([*student(tiny, tmp_path, teacher, **keys, distill_ce=1.0), "--max_iters=5"])
+    resume = student(tiny, tmp_path, teacher, **keys | dict(init_from="resume"), distill_ce=1.0)
+    assert train.main([*resume, "--max_iters=10"]) == 0
+    with pytest.raises(train.ModelError, match="optimizer=adamw, train_only=all"):
+        train.main([*resume, "--train_only=all", "--optimizer=adamw", "--max_iters=12"])
+
+
 def test_resuming_a_distillation_is_exact(tiny, tmp_path, teacher):
     whole, parts = (dict(distill_attention_iters=5, out_dir=str(tmp_path / name)) for name in ("whole", "parts"))
     arguments = [*student(tiny, tmp_path, teacher), "--distill_attention_iters=5", "--eval_interval=4"]
@@ -309,6 +465,37 @@ def test_resuming_a_distillation_is_exact(tiny, tmp_path, teacher):
         train.main([*arguments, f"--out_dir={parts['out_dir']}", f"--max_iters={stop}", *resume])
     a, b = (read_checkpoint(folder["out_dir"], "ckpt.pt")["model"] for folder in (whole, parts))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_processes_distil_the_same_student(tiny, tmp_path, teacher):
+    """Also in the steps that match attention, which reach nothing else of the model."""
+    keys = dict(distill_attention_iters=10, batch_size=2, gradient_accumulation_steps=2)
+    arguments = [*student(tiny, tmp_path, teacher, **keys), "--max_iters=20"]
+    train.main([*arguments, f"--out_dir={tmp_path / 'one'}"])
+    run_two_processes([*arguments, f"--out_dir={tmp_path / 'two'}"])
+    one, two = (read_log(tmp_path / name) for name in ("one", "two"))
+    steady = {"ms", "tokens_per_s", "cpu_s", "wall_s", "rss_mb"}
+    assert len(one) == len(two) == 26
+    for a, b in zip(one, two):
+        a, b = ({k: v for k, v in row.items() if k not in steady} for row in (a, b))
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_curves_of_a_student(tiny, tmp_path, teacher, monkeypatch):
+    """The steps that match attention have no cross-entropy to draw; the distance from the teacher has a panel."""
+    keys = dict(distill_attention_iters=10, attention_type="mask_mix", mask_mix_candidates="offset_0,window_3")
+    train.main(student(tiny, tmp_path, teacher, **keys))
+    figures = []
+    monkeypatch.setattr(bench, "save_figure", lambda figure, path: figures.append(figure))
+    assert bench.main(["--what=curves", f"--out_dir={tmp_path / 'student'}", "--json=", "--device=cpu"]) == 0
+    panels = {panel.get_ylabel() or panel.get_xlabel(): panel for panel in figures[0].axes}
+    rows = [e for e in read_log(tmp_path / "student") if e.get("split") == "val"]
+    (line,) = panels["KL from the teacher (nats per token)"].lines
+    assert list(line.get_ydata()) == [e["kl"] for e in rows] and list(line.get_xdata()) == [e["iter"] for e in rows]
+    losses = panels["cross-entropy (nats per token)"].lines
+    assert [len(line.get_xdata()) for line in losses] == [30, 5]
+    assert {"training time (s)", "processor time (s)", "peak memory (MB)"} <= panels.keys()
+    assert sum(len(line.get_xdata()) == 5 for line in panels[bench.TRAJECTORIES["alpha"]].lines) == 4  # 2 layers
 
 
 def test_only_masks_move(tiny, tmp_path, teacher):
@@ -342,13 +529,35 @@ def test_only_attention_moves(tiny, tmp_path, teacher):
         (dict(teacher="no/such/folder"), "neither a folder"),
         (dict(init_from="scratch", n_layer=3, distill="attention", train_only="attention"), "n_layer=2"),
         (dict(init_from="scratch", vocab_size=300), "vocab_size=256"),
-        (dict(init_from="scratch", block_size=32), "block_size=16"),
+        (dict(init_from="scratch", n_layer=3, distill_attention_iters=2), "n_layer=2"),
+        (dict(init_from="scratch", n_embd=64, distill_attention_iters=2), "n_embd=32"),
+        (dict(init_from="scratch", block_size=32), "ends at block_size=16"),
+        (dict(attention_type="none", distill_attention_iters=2), "distill_attention_iters=0"),
+        (dict(attention_type="none", distill="attention", train_only="attention"), "has none to train"),
+        (dict(n_embd=64), "none of its tensors has a place"),
     ],
 )
 def test_errors_say_what_to_write(tiny, tmp_path, teacher, keys, message):
-    with pytest.raises((config.ConfigError, ValueError), match=message) as error:
+    with pytest.raises((config.ConfigError, ValueError, ModelError), match=message) as error:
         train.main(student(tiny, tmp_path, teacher, **keys))
     assert "\n" not in str(error.value)
+
+
+def test_a_teacher_must_be_whole_and_have_what_is_matched(tiny, tmp_path, teacher):
+    bare = str(tmp_path / "bare")
+    train.main(tiny(out_dir=bare, max_iters=2, attention_type="none"))
+    with pytest.raises(config.ConfigError, match="layers without attention"):
+        train.main(student(tiny, tmp_path, bare, attention_type="gla", distill_attention_iters=2))
+    stored = torch.load(os.path.join(teacher, "best.pt"), weights_only=True)
+    del stored["model"]["transformer.h.0.attn.c_attn.weight"]
+    torch.save(stored, os.path.join(teacher, "best.pt"))
+    with pytest.raises(ModelError, match="lacks transformer.h.0.attn.c_attn.weight"):
+        train.main(student(tiny, tmp_path, teacher))
+
+
+def test_a_hopeless_teacher_is_described():
+    text = train.describe_comparison(dict(kl=1.0, student_ce=math.log(3), teacher_ce=1000.0, agreement=0.25))
+    assert "token perplexity 3.000 (teacher inf)" in text and "25.0 %" in text
 
 
 @pytest.fixture(scope="module")
@@ -415,7 +624,73 @@ def test_gpt2s_tensors_are_turned(gpt2):
     assert start.lm_head.weight is start.transformer.wte.weight
 
 
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(scale_attn_weights=False), "scale_attn_weights"),
+        (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+        (dict(layer_norm_epsilon=1e-2), "layer_norm_epsilon"),
+        (dict(activation_function="relu"), "relu"),
+        (dict(model_type="llama"), "of type llama"),
+        ("transformer.h.1.attn.c_attn.weight", "lacks transformer.h.1.attn.c_attn.weight"),
+    ],
+)
+def test_a_folder_that_has_no_equal_here_is_refused(keys, message, gpt2, tmp_path):
+    """Copied without a word, its logits would be others: never."""
+    folder, hf = gpt2
+    hf.save_pretrained(tmp_path)
+    if isinstance(keys, str):
+        hf.save_pretrained(
+            tmp_path, state_dict={n: w for n, w in hf.state_dict().items() if n not in (keys, "lm_head.weight")}
+        )
+    else:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    with pytest.raises(ModelError, match=message) as error:
+        GPT.from_pretrained(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_head_of_its_own_is_kept(gpt2, tmp_path):
+    transformers = oracle("transformers")
+    hf = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**gpt2[1].config.to_diff_dict() | dict(tie_word_embeddings=False))
+    ).eval()
+    hf.save_pretrained(tmp_path)
+    ours, idx = GPT.from_pretrained(str(tmp_path)).eval(), torch.randint(300, (2, 20))
+    assert ours.config.embedding == "untied" and ours.loaded.new == ours.loaded.left == []
+    torch.testing.assert_close(ours(idx, idx)[0], hf(idx).logits, rtol=0, atol=1e-4)
+
+
 # continuations side by side
+
+
+def test_each_model_continues_each_prompt_alone(tiny, tmp_path, teacher, capsys):
+    """The cell of a model and a prompt is what the model says by itself, with the same seed for each."""
+    train.main(tiny(out_dir=tmp_path / "other", attention_type="gla", max_iters=5, learning_rate=1e-2))
+    prompts, folders = ["word1 ", "word2"], [teacher, str(tmp_path / "other"), teacher]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    options = ["--max_new_tokens=30", "--temperature=1", "--device=cpu", "--seed=5", "--num_samples=1"]
+    out = tmp_path / "side.md"
+    sample.main(
+        [f"--compare={','.join(folders)}", f"--start=FILE:{tmp_path / 'prompts.txt'}", f"--out={out}", *options]
+    )
+    tables = [part.split("\n") for part in out.read_bytes().decode().split("## ")[1:]]
+    assert len(tables) == 2
+    for prompt, lines in zip(prompts, tables):
+        cells = [cell.strip() for cell in [line for line in lines if line.startswith("| ")][-1].strip("|").split("|")]
+        assert len(cells) == 3 and cells[0] == cells[2] != cells[1]
+        for folder, cell in zip(folders[:2], cells):
+            capsys.readouterr()
+            sample.main([f"--out_dir={folder}", f"--start={prompt}", *options])
+            alone = capsys.readouterr().out
+            letters = [re.sub(r"[^A-Za-z0-9]", "", text) for text in (cell, alone)]
+            assert letters[0] and letters[0] in letters[1]
+
+
+def test_comparing_nothing_is_said(capsys):
+    with pytest.raises(config.ConfigError, match="names no folder"):
+        sample.main(["--compare=,", "--start=a"])
 
 
 def test_compare_prints_and_writes_both(tiny, tmp_path, teacher, capsys):
