@@ -4,6 +4,7 @@ from config.distill_small import *
 
 out_dir = "out/distill_adaptive_span_small"
 attention_type = "adaptive_span"
+learning_rate = 1e-3  # it begins as its teacher
 span_init = 1.0
 span_param = "ratio"  # a sigmoid that begins saturated would hardly move
 span_reg = 1e-4

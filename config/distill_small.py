@@ -7,7 +7,7 @@ init_from = teacher = "out/enwik8_tiny"
 distill = "kl"
 distill_attention_iters = 150
 
-learning_rate = 1e-3
+learning_rate = 3e-3  # of 1e-3, 3e-3 and 1e-2 the best for each type but adaptive_span
 min_lr = 1e-4
 max_iters = 500
 eval_interval = 50

@@ -117,16 +117,18 @@ def test_objective_adds_the_penalty(matching, fresh_rng):
 
 
 def test_float16_gradients_survive_until_the_loss_scale(fresh_rng):
-    """A gradient of p - q over thousands of tokens and positions is below float16's smallest number: the scale must
-    reach it before it is rounded."""
-    p, q = torch.randn(2, 8, 2000), torch.randn(2, 8, 2000)
+    """Of thousands of tokens most gradients are below float16's smallest number: the scale must reach them before they
+    are rounded."""
+    p, q = 3 * torch.randn(2, 8, 2000), 3 * torch.randn(2, 8, 2000)
     targets, grads = torch.zeros(2, 8, dtype=torch.long), []
     for dtype, scale in ((torch.float16, 2.0**16), (torch.float32, 1.0)):
         logits = q.to(torch.float16).to(dtype).requires_grad_()
         (scale * kl_divergence(p.to(torch.float16).to(dtype), logits, targets)).backward()
         grads.append(logits.grad.float() / scale)
-    torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-8)
-    assert (grads[1].abs() < 6e-8).any()  # some are too small for float16 as they are
+    half, whole = grads
+    small = (whole.abs() > 1e-9) & (whole.abs() < 2e-8)
+    assert small.sum() > 100 and (half[small] != 0).all()
+    torch.testing.assert_close(half, whole, rtol=2e-2, atol=1e-8)
 
 
 def test_attention_is_matched_on_the_teachers_inputs(fresh_rng):
