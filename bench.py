@@ -1626,7 +1626,7 @@ def plot_curves(bench, runtime, report):
         panel.set_axis_off()
     for draw, panel in zip(drawings, panels.flat):
         draw(panel=panel, runs=runs)
-    panels[0][0].legend(frameon=False)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper left", frameon=False)
     save_figure(figure, bench.png or "curves.png")
 
 
@@ -1634,10 +1634,12 @@ def draw_loss(panel, runs, against):
     for (name, (steps, val)), colour in zip(runs.items(), itertools.cycle(COLOURS)):
         steps = [e for e in steps if "ce" in e]  # steps that match a teacher's attention have no cross-entropy
         points = [e[against] for e in steps], [e["ce"] for e in steps]
-        panel.plot(*points, color=colour, alpha=0.35, label=f"{name}, train")
+        panel.plot(*points, color=colour, alpha=0.35)
         points = [e[against] for e in val], [e["val_loss"] for e in val]
-        panel.plot(*points, color=colour, marker="o", markersize=4, label=f"{name}, validation")
-    panel.set(xlabel={"iter": "optimizer steps", "wall_s": "training time (s)"}[against])
+        panel.plot(*points, color=colour, marker="o", markersize=4, label=name)
+    panel.set(
+        title="validation; pale: training", xlabel={"iter": "optimizer steps", "wall_s": "training time (s)"}[against]
+    )
     panel.set(ylabel="cross-entropy (nats per token)")
 
 
