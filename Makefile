@@ -60,22 +60,23 @@ bench-step: $(VENV)/run.stamp  ## training speed against the matmul peak and a p
 bench-ops: $(VENV)/dev.stamp  ## attention operators beside softmax attention and naive loops, against time
 	$(PY) bench.py --what=ops --peers=true
 
-# make compare CONFIG=config/train_enwik8_small.py TYPES="softmax gla" SEEDS="1 2"; runs that are done are kept until
-# CONFIG or OPTIONS change
+# make compare CONFIG=config/train_enwik8_small.py TYPES="softmax gla gla,softmax" SEEDS="1 2"; runs that are done are
+# kept until CONFIG, OPTIONS, the model or its kernels change
 CONFIG = config/train_enwik8_tiny.py
 OPTIONS = --max_iters=500
 TYPES = softmax gla gsa performer nsa none
 SEEDS = 1 2 3
-COMPARED = $(foreach t,$(TYPES),$(foreach s,$(SEEDS),out/compare/$(t)-$(s)))
 comma = ,
 space = $(subst ,, )
+COMPARED = $(foreach t,$(subst $(comma),+,$(TYPES)),$(foreach s,$(SEEDS),out/compare/$(t)-$(s)))
 
 compare: $(COMPARED:=/done)  ## train TYPES alike over SEEDS, then their validation loss, mean and standard deviation
 	$(PY) bench.py --what=quality --split=val --out_dir=$(subst $(space),$(comma),$(strip $(COMPARED))) \
 	  --json=out/compare/compare.json --png=out/compare/compare.png
 
-out/compare/%/done: out/compare/recipe | $(VENV)/run.stamp
-	$(PY) train.py $(CONFIG) $(OPTIONS) --attention_type=$(word 1,$(subst -, ,$*)) --seed=$(word 2,$(subst -, ,$*)) --out_dir=$(@D)
+out/compare/%/done: out/compare/recipe $(CONFIG) model.py train.py $(wildcard kernels/*.py) | $(VENV)/run.stamp
+	$(PY) train.py $(CONFIG) --max_seconds=0 $(OPTIONS) --out_dir=$(@D) --seed=$(word 2,$(subst -, ,$*)) \
+	  --attention_type=$(subst +,$(comma),$(word 1,$(subst -, ,$*)))
 	@touch $@
 
 out/compare/recipe: FORCE

@@ -1207,7 +1207,9 @@ def over_seeds(rows, report):
     """Mean and standard deviation (n - 1) over runs that differ in nothing but their seed, where there are any."""
     groups = {}
     for row in rows:
-        groups.setdefault((recipe(row["folder"]), row["split"]), []).append(row)
+        alike, seed = recipe(row["folder"])
+        groups.setdefault((alike, row["split"]), {}).setdefault(seed, row)
+    groups = {key: list(runs.values()) for key, runs in groups.items()}
     if all(len(runs) < 2 for runs in groups.values()):
         return
     columns = dict.fromkeys(("attention", "first run", "split", "parameters (count)", "seeds (count)"))
@@ -1225,17 +1227,19 @@ def over_seeds(rows, report):
 
 
 def recipe(folder):
-    """What a run was, but for its seed, its folder, and keys that leave its figures alone; of a folder that does not
-    say, the folder."""
+    """What a run was, but for its folder and keys that leave its figures alone, and its seed; of a folder that does not
+    say, the folder and None."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             stored = json.load(f)
-        idle = ("seed", "out_dir", "export", "checkpoint_interval", "log_interval", "device", "compile")
+        idle = ("out_dir", "export", "checkpoint_interval", "log_interval", "device", "compile")
+        idle += ("eval_only", "eval_context", "eval_stride", "eval_batch_size")
         model, cfg = asdict(GPTConfig()) | stored["model"], asdict(TrainConfig()) | stored["train"]
-        cfg = {k: v for k, v in cfg.items() if k not in idle and not k.startswith(("wandb", "eval"))}
-        return json.dumps([model, cfg, stored["data"]["label"]], sort_keys=True)
+        seed = cfg.pop("seed")
+        cfg = {k: v for k, v in cfg.items() if k not in idle and not k.startswith("wandb")}
+        return json.dumps([model, cfg, stored["data"]["label"]], sort_keys=True), seed
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return folder
+        return folder, None
 
 
 def standard_error(nats, lengths):

@@ -605,7 +605,7 @@ class AdaptiveSpan(DistanceAttention):
         self.sigmoid, self.wave = config.span_param == "sigmoid", config.use_triangle_wave_masking
         init = torch.full((self.n_head,), config.span_init)
         self.span = nn.Parameter(init.clamp(0.001, 0.999).logit() if self.sigmoid else init)
-        self.meaning = {"span": config.span_param}  # of a stored number
+        self.meaning = {"span": (config.span_param, config.span_max)}  # of a stored number
         if self.wave:
             self.period_range = config.period_min_triangle_wave_masking, config.period_max_triangle_wave_masking
             self.meaning["period"] = self.period_range
@@ -1392,20 +1392,21 @@ class GPT(nn.Module):
     def from_pretrained(cls, source, **overrides):
         """GPT-2 weights, from the hub (`gpt2`, `gpt2-medium`, ...) or from a local Hugging Face folder."""
         try:
-            from transformers import AutoConfig, GPT2LMHeadModel
+            from transformers import GPT2Config, GPT2LMHeadModel
         except ImportError:
             raise ModelError("GPT-2 weights are read by transformers: pip install transformers") from None
         try:
-            c = AutoConfig.from_pretrained(source)
-            if c.model_type == "gpt2":
+            kind = GPT2Config.get_config_dict(source)[0].get("model_type", "gpt2")  # older files do not say
+            if kind == "gpt2":
                 hf, found = GPT2LMHeadModel.from_pretrained(source, output_loading_info=True)
         except Exception as error:  # the hub's client raises a dozen kinds
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"no GPT-2 weights in {source!r}: {reason}") from None
-        if c.model_type != "gpt2":
-            raise ModelError(f"{source} is a model of type {c.model_type}: only GPT-2's weights have a place here")
+        if kind != "gpt2":
+            raise ModelError(f"{source} is a model of type {kind}: only GPT-2's weights have a place here")
         if found["missing_keys"]:
             raise ModelError(f"{source} lacks {', '.join(sorted(found['missing_keys']))}")
+        c = hf.config
         gelu = {"gelu_new": "tanh", "gelu": "erf"}.get(c.activation_function)
         if gelu is None:
             raise ModelError(f"{source}: activation {c.activation_function!r} is not a GELU")

@@ -172,7 +172,7 @@ def side_by_side(texts, width):
 def cell(text):
     """Text that a Markdown table holds as it is."""
     text = html.escape(text, quote=False).replace("|", "&#124;").replace("`", "&#96;").replace("*", "&#42;")
-    return text.replace("\n", "<br>")
+    return text.replace("\r", "").replace("\n", "<br>")
 
 
 def main(argv):

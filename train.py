@@ -305,7 +305,7 @@ def load_teacher(cfg, model):
     for name in same:
         theirs, mine = getattr(teacher.config, name), getattr(model.config, name)
         if theirs != mine:
-            raise ConfigError(f"teacher={cfg.teacher} has {name}={theirs}, the student {mine}: they must be equal")
+            raise ConfigError(f"teacher={cfg.teacher} has {name}={theirs}, the student {mine}: write --{name}={theirs}")
     if teacher.config.pos_emb == "learned" and teacher.config.block_size < model.config.block_size:
         raise ConfigError(f"teacher={cfg.teacher} ends at block_size={teacher.config.block_size}: write that, or less")
     return teacher
@@ -378,8 +378,9 @@ def make_optimizers(model, cfg, device_type):
         hidden = [p for p in groups["matrix"] if id(p) in inner and p.dim() == 2]
         chosen = {id(p) for p in hidden}
         groups["matrix"] = [p for p in groups["matrix"] if id(p) not in chosen]
-        muon = [{"params": hidden, "peak_lr": cfg.muon_learning_rate}]
-        optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_learning_rate, weight_decay=cfg.weight_decay))
+        if hidden:
+            muon = [{"params": hidden, "peak_lr": cfg.muon_learning_rate}]
+            optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_learning_rate, weight_decay=cfg.weight_decay))
     rates = {"matrix": cfg.learning_rate, "vector": cfg.learning_rate, "mask": cfg.mask_learning_rate}
     members = [
         {"params": params, "peak_lr": rates[name], "weight_decay": cfg.weight_decay if name == "matrix" else 0.0}
@@ -808,7 +809,7 @@ class Run:
         self.progress = Progress(**{k: type(v)(stored.get(k, v)) for k, v in dataclasses.asdict(Progress()).items()})
         if self.progress.iter_num < 0:
             raise KeyError(f"iteration {self.progress.iter_num}")
-        if bool(stored.get("config", {}).get("teacher")) != bool(self.cfg.teacher):  # a divergence, or a loss
+        if stored.get("config", {}).get("teacher", "") != self.cfg.teacher:  # the best is by another measure
             self.progress.best_val_loss = math.inf
         for optimizer, state in zip(self.optimizers, (stored.get("optimizer"), stored.get("muon"))):
             options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -927,9 +928,10 @@ class Run:
             comparison = compare_with_teacher(self.model, self.teacher, batches, self.runtime, self.world)
             self.say(f"  {describe_comparison(comparison)}")
         score = losses.get("val", math.inf)
-        if comparison:  # a student is chosen by what it minimises: its penalty is what it gives up exactness for
+        if comparison:  # a student is chosen by divergence and penalty: it gives up the one for the other
             score = comparison["kl"] + self.penalty
-        early = penalty_share(self.cfg, self.progress.iter_num) < 1 or (comparison and self.progress.iter_num == 0)
+        early = penalty_share(self.cfg, max(0, self.progress.iter_num - 1)) < 1  # in the last step
+        early = early or (comparison and self.progress.iter_num == 0)
         if "val" in losses and (early or score < self.progress.best_val_loss):
             self.progress.best_val_loss = math.inf if early else score
             if self.world.master:
@@ -1081,10 +1083,11 @@ def train(model_config, cfg, given, world, device):
     if cfg.gradient_accumulation_steps % world.size:
         steps = cfg.gradient_accumulation_steps
         raise ConfigError(f"gradient_accumulation_steps={steps} must be a multiple of the {world.size} processes")
-    for key_name in ("teacher", "init_from"):  # a new run replaces the checkpoints in its folder
-        folder = getattr(cfg, key_name)
-        if not cfg.eval_only and os.path.isdir(folder) and os.path.realpath(folder) == os.path.realpath(cfg.out_dir):
-            raise ConfigError(f"out_dir={cfg.out_dir} is the folder of {key_name}: write another, it would be replaced")
+    for name in ("teacher", "init_from"):  # a new run replaces the checkpoints in its folder
+        folder = getattr(cfg, name)
+        writes = folder not in ("scratch", "resume") and not cfg.eval_only and not cfg.dry_run
+        if writes and os.path.isdir(folder) and os.path.realpath(folder) == os.path.realpath(cfg.out_dir):
+            raise ConfigError(f"out_dir={cfg.out_dir} is the folder of {name}: write another, it would be replaced")
     runtime = config.resolve_device(device, cfg.dtype, cfg.compile)
     dataset = Dataset(cfg.dataset)
     if cfg.dry_run:
@@ -1111,6 +1114,8 @@ def train(model_config, cfg, given, world, device):
         full_evaluation(model, dataset, cfg, runtime, world, teacher)
         export(model, cfg.out_dir) if cfg.export and world.master else None
         return 0
+    if stored is not None:  # what is on record is where the run began
+        cfg = dataclasses.replace(cfg, init_from=stored.get("config", {}).get("init_from", cfg.init_from))
     resolved = {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(cfg)}
     resolved |= {"data": dataset.meta, "commit": git_commit(), "torch": torch.__version__}
     if world.master:

@@ -340,8 +340,9 @@ def test_seeds_are_averaged_and_nothing_else(tiny, tmp_path, capsys):
     """Runs that differ in seed, folder and intervals of the log are one row, with their mean and deviation (n - 1); a
     run of another rate stays apart; without two alike there is no table."""
     keys = {"a": dict(seed=1), "b": dict(seed=2, log_interval=7), "c": dict(seed=3, learning_rate=2e-3)}
-    for name, of in keys.items():
+    for name, of in (keys | {"d": dict(seed=4, eval_interval=5), "e": dict(seed=1)}).items():
         train.main(tiny(max_iters=5, out_dir=tmp_path / name, **of))
+    train.main(tiny(max_iters=5, out_dir=tmp_path / "a", init_from="resume", seed=1))
     path, png = tmp_path / "bench.json", tmp_path / "a.png"
 
     def tables(names):
@@ -350,9 +351,9 @@ def test_seeds_are_averaged_and_nothing_else(tiny, tmp_path, capsys):
         assert bench.main(["--what=quality", *options]) == 0
         return json.loads(path.read_text())["tables"]
 
-    found = tables("acb")
+    found = tables("acbe")  # e has the seed of a
     check_units(found)
-    a, c, b = found["quality"]["rows"]
+    a, c, b, _ = found["quality"]["rows"]
     both, alone = found["over seeds"]["rows"]
     assert (both["first run"], both["seeds (count)"]) == (a["folder"], 2)
     assert (alone["first run"], alone["seeds (count)"]) == (c["folder"], 1)
@@ -360,7 +361,7 @@ def test_seeds_are_averaged_and_nothing_else(tiny, tmp_path, capsys):
         assert both[f"mean ({unit})"] == pytest.approx((a[unit] + b[unit]) / 2) and a[unit] != b[unit]
         assert both[f"standard deviation ({unit})"] == pytest.approx(abs(a[unit] - b[unit]) / 2**0.5)
         assert alone[f"mean ({unit})"] == c[unit] and alone[f"standard deviation ({unit})"] is None
-    assert "over seeds" not in tables("ac")
+    assert "over seeds" not in tables("acde")  # d was evaluated, and its best weights chosen, at other steps
 
 
 def test_a_part_that_fails_or_is_stopped_loses_nothing(tmp_path, monkeypatch, capsys):

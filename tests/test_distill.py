@@ -250,6 +250,7 @@ def test_rows_of_another_order_are_not_taken_for_the_same():
     "ours, theirs, name",
     [
         (dict(attention_type="adaptive_span"), dict(span_param="ratio"), "span"),
+        (dict(attention_type="adaptive_span", span_max=4), dict(span_max=16), "span"),
         (dict(attention_type="mask_mix"), dict(mask_mix_candidates="offset_0,every_2,every_3,every_4,full"), "alpha"),
         (
             dict(attention_type="adaptive_span", use_triangle_wave_masking=True),
@@ -351,7 +352,7 @@ def read_log(folder):
 def student(tiny, tmp_path, folder, **keys):
     keys = dict(init_from=folder, teacher=folder, attention_type="gla", distill="kl", dropout=0.0) | keys
     sizes = dict(learning_rate=3e-3, max_iters=40, lr_decay_iters=40)
-    return tiny(out_dir=str(tmp_path / "student"), **sizes | keys)
+    return tiny(**dict(out_dir=str(tmp_path / "student")) | sizes | keys)
 
 
 def test_a_student_comes_closer(tiny, tmp_path, teacher, capsys):
@@ -424,6 +425,21 @@ def test_the_objectives_keys_reach_it(tiny, tmp_path, teacher, monkeypatch):
         assert e["loss"] == pytest.approx(9 * e["kl"] + 0.5 * e["ce"], rel=1e-5)
 
 
+def test_best_has_seen_a_step_with_the_penalty(tiny, tmp_path, teacher):
+    """An evaluation just before the first step that counts the penalty is none of a student with it."""
+    keys = dict(attention_type="adaptive_span", span_init=1.0, span_param="ratio", span_reg=1e-2, penalty_start=20)
+    train.main(student(tiny, tmp_path, teacher, **keys, softness_span_mask=2, mask_learning_rate=0.05, eval_interval=5))
+    assert read_checkpoint(str(tmp_path / "student"), "best.pt")["iter_num"] > 20
+
+
+def test_a_resumed_run_remembers_where_it_began(tiny, tmp_path, teacher):
+    folder = tmp_path / "student"
+    for stop, keys in ((4, {}), (6, dict(init_from="resume")), (8, dict(init_from="resume"))):
+        train.main([*student(tiny, tmp_path, teacher, **keys), f"--max_iters={stop}"])
+        assert json.loads((folder / "config.json").read_text())["train"]["init_from"] == teacher
+        assert read_checkpoint(str(folder), "ckpt.pt")["config"]["init_from"] == teacher
+
+
 def test_best_is_found_again_when_the_teacher_leaves(tiny, tmp_path, teacher):
     """A divergence is no loss to compare with."""
     train.main([*student(tiny, tmp_path, teacher), "--max_iters=10"])
@@ -445,6 +461,7 @@ def test_a_teacher_is_not_written_over(tiny, tmp_path, teacher, init_from):
         train.main([*student(tiny, tmp_path, teacher, attention_type="softmax", **keys), f"--out_dir={link}"])
     with pytest.raises(config.ConfigError, match="out_dir=.* is the folder of init_from"):
         train.main(tiny(init_from=teacher, out_dir=teacher))
+    assert train.main(tiny(init_from=teacher, out_dir=teacher, dry_run=True)) == 0  # writes nothing
     assert all(open(os.path.join(teacher, name), "rb").read() == data for name, data in before.items())
 
 
@@ -456,6 +473,9 @@ def test_muon_may_have_all_there_is(tiny, tmp_path, teacher):
     assert train.main([*resume, "--max_iters=10"]) == 0
     with pytest.raises(train.ModelError, match="optimizer=adamw, train_only=all"):
         train.main([*resume, "--train_only=all", "--optimizer=adamw", "--max_iters=12"])
+    keys |= dict(attention_type="mask_mix", train_only="masks", out_dir=str(tmp_path / "masks"))
+    train.main([*student(tiny, tmp_path, teacher, **keys), "--max_iters=2"])  # and none for Muon
+    assert "muon" not in read_checkpoint(str(tmp_path / "masks"), "ckpt.pt")
 
 
 def test_resuming_a_distillation_is_exact(tiny, tmp_path, teacher):
@@ -530,7 +550,7 @@ def test_only_attention_moves(tiny, tmp_path, teacher):
         (dict(train_only="masks"), "has none to train"),
         (dict(teacher="no/such/folder"), "neither a folder"),
         (dict(init_from="scratch", n_layer=3, distill="attention", train_only="attention"), "n_layer=2"),
-        (dict(init_from="scratch", vocab_size=300), "vocab_size=256"),
+        (dict(init_from="scratch", vocab_size=300), "write --vocab_size=256"),
         (dict(init_from="scratch", n_layer=3, distill_attention_iters=2), "n_layer=2"),
         (dict(init_from="scratch", n_embd=64, distill_attention_iters=2), "n_embd=32"),
         (dict(init_from="scratch", block_size=32), "ends at block_size=16"),
@@ -651,6 +671,14 @@ def test_a_folder_that_has_no_equal_here_is_refused(keys, message, gpt2, tmp_pat
     with pytest.raises(ModelError, match=message) as error:
         GPT.from_pretrained(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_does_not_say_its_type_is_gpt2s(gpt2, tmp_path):
+    folder, hf = gpt2
+    hf.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "model_type"}))
+    assert torch.equal(GPT.from_pretrained(str(tmp_path)).transformer.wte.weight, hf.transformer.wte.weight)
 
 
 def test_a_head_of_its_own_is_kept(gpt2, tmp_path):
