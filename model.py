@@ -1567,6 +1567,18 @@ def stored_config(stored, **overrides):
         raise ModelError(f"{stored['path']}: {error}") from None
 
 
+def is_training_folder(folder):
+    """Whether a folder holds our checkpoints (ckpt.pt, or an export), not a Hugging Face model."""
+    if any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "best.pt")):
+        return True
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            resolved = json.load(f)
+    except (OSError, ValueError):
+        return False
+    return isinstance(resolved, dict) and "train" in resolved
+
+
 def read_checkpoint(out_dir, name=None):
     """The dict in out_dir/name (default: best.pt, else ckpt.pt, else model.safetensors with config.json): `model`
     (tensors by name), `model_args` (config), and what training added. Loads tensors and plain values only."""

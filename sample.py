@@ -26,7 +26,7 @@ import torch
 import config
 from config import ConfigError, key
 from data import DataError, Dataset, get_codec
-from model import GPT, ModelError
+from model import GPT, ModelError, is_training_folder
 
 
 @dataclass
@@ -36,7 +36,7 @@ class SampleConfig:
     out_dir: str = key("out", "folder of the run")
     init_from: str = key("checkpoint", "checkpoint (of out_dir), or gpt2, gpt2-medium, ..., or a Hugging Face folder")
     checkpoint: str = key("", "file in out_dir; empty: best.pt, else ckpt.pt, else model.safetensors")
-    compare: str = key("", "folders of runs, or gpt2, ..., comma-separated: their continuations side by side")
+    compare: str = key("", "runs, gpt2, ... or Hugging Face folders, comma-separated: their continuations side by side")
     out: str = key("", "Markdown file to write them to (compare)")
     dataset: str = key("", "data set whose codec to use; empty: the one of the run")
     start: str = key("\n", "the prompt, or FILE:path")
@@ -138,8 +138,9 @@ def compare(cfg, runtime):
     prompts = [line for line in read_prompt(cfg.start).splitlines() if line] or [cfg.start]
     columns = []
     for name in names:
+        hugging_face = os.path.exists(os.path.join(name, "config.json")) and not is_training_folder(name)
         from_hub = name.startswith("gpt2") and not os.path.isdir(name)
-        model, meta = load_gpt2(name) if from_hub else load(cfg, name)
+        model, meta = load_gpt2(name) if from_hub or hugging_face else load(cfg, name)
         if meta.get("labels"):
             raise ConfigError(f"--compare continues prompts, and {name} labels them: write --out_dir={name}")
         codec = get_codec(meta)

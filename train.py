@@ -31,7 +31,17 @@ from torch.nn.parallel import DistributedDataParallel
 import config
 from config import ConfigError, key
 from data import Batches, DataError, Dataset, windows
-from model import GPT, GPTConfig, ModelError, cross_entropy, load_weights, param_groups, read_checkpoint, stored_config
+from model import (
+    GPT,
+    GPTConfig,
+    ModelError,
+    cross_entropy,
+    is_training_folder,
+    load_weights,
+    param_groups,
+    read_checkpoint,
+    stored_config,
+)  # fmt: skip
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row that end a run
 
@@ -323,16 +333,6 @@ def freeze(model, train_only):
         p.requires_grad_(id(p) in chosen)
     if not chosen:
         raise ConfigError(f"train_only={train_only}: attention_type={model.config.attention_type} has none to train")
-
-
-def is_training_folder(folder):
-    """Whether a folder holds our checkpoints (ckpt.pt, or an export), not a Hugging Face model."""
-    if any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "best.pt")):
-        return True
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-        resolved = json.load(f)
-        return isinstance(resolved, dict) and "train" in resolved
-    return False
 
 
 def source_folder(cfg):

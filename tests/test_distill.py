@@ -718,6 +718,14 @@ def test_each_model_continues_each_prompt_alone(tiny, tmp_path, teacher, capsys)
             assert letters[0] and letters[0] in letters[1]
 
 
+def test_a_hugging_face_folder_is_compared(tiny, tmp_path, teacher, gpt2, monkeypatch, capsys):
+    """GPT-2's weights, of a folder, beside a run: read as GPT-2's, not taken for a checkpoint of ours."""
+    meta = json.load(open(os.path.join(teacher, "config.json")))["data"]  # bytes: tiktoken's files need a network
+    monkeypatch.setattr(sample, "load_gpt2", lambda source: (GPT.from_pretrained(source), meta))
+    assert sample.main([f"--compare={teacher},{gpt2[0]}", "--start=word", "--max_new_tokens=5", "--device=cpu"]) == 0
+    assert "word\n" in capsys.readouterr().out
+
+
 def test_comparing_nothing_is_said(capsys):
     with pytest.raises(config.ConfigError, match="names no folder"):
         sample.main(["--compare=,", "--start=a"])
