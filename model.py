@@ -1390,7 +1390,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """GPT-2 weights, from the hub (`gpt2`, `gpt2-medium`, ...) or from a local Hugging Face folder."""
+        """GPT-2 weights, from the hub (`gpt2`, `gpt2-medium`, ...) or from a local Hugging Face folder. ModelError where
+        a tensor is missing, or where the folder's model computes what ours cannot."""
         try:
             from transformers import GPT2Config, GPT2LMHeadModel
         except ImportError:
@@ -1410,9 +1411,8 @@ class GPT(nn.Module):
         gelu = {"gelu_new": "tanh", "gelu": "erf"}.get(c.activation_function)
         if gelu is None:
             raise ModelError(f"{source}: activation {c.activation_function!r} is not a GELU")
-        for name, ours in dict(
-            scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, layer_norm_epsilon=1e-5
-        ).items():
+        fixed = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, layer_norm_epsilon=1e-5)
+        for name, ours in fixed.items():
             if getattr(c, name) != ours:
                 raise ModelError(f"{source}: its {name} is {getattr(c, name)}, here it is {ours}")
         shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions)
