@@ -1390,8 +1390,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """GPT-2 weights, from the hub (`gpt2`, `gpt2-medium`, ...) or from a local Hugging Face folder. ModelError where
-        a tensor is missing, or where the folder's model computes what ours cannot."""
+        """GPT-2 weights, from the hub (`gpt2`, `gpt2-medium`, ...) or from a local Hugging Face folder. ModelError
+        where a tensor is missing, or where the folder's model computes what ours cannot."""
         try:
             from transformers import GPT2Config, GPT2LMHeadModel
         except ImportError:
