@@ -1073,10 +1073,15 @@ def main(argv):
     model_config, cfg, given = config.load(argv, GPTConfig, TrainConfig)
     world, device = start_world(cfg.device)
     try:
-        return train(model_config, cfg, given, world, device)
+        status = train(model_config, cfg, given, world, device)
     finally:
         if world.size > 1:
             dist.destroy_process_group()
+    if world.size > 1:  # gloo's threads outlive the group under DDP, and one that wakes while Python ends aborts it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def train(model_config, cfg, given, world, device):
