@@ -809,8 +809,11 @@ class Run:
         self.progress = Progress(**{k: type(v)(stored.get(k, v)) for k, v in dataclasses.asdict(Progress()).items()})
         if self.progress.iter_num < 0:
             raise KeyError(f"iteration {self.progress.iter_num}")
-        if stored.get("config", {}).get("teacher", "") != self.cfg.teacher:  # the best is by another measure
+        began = stored.get("config", {})
+        if began.get("teacher", "") != self.cfg.teacher:  # the best is by another measure
             self.progress.best_val_loss = math.inf
+        # what is on record is where the run began, not that it was resumed
+        self.cfg = dataclasses.replace(self.cfg, init_from=began.get("init_from", self.cfg.init_from))
         for optimizer, state in zip(self.optimizers, (stored.get("optimizer"), stored.get("muon"))):
             options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             try:
@@ -1119,15 +1122,13 @@ def train(model_config, cfg, given, world, device):
         full_evaluation(model, dataset, cfg, runtime, world, teacher)
         export(model, cfg.out_dir) if cfg.export and world.master else None
         return 0
-    if stored is not None:  # what is on record is where the run began
-        cfg = dataclasses.replace(cfg, init_from=stored.get("config", {}).get("init_from", cfg.init_from))
-    resolved = {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(cfg)}
+    run = Run(cfg, runtime, world, dataset, model, stored, teacher)
+    resolved = {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(run.cfg)}
     resolved |= {"data": dataset.meta, "commit": git_commit(), "torch": torch.__version__}
     if world.master:
         write_atomically(
             os.path.join(cfg.out_dir, "config.json"), lambda f: f.write(json.dumps(resolved, indent=1).encode())
         )
-    run = Run(cfg, runtime, world, dataset, model, stored, teacher)
     run.prepare(resolved)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, frame: setattr(run, "signal", received))
