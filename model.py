@@ -165,11 +165,14 @@ class GPTConfig:
 
 def rotate(x, offset, base):
     """Rotary positions (Su et al. 2021, eq. 34): pair (d, d + D/2) of the vector at position p = offset + t turns by
-    the angle p base^(-2d/D). x (..., T, D)."""
+    the angle p base^(-2d/D). x (..., T, D). Angles are integers in units of 2^-64 turns: their products overflow just
+    as turns wrap around, so every position is exact without float64, which some devices lack."""
     T, D = x.shape[-2:]
-    frequency = base ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float64) / D)
-    angle = torch.outer(torch.arange(offset, offset + T, device=x.device, dtype=torch.float64), frequency)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (T, D/2)
+    frequency = [round(base ** (-2 * d / D) / math.tau * 2**64) for d in range(D // 2)]
+    position = torch.arange(offset, offset + T, device=x.device)
+    phase = position[:, None] * torch.tensor(frequency, device=x.device)  # (T, D/2) int64, -1/2 to 1/2 turns
+    angle = phase.to(torch.float64 if x.dtype == torch.float64 else torch.float32) * (math.tau / 2**64)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
@@ -456,8 +459,9 @@ class DistanceAttention(SoftmaxAttention):
 
         p_ts = m_h(t - s) e^(a_ts) / sum_{s' <= t} m_h(t - s') e^(a_ts'),   a_ts = q_t . k_s / sqrt(D)
 
-    Distances with m = 0 are not computed, in training either, and decoding reads only the others. A type of this family
-    has `log_mask` and `penalty`. Dropout acts on the residual, not on p."""
+    Distances with m = 0 are not computed, in training either, and decoding reads only the others. m is 0 from
+    block_size on, also in longer sequences: the ring of decoding keeps no more. A type of this family has `log_mask`
+    and `penalty`. Dropout acts on the residual, not on p."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -536,7 +540,7 @@ class DistanceAttention(SoftmaxAttention):
         table, first = self.log_mask(T)
         first = table.new_empty(len(table), 0, T) if first is None else first
         P, each = min(T, first.size(1)), 4 * self.d_head * self.n_head // len(table)
-        seen = (table > -math.inf).sum(0).double() @ (T - torch.arange(T, device=table.device)).double()
+        seen = ((table > -math.inf).sum(0) * (T - torch.arange(T, device=table.device))).sum()
         executed = sum(pairs for _, pairs in paths(table, first, self.d_head))
         for s in range(P):  # the first keys have masks of their own
             seen += (first[:, s, : T - s] > -math.inf).sum() - (table[:, : T - s] > -math.inf).sum()
@@ -605,7 +609,7 @@ class AdaptiveSpan(DistanceAttention):
         self.sigmoid, self.wave = config.span_param == "sigmoid", config.use_triangle_wave_masking
         init = torch.full((self.n_head,), config.span_init)
         self.span = nn.Parameter(init.clamp(0.001, 0.999).logit() if self.sigmoid else init)
-        self.meaning = {"span": (config.span_param, config.span_max)}  # of a stored number
+        self.meaning = {"span": (config.span_param, self.S)}  # of a stored number
         if self.wave:
             self.period_range = config.period_min_triangle_wave_masking, config.period_max_triangle_wave_masking
             self.meaning["period"] = self.period_range
@@ -623,7 +627,7 @@ class AdaptiveSpan(DistanceAttention):
 
     def log_mask(self, T):
         x = torch.arange(T, device=self.span.device)
-        mask = ((self.R + self.spans()[:, None] - x) / self.R).clamp(0, 1)  # (H, T)
+        mask = ((self.R + self.spans()[:, None] - x) / self.R).clamp(0, 1) * (x < self.block_size)  # (H, T)
         if self.wave:
             P, h = (t[:, None] for t in self.periods())
             mask = mask * (0.5 + h - (x - P * (x / P).round()).abs()).clamp(0, 1)

@@ -466,12 +466,12 @@ def compare_with_teacher(model, teacher, batches, runtime, world, chunk=2**24):
             y, rows = y[y >= 0], chunk // model.config.vocab_size + 1
             for h, w, t in zip(hidden.split(rows), wanted.split(rows), y.split(rows)):
                 q, p = (m.lm_head(z).float().log_softmax(-1) for m, z in ((model, h), (teacher, w)))
-                kl += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
-                ours, theirs = (a - b.gather(1, t[:, None]).double().sum().item() for a, b in ((ours, q), (theirs, p)))
+                kl += (p.exp() * (p - q)).sum(-1).cpu().double().sum().item()
+                ours, theirs = (a - b.gather(1, t[:, None]).cpu().double().sum() for a, b in ((ours, q), (theirs, p)))
                 agreed += (q.argmax(-1) == p.argmax(-1)).sum().item()
                 count += len(t)
     model.train(was_training)
-    *sums, count = world.sum([kl, ours, theirs, agreed, count])
+    *sums, count = world.sum([kl, float(ours), float(theirs), agreed, count])
     return dict(zip(("kl", "student_ce", "teacher_ce", "agreement"), (s / count for s in sums)))
 
 
@@ -552,7 +552,8 @@ def perplexity(nats, count):
 
 def token_nats(model, x, y, scored, runtime, likeliest=None, among=None, each=None, chunk=2**25):
     """Sum of -log p(y) over the scored positions, in float64. x, y (B, T), scored (B, T) bool. Logits exist for at most
-    `chunk` entries at once; the softmax's sum is taken in float64, so that a uniform model gives exactly log V.
+    `chunk` entries at once. The device sums in float32, where a uniform model's sum V is exact, and the host takes the
+    logarithm in float64, which some devices lack: that model gives exactly log V.
     likeliest: a list that receives the likeliest ids at the scored positions, of the ids `among` if given; each: one
     that receives the nats there."""
     with runtime.autocast():
@@ -565,8 +566,8 @@ def token_nats(model, x, y, scored, runtime, likeliest=None, among=None, each=No
             if likeliest is not None:
                 likeliest.append(logits.argmax(-1) if among is None else among[logits[:, among].argmax(-1)])
             top = logits.amax(-1, keepdim=True)
-            lse = top[:, 0].double() + (logits - top).exp().sum(-1, dtype=torch.float64).log()
-            nats = lse - logits.gather(1, t[:, None])[:, 0].double()
+            sums, over = (logits - top).exp().sum(-1), (top - logits.gather(1, t[:, None]))[:, 0]  # (n,) each
+            nats = sums.cpu().double().log() + over.cpu().double()
             total += nats.sum().item()
             if each is not None:
                 each.append(nats)

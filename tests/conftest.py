@@ -7,6 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.weak import WeakIdKeyDictionary
 
 import data
 
@@ -28,6 +31,33 @@ def run_two_processes(arguments):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+class NoFloat64(TorchDispatchMode):
+    """Plays a device that lacks float64, as MPS does. A tensor is on the host where `cpu()` made it, or an operation
+    whose tensors all are there, or one that names no device; any other float64 is refused."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.host = WeakIdKeyDictionary()
+        monkeypatch.setattr(torch.Tensor, "cpu", lambda x: self.copy(x))
+
+    def copy(self, x):
+        x = x.clone()
+        self.host[x] = True
+        return x
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        read = [x for x in tree_flatten((args, kwargs))[0] if torch.is_tensor(x)]
+        on_host = all(x in self.host for x in read) if read else kwargs.get("device") is None
+        for x in tree_flatten(out)[0]:
+            if torch.is_tensor(x) and on_host:
+                self.host[x] = True
+            elif torch.is_tensor(x):
+                assert x.dtype != torch.float64, f"{function} makes float64 on the device"
+        return out
 
 
 def check_units(tables):

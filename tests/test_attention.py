@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from conftest import NoFloat64
 
+from config import resolve_device
 from model import ATTENTION, GPT, GPTConfig, rotate
+from train import World, compare_with_teacher, token_nats
 
 TYPES = list(ATTENTION)
 POSITIONS = ("learned", "rope", "none")
@@ -41,6 +44,38 @@ def test_step_equals_forward_over_any_split(name, pos_emb, fresh_rng):
                 y, state = attn.step(part, state)
                 found.append(y)
             torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("pos_emb", ("rope", "none"))
+@pytest.mark.parametrize("name", TYPES)
+def test_a_prompt_beyond_the_block_is_read_as_token_by_token(name, pos_emb, fresh_rng):
+    attn = make(name, pos_emb=pos_emb, block_size=16, span_init=1.0, softness_span_mask=40.0)
+    x = torch.randn(2, 50, 32, dtype=torch.float64)
+    expected = None
+    for split in ([1] * 50, [50], pieces(50, fresh_rng)):
+        state, found = attn.init_state(2, 16), []
+        for part in x.split(split, 1):
+            y, state = attn.step(part, state)
+            found.append(y)
+        expected = torch.cat(found, 1) if expected is None else expected
+        torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_devices_without_float64_train_score_and_decode(name, fresh_rng, monkeypatch):
+    keys = dict(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32, pos_emb="rope", attention_type=name)
+    gpt, runtime = GPT(GPTConfig(**keys)), resolve_device("cpu", "float32", False)
+    idx, scored = torch.randint(50, (2, 32)), torch.ones(2, 32, dtype=torch.bool)
+    with NoFloat64(monkeypatch):
+        gpt(idx, idx)[1].backward()
+        nats = token_nats(gpt.eval(), idx, idx, scored, runtime)
+        compare_with_teacher(gpt, gpt, [(idx, idx)], runtime, World(0, 1, 0))
+        gpt.generate(idx, 3)
+        gpt.flops(32)
+    logits = gpt(idx, idx)[0].double().flatten(0, 1)
+    torch.testing.assert_close(nats, torch.nn.functional.cross_entropy(logits, idx.flatten(), reduction="sum").item())
+    with pytest.raises(AssertionError, match="float64 on the device"), NoFloat64(monkeypatch):
+        idx.double()
 
 
 @pytest.mark.parametrize("pos_emb", POSITIONS)

@@ -251,6 +251,7 @@ def test_rows_of_another_order_are_not_taken_for_the_same():
     [
         (dict(attention_type="adaptive_span"), dict(span_param="ratio"), "span"),
         (dict(attention_type="adaptive_span", span_max=4), dict(span_max=16), "span"),
+        (dict(attention_type="adaptive_span"), dict(block_size=8), "span"),
         (dict(attention_type="mask_mix"), dict(mask_mix_candidates="offset_0,every_2,every_3,every_4,full"), "alpha"),
         (
             dict(attention_type="adaptive_span", use_triangle_wave_masking=True),
