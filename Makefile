@@ -38,10 +38,10 @@ demo: $(VENV)/run.stamp data/stdlib/meta.json  ## train, evaluate, sample and pl
 	$(PY) bench.py --what=curves --out_dir=out/demo --png=out/demo/loss.png
 
 test: $(VENV)/dev.stamp  ## the test suite
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 test-all: $(VENV)/dev.stamp  ## the test suite with the slow tests
-	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest -n 2 -m "not gpu"
 
 format: $(VENV)/dev.stamp  ## format and sort imports
 	$(BIN)/ruff check --fix $(wildcard $(SOURCES))

@@ -126,7 +126,7 @@ def label_probabilities(model, ids, record_len, labels, runtime):
     total = 0.0
     for x in records.split(64):
         logits = model.lm_head(model.hidden(x.to(runtime.device))[0][:, -1])  # (n, V)
-        total = total + logits[:, list(labels.values())].double().softmax(-1).sum(0)
+        total = total + logits[:, list(labels.values())].cpu().double().softmax(-1).sum(0)
     return dict(sorted(zip(labels, (total / len(starts)).tolist()), key=lambda pair: -pair[1]))
 
 

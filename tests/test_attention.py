@@ -6,6 +6,7 @@ from conftest import NoFloat64
 
 from config import resolve_device
 from model import ATTENTION, GPT, GPTConfig, rotate
+from sample import label_probabilities
 from train import World, compare_with_teacher, token_nats
 
 TYPES = list(ATTENTION)
@@ -72,6 +73,7 @@ def test_devices_without_float64_train_score_and_decode(name, fresh_rng, monkeyp
         compare_with_teacher(gpt, gpt, [(idx, idx)], runtime, World(0, 1, 0))
         gpt.generate(idx, 3)
         gpt.flops(32)
+        label_probabilities(gpt, idx[0].tolist(), 32, {"no": 0, "yes": 1}, runtime)
     logits = gpt(idx, idx)[0].double().flatten(0, 1)
     torch.testing.assert_close(nats, torch.nn.functional.cross_entropy(logits, idx.flatten(), reduction="sum").item())
     with pytest.raises(AssertionError, match="float64 on the device"), NoFloat64(monkeypatch):
