@@ -54,7 +54,7 @@ class TrainError(RuntimeError):
 class TrainConfig:
     """Training"""
 
-    out_dir: str = key("out", "folder of the run")
+    out_dir: str = key("", "folder of the run; empty: out/CONFIG-ATTENTION_TYPE, with + for commas")
     init_from: str = key("scratch", "scratch | resume | gpt2, gpt2-medium, ... | a folder with weights to start from")
     dataset: str = key("stdlib", "a data set of data/, or the folder of a prepared one")
     batch_size: int = key(12, "sequences of a micro-batch, for each process", low=1)
@@ -107,8 +107,6 @@ class TrainConfig:
     def __post_init__(self):
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}")
-        if not self.out_dir:
-            raise ValueError("out_dir is empty: name a folder")
         if self.eval_stride > self.eval_context > 0:
             raise ValueError(f"eval_stride={self.eval_stride} would skip tokens: eval_context is {self.eval_context}")
         if (self.distill == "none") != (not self.teacher):
@@ -1073,8 +1071,17 @@ def dry_run(model_config, cfg, dataset):
     print(f"{executed / 1e9:,.1f} executed")
 
 
+def default_folder(argv, attention_type):
+    """A folder for each config file, the last one named, and attention type."""
+    files = [argument for argument in argv if not argument.startswith("-")]
+    stem = os.path.basename(files[-1]).removesuffix(".py") if files else "train"
+    return os.path.join("out", f"{stem}-{attention_type.replace(' ', '').replace(',', '+')}")
+
+
 def main(argv):
     model_config, cfg, given = config.load(argv, GPTConfig, TrainConfig)
+    if not cfg.out_dir:
+        cfg = config.override(cfg, out_dir=default_folder(argv, model_config.attention_type))
     world, device = start_world(cfg.device)
     try:
         status = train(model_config, cfg, given, world, device)

@@ -1,4 +1,4 @@
-# Two to four minutes on two CPU cores: a byte model of the Python standard library. `make demo` runs this.
+# The demo (`make demo`): a byte model of the standard library, 0.8 M parameters, at most 210 seconds on 2 CPU cores.
 out_dir = "out/demo"
 dataset = "stdlib"
 

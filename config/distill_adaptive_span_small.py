@@ -1,8 +1,7 @@
-# The student of distill_small.py with adaptive spans. They begin as the whole block, and are the teacher exactly; the
-# penalty shortens them to what each head needs.
+# distill_small.py with adaptive spans. They begin as the whole block, where the student is its teacher; the penalty
+# then shortens each span to what its head needs.
 from config.distill_small import *
 
-out_dir = "out/distill_adaptive_span_small"
 attention_type = "adaptive_span"
 learning_rate = 1e-3  # it begins as its teacher
 span_init = 1.0

@@ -1,6 +1,5 @@
-# The student of distill_small.py with gated linear attention.
+# distill_small.py with gated linear attention.
 from config.distill_small import *
 
-out_dir = "out/distill_gla_small"
 attention_type = "gla"
 gla_expand_k = 1.0  # keys as wide as the teacher's, so that its projections are the start

@@ -1,7 +1,6 @@
-# GPT-2 with another attention (--attention_type), distilled on WikiText-2: attention first, then predictions.
-# --block_size=1024 for GPT-2's full context. Needs transformers, and the weights: from the hub, or
+# GPT-2 with another attention (--attention_type), distilled on WikiText-2: attention first, then predictions. A GPU.
+# --block_size=1024 for GPT-2's full context. Needs `pip install transformers`, and the weights: from the hub, or
 # --init_from=FOLDER --teacher=FOLDER.
-out_dir = "out/distill_gpt2"
 init_from = "gpt2"
 teacher = "gpt2"
 dataset = "wikitext2"

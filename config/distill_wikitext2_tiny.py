@@ -2,7 +2,7 @@
 # python train.py config/distill_gla_small.py config/distill_wikitext2_tiny.py --out_dir=out/distill_gla_wikitext2
 from config.train_wikitext2_tiny import *
 
-out_dir = "out/distill_wikitext2_tiny"
+out_dir = ""  # its own
 init_from = teacher = "out/wikitext2_tiny"
 distill = "kl"
 distill_attention_iters = 80

@@ -1,5 +1,5 @@
-# GPT-2 (124M) fine-tuned on WikiText-2. Needs transformers, and the weights: from the hub, or --init_from=FOLDER.
-out_dir = "out/gpt2_wikitext2"
+# GPT-2 (124M) fine-tuned on WikiText-2; a GPU. Needs `pip install transformers`, and the weights: from the hub, or
+# --init_from=FOLDER.
 init_from = "gpt2"
 dataset = "wikitext2"
 

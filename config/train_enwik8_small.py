@@ -1,5 +1,5 @@
-# enwik8 at a size that a 2-core CPU trains in minutes; works on a prefix of the file as well.
-out_dir = "out/enwik8_small"
+# enwik8 at 3.3 M parameters and 6.1 M tokens: about half an hour on 2 CPU cores. A beginning of the file will do.
+# --attention_type=gla, nsa, performer, ... changes the attention at the same tokens and schedule.
 dataset = "enwik8"
 
 n_layer = 4

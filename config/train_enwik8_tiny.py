@@ -1,4 +1,4 @@
-# The model of demo.py on enwik8: some minutes on one CPU core. The teacher of distill_small.py.
+# demo.py's model on enwik8, 4.1 M tokens: minutes on one CPU core. The teacher of distill_small.py.
 from config.demo import *
 
 out_dir = "out/enwik8_tiny"

@@ -1,5 +1,4 @@
-# The published run of the periodic-mask project: a learned span and a learned triangle wave for each head.
+# The published run of the periodic-mask project: train_enwik8.py, a learned span and a learned triangle wave a head.
 from config.train_enwik8_span import *
 
-out_dir = "out/enwik8_triangle"
 use_triangle_wave_masking = True

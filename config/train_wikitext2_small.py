@@ -1,5 +1,5 @@
-# WikiText-2 at a size that a 2-core CPU trains in minutes. Most operations are the output head's 50,257 rows.
-out_dir = "out/wikitext2_small"
+# WikiText-2 at 6.8 M parameters and 1.0 M tokens: minutes on 2 CPU cores, most of them for the head's 50,257 rows.
+# --attention_type=gla, nsa, mask_mix, ... changes the attention at the same tokens and schedule.
 dataset = "wikitext2"
 
 n_layer = 2

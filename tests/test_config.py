@@ -27,7 +27,7 @@ import train
 from config import ConfigError, Runtime, build, key, load, override, read_file, resolve_device
 from data import DataError
 from model import ATTENTION, GPT, GPTConfig, ModelError
-from train import TrainConfig, TrainError
+from train import TrainConfig, TrainError, default_folder
 
 sys.path.insert(0, ROOT)
 RECORDS = (GPTConfig, TrainConfig, sample.SampleConfig, bench.BenchConfig)
@@ -348,10 +348,21 @@ def test_a_file_that_cannot_be_read(tmp_path):
 def test_every_config_of_the_repository_loads():
     paths = [os.path.join(ROOT, "config", n) for n in sorted(os.listdir(os.path.join(ROOT, "config")))]
     paths = [p for p in paths if p.endswith(".py") and not p.endswith("__init__.py")]
-    assert len(paths) >= 5
+    assert 5 <= len(paths) <= 40
+    folders = []
     for path in paths:
-        *_, given_by = load([path], GPTConfig, TrainConfig)
-        assert given_by["out_dir"] == path and set(given_by.values()) == {path}
+        model_config, train_config, given_by = load([path], GPTConfig, TrainConfig)
+        assert set(given_by.values()) == {path}
+        with open(path) as f:
+            assert f.readline().startswith("# "), "its first line says what it is for"
+        folders.append(train_config.out_dir or default_folder([path], model_config.attention_type))
+    assert len(set(folders)) == len(folders), "two configs write into one folder"
+
+
+def test_a_run_has_a_folder_for_its_config_and_attention_type():
+    argv = ["config/a.py", "--n_layer=4", "some/b.py"]
+    assert default_folder(argv, "gla, gla,softmax") == os.path.join("out", "b-gla+gla+softmax")
+    assert default_folder([], "softmax") == os.path.join("out", "train-softmax")
 
 
 # owners

@@ -597,15 +597,16 @@ def gpt2(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["mask_mix", "performer", "nsa", "gla"])
 def test_gpt2_is_distilled_by_the_configs(name, gpt2, text_dataset, tmp_path, capsys):
-    """config/distill_*.py as they are, but for the folder of the weights and the size: conversion, then both stages."""
+    """config/distill_gpt2.py as it is, but for the folder of the weights and the size: conversion, then both stages."""
     folder, _ = gpt2
-    file = os.path.join(os.path.dirname(config.__file__), f"distill_{name}.py")
+    file = os.path.join(os.path.dirname(config.__file__), "distill_gla.py" if name == "gla" else "distill_gpt2.py")
     sizes = dict(
         block_size=16, batch_size=4, warmup_iters=2, distill_attention_iters=10, max_iters=30, eval_interval=10
     )
     options = dict(
         init_from=folder, teacher=folder, dataset=text_dataset, device="cpu", eval_iters=2, learning_rate=3e-3
     )
+    options |= dict(attention_type=name)
     out_dir = str(tmp_path / "student")
     train.main([file, f"--out_dir={out_dir}", *(f"--{k}={v}" for k, v in (options | sizes).items())])
     out = capsys.readouterr().out

@@ -1,5 +1,0 @@
-# The run of train_enwik8.py with gated linear attention in place of softmax: same tokens, same schedule.
-from config.train_enwik8 import *
-
-out_dir = "out/enwik8_gla"
-attention_type = "gla"

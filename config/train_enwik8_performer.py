@@ -1,5 +1,0 @@
-# The run of train_enwik8.py with Performer attention in place of softmax: same tokens, same schedule.
-from config.train_enwik8 import *
-
-out_dir = "out/enwik8_performer"
-attention_type = "performer"

@@ -1,5 +1,0 @@
-# The run of train_enwik8_small.py with Performer attention in place of softmax: same tokens, same schedule.
-from config.train_enwik8_small import *
-
-out_dir = "out/enwik8_small_performer"
-attention_type = "performer"

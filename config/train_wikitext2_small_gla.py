@@ -1,5 +1,0 @@
-# The run of train_wikitext2_small.py with gated linear attention in place of softmax: same tokens, same schedule.
-from config.train_wikitext2_small import *
-
-out_dir = "out/wikitext2_small_gla"
-attention_type = "gla"

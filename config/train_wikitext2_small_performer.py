@@ -1,5 +1,0 @@
-# The run of train_wikitext2_small.py with Performer attention in place of softmax: same tokens, same schedule.
-from config.train_wikitext2_small import *
-
-out_dir = "out/wikitext2_small_performer"
-attention_type = "performer"
