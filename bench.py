@@ -65,8 +65,9 @@ from kernels.nsa import (
     nsa_window_dense,
 )  # fmt: skip
 from kernels.performer import performer
-from model import ATTENTION, GPT, GPTConfig, ModelError, matrices, random_features, read_checkpoint
+from model import ATTENTION, GPT, GPTConfig, matrices, random_features
 from train import Run, TrainConfig, World, eval_window, evaluate, git_commit, progress_bar, token_nats, write_atomically
+from weights import ModelError, read_checkpoint
 
 NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a long block
     dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, vocab_size=65),

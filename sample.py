@@ -26,7 +26,8 @@ import torch
 import config
 from config import ConfigError, key
 from data import DataError, Dataset, get_codec
-from model import GPT, ModelError, is_training_folder
+from model import GPT
+from weights import ModelError, is_training_folder
 
 
 @dataclass

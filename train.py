@@ -31,17 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 import config
 from config import ConfigError, key
 from data import Batches, DataError, Dataset, windows
-from model import (
-    GPT,
-    GPTConfig,
-    ModelError,
-    cross_entropy,
-    is_training_folder,
-    load_weights,
-    param_groups,
-    read_checkpoint,
-    stored_config,
-)  # fmt: skip
+from model import GPT, GPTConfig, cross_entropy, param_groups, stored_config
+from weights import ModelError, is_training_folder, load_weights, read_checkpoint
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row that end a run
 

@@ -1,0 +1,199 @@
+"""What reads and writes weights: checkpoints, exports, GPT-2's files, and the copying of one model into another."""
+
+import json
+import os
+import re
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+
+class ModelError(ValueError):
+    """A model that cannot be built or loaded; the message is one line."""
+
+
+# -----------------------------------------------------------------------------
+# files
+
+
+def is_training_folder(folder):
+    """Whether a folder holds our checkpoints (ckpt.pt, or an export), not a Hugging Face model."""
+    if any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "best.pt")):
+        return True
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            resolved = json.load(f)
+    except (OSError, ValueError):
+        return False
+    return isinstance(resolved, dict) and "train" in resolved
+
+
+def read_checkpoint(out_dir, name=None):
+    """The dict in out_dir/name (default: best.pt, else ckpt.pt, else model.safetensors with config.json): `model`
+    (tensors by name), `model_args` (config), and what training added. Loads tensors and plain values only."""
+    names = [name] if name else ["best.pt", "ckpt.pt", "model.safetensors"]
+    path = next((p for p in (os.path.join(out_dir, n) for n in names) if os.path.exists(p)), None)
+    if path is None:
+        raise ModelError(f"no checkpoint in {out_dir}: looked for {', '.join(names)}; train one with train.py")
+    try:
+        if path.endswith(".safetensors"):
+            stored = _read_export(path)
+        else:
+            with warnings.catch_warnings():  # of pickle modules that a foreign file names
+                warnings.simplefilter("ignore")
+                stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive, a pickle with code in it, another library's format
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise ModelError(f"{path}: not a readable checkpoint (truncated, or not tensors and plain values)") from None
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(k), dict) for k in ("model", "model_args")):
+        raise ModelError(f"{path}: not a checkpoint of this repository or of nanoGPT (no model and model_args)")
+    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in stored["model"].items()):
+        raise ModelError(f"{path}: damaged: its model is not tensors by name")
+    prefix = "_orig_mod."  # nanoGPT saves the compiled module, whose names carry it
+    stored["model"] = {k.removeprefix(prefix): v for k, v in stored["model"].items()}
+    stored["path"] = path
+    return stored
+
+
+def _read_export(path):
+    from safetensors.torch import load_file
+
+    with open(os.path.join(os.path.dirname(path), "config.json"), encoding="utf-8") as f:
+        return {"model": load_file(path), "model_args": json.load(f)["model"]}
+
+
+# -----------------------------------------------------------------------------
+# from one model into another
+
+
+@dataclass
+class LoadReport:
+    """What a load did: names copied, names the model has and the file lacks, names the file has and the model lacks."""
+
+    copied: list
+    new: list
+    left: list
+
+    def __str__(self):
+        in_part = [name for name in self.copied if "[" in name]
+        every = sorted(set(layer_numbers(self.copied + self.new + self.left)))
+        lists = {"in part": in_part, "new (not in the file)": self.new, "left (not in the model)": self.left}
+        parts = [f"copied {len(self.copied)} tensors"]
+        for title, names in lists.items():
+            layers = {}
+            for name in names:
+                layers.setdefault(re.sub(r"\.h\.\d+\.", ".h.*.", name), []).extend(layer_numbers([name]))
+            listed = [n if sorted(i) == every else n.replace("*", ",".join(map(str, i))) for n, i in layers.items()]
+            parts += [f"{title}: {', '.join(listed)}"] if names else []
+        return "; ".join(parts)
+
+
+def layer_numbers(names):
+    return [int(i) for name in names for i in re.findall(r"\.h\.(\d+)\.", name)]
+
+
+@torch.no_grad()
+def load_weights(model, weights, source):
+    """Copy into `model` each tensor of `weights` that fits by name, shape and meaning. Returns a LoadReport. `source`,
+    the config of the model that the weights are from, says what their rows and numbers mean."""
+    with torch.device("meta"):
+        theirs = dict(type(model)(source).named_modules())
+    ours, own = dict(model.named_modules()), model.state_dict()  # `own` shares storage with the parameters
+    copied, left, new = [], [], []
+    for name, value in weights.items():
+        module, _, parameter = name.rpartition(".")
+        layer = module.removesuffix(".c_attn")
+        if name not in own:
+            left.append(name)
+        elif layer != module and not same_rows(own[name], ours[layer], value, theirs.get(layer)):
+            taken, missing, rest = copy_projections(ours[layer], own[name], value, theirs.get(layer))
+            for parts, names in ((taken, copied), (missing, left), (rest if taken else [], new)):
+                names += [f"{name}[{','.join(parts)}]"] if parts else []
+        else:
+            value = value[: len(own[name])] if parameter == "weight" and layer.endswith("wpe") else value
+            fits = own[name].shape == value.shape and same_meaning(ours[module], theirs.get(module), parameter)
+            if fits:
+                own[name].copy_(value)
+            (copied if fits else left).append(name)
+    return LoadReport(copied, [name for name in own if name not in found(model, copied)] + new, left)
+
+
+def found(model, copied):
+    """The names that were copied, in whole or in part. A tied head and its embedding are one tensor."""
+    names = {name.partition("[")[0] for name in copied}
+    tied = {"lm_head.weight", "transformer.wte.weight"} if model.config.embedding == "tied" else set()
+    return names | tied if names & tied else names
+
+
+def same_rows(own, attn, value, theirs):
+    """Whether a fused projection of both attentions has the same parts, in the same order and of the same sizes."""
+    return own.shape == value.shape and attn.parts == getattr(theirs, "parts", {})
+
+
+def same_meaning(ours, theirs, parameter):
+    """Whether both layers compute the same from this number. A layer that does not say means what its name says."""
+    ours, theirs = (getattr(layer, "meaning", {}).get(parameter) for layer in (ours, theirs or ours))
+    return ours == theirs
+
+
+def copy_projections(attn, own, value, theirs):
+    """The rows of q, k and v of a softmax layer's c_attn, `value` (3 H D, C) or its bias (3 H D,), into `own`, where
+    `attn` has parts of that size under these names; kv_BRANCH takes keys and values. Returns three lists: the parts of
+    `attn` that were copied, the parts of `value` that were left, and the parts of `attn` that were not in it."""
+    if [*getattr(theirs, "parts", {})] != [*"qkv"]:
+        return [], [*"qkv"], []
+    q, k, v = value.chunk(3)
+    source, taken = {"q": q, "k": k, "v": v, "kv": value[len(q) :]}, []
+    for part, rows in zip(attn.parts, own.split(list(attn.parts.values()))):
+        wanted = source.get(part.split("_")[0])
+        if wanted is not None and wanted.shape == rows.shape:
+            rows.copy_(wanted)
+            taken.append(part)
+    missing = [part for part in "qkv" if not any(part in other.split("_")[0] for other in taken)]
+    return taken, missing, [part for part in attn.parts if part not in taken]
+
+
+# -----------------------------------------------------------------------------
+# GPT-2
+
+
+def read_gpt2(source):
+    """GPT-2's tensors under our names and the keys of its shape, from the hub (`gpt2`, `gpt2-medium`, ...) or a local
+    Hugging Face folder. ModelError where a tensor is missing, or where the model computes what ours cannot."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise ModelError("GPT-2 weights are read by transformers: pip install transformers") from None
+    try:
+        kind = GPT2Config.get_config_dict(source)[0].get("model_type", "gpt2")  # older files do not say
+        if kind == "gpt2":
+            hf, found = GPT2LMHeadModel.from_pretrained(source, output_loading_info=True)
+    except Exception as error:  # the hub's client raises a dozen kinds
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"no GPT-2 weights in {source!r}: {reason}") from None
+    if kind != "gpt2":
+        raise ModelError(f"{source} is a model of type {kind}: only GPT-2's weights have a place here")
+    if found["missing_keys"]:
+        raise ModelError(f"{source} lacks {', '.join(sorted(found['missing_keys']))}")
+    c = hf.config
+    gelu = {"gelu_new": "tanh", "gelu": "erf"}.get(c.activation_function)
+    if gelu is None:
+        raise ModelError(f"{source}: activation {c.activation_function!r} is not a GELU")
+    fixed = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, layer_norm_epsilon=1e-5)
+    for name, ours in fixed.items():
+        if getattr(c, name) != ours:
+            raise ModelError(f"{source}: its {name} is {getattr(c, name)}, here it is {ours}")
+    shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions)
+    shape |= dict(vocab_size=c.vocab_size, bias=True, gelu=gelu, mlp_hidden=c.n_inner or 0)
+    shape |= dict(embedding="tied" if c.tie_word_embeddings else "untied")
+    return gpt2_names(hf.state_dict()), shape
+
+
+def gpt2_names(weights):
+    """Hugging Face GPT-2 tensors under our names. Its Conv1D stores (in, out), a Linear (out, in): four are turned."""
+    turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    buffers = (".attn.bias", ".attn.masked_bias")  # causal masks in older files
+    kept = {name: w for name, w in weights.items() if not name.endswith(buffers)}
+    return {name: w.t() if name.endswith(turned) else w for name, w in kept.items()}
