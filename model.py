@@ -21,17 +21,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import build, key
-from kernels.distance import distance, paths
+from kernels.distance import BandCache, distance, paths
 from kernels.gated import executed_pairs as gated_pairs
 from kernels.gated import gated
 from kernels.gla import gla
 from kernels.gsa import gsa
 from kernels.nsa import nsa_compressed, nsa_pairs, nsa_selected, nsa_sizes, nsa_window
-from kernels.performer import feature_map, performer
+from kernels.performer import feature_map, performer, random_features
 from weights import ModelError, load_weights, read_checkpoint, read_gpt2
-
-SOFTMAX_FAMILY = ("softmax", "adaptive_span", "mask_mix", "gated", "gated_output")
-GATED_OUTPUTS = ("gated_output", "softmax", "adaptive_span", "mask_mix", "gated", "gsa", "performer", "nsa")
 
 
 @dataclass
@@ -47,7 +44,7 @@ class GPTConfig:
     dropout: float = key(0.0, "dropout on embeddings, attention and residuals", low=0.0, high=0.999)
     bias: bool = key(False, "biases in linear layers and LayerNorms")
     attention_type: str = key("softmax", "one attention type, or a comma pattern cycled over the layers")
-    pos_emb: str = key("learned", "positions", choices=("learned", "rope", "none"))
+    pos_emb: str = key("learned", "positions; gla and gsa take no rope", choices=("learned", "rope", "none"))
     rope_base: float = key(10000.0, "base of the rotary frequencies", low=1.0)
     mlp: str = key("gelu", "the MLP of a block", choices=("gelu", "swiglu", "none"))
     mlp_hidden: int = key(0, "hidden width of the MLP; 0: 4 n_embd for gelu, 8/3 n_embd for swiglu", low=0)
@@ -95,14 +92,14 @@ class GPTConfig:
     nsa_window: int = key(0, "tokens of the window; 0: by block_size", "nsa", low=0)
     gated_reg: float = key(0.0, "penalty on gates that several heads open to one pair", "gated", low=0.0)
     gated_unit_norm: bool = key(False, "values and output of each head by vectors of norm 1", "gated")
-    gate_output: bool = key(False, "a sigmoid gate on the heads' output", *GATED_OUTPUTS[1:])
+    gate_output: bool = key(False, "a sigmoid gate on the heads' output", "output gate")
     gate_output_kind: str = key(
-        "elementwise", "a gate for each channel or for each head", *GATED_OUTPUTS, choices=("elementwise", "headwise")
+        "elementwise", "a gate for each channel or for each head", "output gate", choices=("elementwise", "headwise")
     )
-    gate_output_bias_init: float = key(0.0, "first bias of these gates: large is open", *GATED_OUTPUTS)
-    qkv_bias: bool = key(False, "biases of q, k and v alone", *SOFTMAX_FAMILY)
+    gate_output_bias_init: float = key(0.0, "first bias of these gates: large is open", "output gate")
+    qkv_bias: bool = key(False, "biases of q, k and v alone", "softmax family")
     attention_init: str = key(
-        "normal", "weights of attention: normal of 0.02, or Xavier's", *SOFTMAX_FAMILY, choices=("normal", "xavier")
+        "normal", "weights of attention: normal of 0.02, or Xavier's", "softmax family", choices=("normal", "xavier")
     )
 
     def __post_init__(self):
@@ -113,38 +110,24 @@ class GPTConfig:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; or set head_dim")
         if self.pos_emb == "rope" and self.d_head % 2:
             raise ValueError(f"pos_emb=rope rotates pairs: the head size must be even, not {self.d_head} (head_dim)")
-        for name, n_head in (("gla_n_head", self.gla_n_head), ("gsa_n_head", self.gsa_n_head)):
-            if n_head and self.n_embd % n_head:
-                raise ValueError(f"n_embd={self.n_embd} is not a multiple of {name}={n_head}")
-        if self.span_max > self.block_size:
-            raise ValueError(f"span_max={self.span_max} is above block_size={self.block_size}; 0 takes all of it")
-        low, high = self.period_min_triangle_wave_masking, self.period_max_triangle_wave_masking
-        if low >= high:
-            raise ValueError(f"period_max_triangle_wave_masking={high:g} must be above period_min...={low:g}")
-        if "mask_mix" in self.types():
-            for name in self.mask_mix_candidates.split(","):
-                parse_candidate(name)
-        if self.nsa_kv_head and self.n_head % self.nsa_kv_head:
-            raise ValueError(f"n_head={self.n_head} is not a multiple of nsa_kv_head={self.nsa_kv_head}")
-        block, stride, select_block, count, _ = self.nsa_sizes()
-        if block % stride or select_block % stride or block > select_block:
-            sizes = f"nsa_compress_block={block}, nsa_compress_stride={stride}, nsa_select_block={select_block}"
-            raise ValueError(f"the stride must divide both blocks, and the selected one be no smaller: {sizes}")
-        if count < 3:
-            raise ValueError(f"nsa_select_count={count}: write at least 3, the first and the two most recent blocks")
         if self.embedding == "onehot" and self.vocab_size and self.vocab_size != self.n_embd:
             raise ValueError(f"embedding=onehot needs n_embd={self.vocab_size}, the vocabulary, not {self.n_embd}")
+        for name in set(self.types()):
+            ATTENTION[name].check(self)
+
+    @staticmethod
+    def attention_types():
+        """{type: the families that it shares keys with}"""
+        return {name: kind.families for name, kind in ATTENTION.items()}
+
+    def without_positions(self):
+        """The types that pos_emb=rope does not reach."""
+        return [n for n in dict.fromkeys(self.types()) if self.pos_emb == "rope" and not ATTENTION[n].positions]
 
     def types(self):
         """The attention type of each layer, the pattern cycled over the layers."""
         pattern = [name.strip() for name in self.attention_type.split(",")]
         return [pattern[i % len(pattern)] for i in range(max(self.n_layer, len(pattern)))]
-
-    def nsa_sizes(self):
-        """Compressed block, its stride, selected block, their count, window: what was set, else by block_size."""
-        own = (self.nsa_compress_block, self.nsa_compress_stride, self.nsa_select_block)
-        own += (self.nsa_select_count, self.nsa_window)
-        return tuple(a or b for a, b in zip(own, nsa_sizes(self.block_size)))
 
     @property
     def d_head(self):
@@ -152,19 +135,82 @@ class GPTConfig:
 
 
 # -----------------------------------------------------------------------------
-# attention
+# what every attention is
+
+
+class Attention(nn.Module):
+    """An attention type. A new one defines `__init__(config)`, the four methods that raise here, and overrides of the
+    rest what it has. x and y are (B, T, C), B sequences of T tokens; q, k and v are (B, T, H, D) in every type."""
+
+    mask_parameters = ()  # names of the parameters of masks: with mask_learning_rate, without weight decay
+    parts = {}  # {name: rows} of the fused projection c_attn, in order: loading copies the parts that two types share
+    meaning = {}  # {parameter: what its numbers mean}: loading copies numbers between layers that agree
+    positions = False  # whether pos_emb=rope turns its queries and keys
+    families = ()  # owners of the keys that it shares with other types
+
+    @classmethod
+    def check(cls, config):
+        """ValueError, of one line, where keys of this type do not fit each other."""
+
+    def initialise(self, config):
+        """First weights that are neither the model's normal of 0.02 nor set by __init__."""
+
+    def forward(self, x):
+        """x -> y, and a penalty that is added to the loss: a float32 scalar, 0 in eval()."""
+        raise NotImplementedError
+
+    def init_state(self, batch, max_len):
+        """The state of an empty sequence, for decoding; max_len tokens of context."""
+        raise NotImplementedError
+
+    def step(self, x, state):
+        """x (B, t, C), the next t >= 1 tokens -> y (B, t, C) and the state after them. Over any split of a sequence it
+        equals `forward`."""
+        raise NotImplementedError
+
+    def flops(self, T):
+        """(nominal, executed) operations of one sequence, projections excluded: those of the definition, and those
+        that a training step executes."""
+        raise NotImplementedError
+
+    def stats(self, x=None):
+        """{name: tensor} for logs and plots: of the parameters alone, and of the input x (B, T, C) if it is given."""
+        return {}
+
+    def redraw(self, step):
+        """Called before training step `step`: new random numbers where they are due."""
+
+
+class NoAttention(Attention):
+    """Zero output and no parameters: the control that each type must beat, and the template of a new one. With
+    `mlp_hidden` widened it has as many parameters as the model it stands beside."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, x):
+        return torch.zeros_like(x), torch.zeros((), device=x.device)
+
+    def init_state(self, batch, max_len):
+        return None
+
+    def step(self, x, state):
+        return torch.zeros_like(x), state
+
+    def flops(self, T):
+        return 0, 0
 
 
 def rotate(x, offset, base):
     """Rotary positions (Su et al. 2021, eq. 34): pair (d, d + D/2) of the vector at position p = offset + t turns by
-    the angle p base^(-2d/D). x (..., T, D). Angles are integers in units of 2^-64 turns: their products overflow just
+    the angle p base^(-2d/D). x (B, T, H, D). Angles are integers in units of 2^-64 turns: their products overflow just
     as turns wrap around, so every position is exact without float64, which some devices lack."""
-    T, D = x.shape[-2:]
+    T, D = x.shape[1], x.shape[3]
     frequency = [round(base ** (-2 * d / D) / math.tau * 2**64) for d in range(D // 2)]
     position = torch.arange(offset, offset + T, device=x.device)
     phase = position[:, None] * torch.tensor(frequency, device=x.device)  # (T, D/2) int64, -1/2 to 1/2 turns
     angle = phase.to(torch.float64 if x.dtype == torch.float64 else torch.float32) * (math.tau / 2**64)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]  # (T, 1, D/2)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
@@ -181,14 +227,19 @@ class KVCache:
     v: torch.Tensor = None
 
 
-class SoftmaxAttention(nn.Module):
+# -----------------------------------------------------------------------------
+# softmax attention and what is built on it
+
+
+class SoftmaxAttention(Attention):
     """Causal softmax attention (Vaswani et al. 2017, eq. 1), by head:
 
         o_t = sum_{s <= t} p_ts v_s,   p_t = softmax_s(q_t . k_s / sqrt(D))
 
     Decoding keeps a ring of the last max_len keys and values."""
 
-    mask_parameters = ()
+    positions = True
+    families = ("softmax family", "output gate")
 
     def __init__(self, config):
         super().__init__()
@@ -202,10 +253,10 @@ class SoftmaxAttention(nn.Module):
         self.rope_base = config.rope_base if config.pos_emb == "rope" else None
 
     def forward(self, x):
-        q, k, v = self._qkv(x, 0)
+        q, k, v = (t.transpose(1, 2) for t in self._qkv(x, 0))  # (B, H, T, D)
         p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-        return self._project(y, x), torch.zeros((), device=x.device)
+        return self._project(y.transpose(1, 2), x), torch.zeros((), device=x.device)
 
     def init_state(self, batch, max_len):
         return KVCache(max_len)
@@ -218,7 +269,7 @@ class SoftmaxAttention(nn.Module):
         if state.n + t > 2 * L:
             self._move_to_front(state)
         n, m = state.n, state.n + t
-        q, k, v = self._qkv(x, n)
+        q, k, v = (t.transpose(1, 2) for t in self._qkv(x, n))  # (B, H, t, D)
         if state.k is None:
             state.k, state.v = (z.new_empty(*z.shape[:2], 2 * L, z.size(3)) for z in (k, v))
         state.k[:, :, n:m], state.v[:, :, n:m], state.n = k, v, m
@@ -227,7 +278,7 @@ class SoftmaxAttention(nn.Module):
         if t > 1 and n:
             distance = torch.arange(n, m, device=x.device)[:, None] - torch.arange(first, m, device=x.device)
             mask = (distance >= 0) & (distance < L)
-        return self._project(self._read(x, q, k, v, mask), x), state
+        return self._project(self._read(x, q, k, v, mask).transpose(1, 2), x), state
 
     def _read(self, x, q, k, v, mask):
         """The step's attention, (B, H, t, D). Without a mask: one query, or the causal start of a sequence."""
@@ -243,7 +294,7 @@ class SoftmaxAttention(nn.Module):
         weight on the first token, means over queries; and the mean output gate."""
         if x is None:
             return {}
-        q, k, _ = self._qkv(x, 0)
+        q, k, _ = (t.transpose(1, 2) for t in self._qkv(x, 0))
         logits = (q @ k.mT).float() / math.sqrt(self.d_head)  # (B, H, T, T)
         logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
         p, largest = logits.softmax(-1), logits.amax((0, 2, 3))
@@ -251,20 +302,22 @@ class SoftmaxAttention(nn.Module):
         return found | self.output_gate.stats(x)
 
     def _qkv(self, x, offset):
-        q, k, v = self.c_attn(x).chunk(3, -1)  # each (B, T, H D)
-        q, k, v = (t.unflatten(-1, (self.n_head, self.d_head)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+        """q, k, v (B, T, H, D) of tokens from position `offset` on."""
+        q, k, v = (t.unflatten(-1, (self.n_head, self.d_head)) for t in self.c_attn(x).chunk(3, -1))
         if self.rope_base is not None:
             q, k = rotate(q, offset, self.rope_base), rotate(k, offset, self.rope_base)
         return q, k, v
 
     def _project(self, y, x):
-        B, _, T, _ = y.shape  # (B, H, T, D)
-        return self.resid_dropout(self.c_proj(self.output_gate(y.transpose(1, 2).reshape(B, T, -1), x)))
+        """y (B, T, H, D) -> (B, T, C)"""
+        return self.resid_dropout(self.c_proj(self.output_gate(y.flatten(2), x)))
 
     @torch.no_grad()
-    def xavier(self):
-        """Xavier's normal of the weights as tensors (H, C, D) and (H, D, C), and of the biases (H, D): for toys of one
-        layer and few channels, where 0.02 is too small to begin with."""
+    def initialise(self, config):
+        """attention_init=xavier: Xavier's normal of the weights as tensors (H, C, D) and (H, D, C), and of the biases
+        (H, D): for toys of one layer and few channels, where 0.02 is too small to begin with."""
+        if config.attention_init != "xavier":
+            return
         H, C, D = self.n_head, self.c_attn.in_features, self.d_head
         self.c_attn.weight.normal_(std=math.sqrt(2 / (D * (C + H))))
         self.c_proj.weight.normal_(std=math.sqrt(2 / (C * (D + H))))
@@ -277,8 +330,7 @@ class SoftmaxAttention(nn.Module):
         k = state.k[:, :, state.n - keep : state.n].clone()
         if self.rope_base is not None:
             moved = keep - state.n
-            k = rotate(k.transpose(1, 2).flatten(0, 1).unsqueeze(-2), moved, self.rope_base)
-            k = k.view(state.k.size(0), keep, self.n_head, self.d_head).transpose(1, 2)
+            k = rotate(k.flatten(0, 2)[:, None, None], moved, self.rope_base).view_as(k)
         state.k[:, :, :keep] = k
         state.v[:, :, :keep] = state.v[:, :, state.n - keep : state.n].clone()
         state.n = keep
@@ -353,9 +405,9 @@ class GatedAttention(SoftmaxAttention):
         self.reg = config.gated_reg
 
     def forward(self, x):
-        q, k, v = (t.transpose(1, 2) for t in super()._qkv(x, 0))  # (B, T, H, D)
+        q, k, v = super()._qkv(x, 0)
         y, shared = gated(q, k, v, *self._gates(x), penalise=self.training and self.reg > 0)
-        return self._project(y.transpose(1, 2), x), self.reg * shared.float()
+        return self._project(y, x), self.reg * shared.float()
 
     def _gates(self, x):
         """a and b, (B, T, H) each."""
@@ -365,8 +417,8 @@ class GatedAttention(SoftmaxAttention):
     def _qkv(self, x, offset):
         """In the ring a key's gate is one more channel of its value."""
         q, k, v = super()._qkv(x, offset)
-        b = self._gates(x)[1].transpose(1, 2).unsqueeze(-1)
-        return q, k, torch.cat((v, b.to(v.dtype)), -1)  # (B, H, T, D + 1)
+        b = self._gates(x)[1].unsqueeze(-1)
+        return q, k, torch.cat((v, b.to(v.dtype)), -1)  # (B, T, H, D + 1)
 
     def _read(self, x, q, k, v, mask):
         return self._gated_map(x, q, k, v, mask)[0] @ v[..., :-1]
@@ -390,7 +442,7 @@ class GatedAttention(SoftmaxAttention):
         first token, the mean gate, the share of gates that are 0, and whether all of them are; the mean output gate."""
         if x is None:
             return {}
-        y, gamma = self._gated_map(x, *self._qkv(x, 0), None)
+        y, gamma = self._gated_map(x, *(t.transpose(1, 2) for t in self._qkv(x, 0)), None)
         causal = torch.ones(gamma.shape[-2:], dtype=torch.bool, device=x.device).tril()
         gates = gamma[..., causal].transpose(0, 1).flatten(1).float()  # (H, pairs)
         found = {"attention_map": y[0], "first_token": y[..., 0].float().mean((0, 2)), "gate": gates.mean(1)}
@@ -398,52 +450,13 @@ class GatedAttention(SoftmaxAttention):
         return found | self.output_gate.stats(x)
 
     @torch.no_grad()
-    def xavier(self):
+    def initialise(self, config):
         """As for softmax attention; gates from orthogonal vectors, of norm 3 after the root: a head begins with some
         pairs open and the others shut. At the published norm of 1 heads begin alike, and more stay distributed."""
-        super().xavier()
-        for w in self.gate:
+        super().initialise(config)
+        for w in self.gate if config.attention_init == "xavier" else ():
             nn.init.orthogonal_(w, gain=3 * math.sqrt(w.size(1)))
-        self.gate_bias.zero_()
-
-
-GATHERED = 512  # kept keys of a head: up to here one copy for all heads costs less than the calls of each
-
-
-@dataclass
-class BandCache:
-    """Keys and values of the last tokens, (B, H, 2 reach, D): a ring of twice what the masks reach, so that a window is
-    always one slice. `heads`: slices of heads that are read together, with their kept distances from far to near, (O,)
-    or (h, O), and the log-mask of these, (h, O). `first`: the log-mask of the first keys, which stay in k_first,
-    v_first."""
-
-    reach: int
-    heads: list
-    first: torch.Tensor
-    seen: int = 0  # tokens so far
-    end: int = 0  # slots filled
-    k: torch.Tensor = None
-    v: torch.Tensor = None
-    k_first: torch.Tensor = None
-    v_first: torch.Tensor = None
-
-    def append(self, k, v):
-        """k, v (B, H, t, D)"""
-        L, t, P = self.reach, k.size(2), self.first.size(1)
-        if self.k is None:
-            shape = (*k.shape[:2], 2 * L, k.size(3))
-            self.k, self.v = k.new_empty(shape), v.new_empty(shape)
-            self.k_first, self.v_first = k[:, :, :0], v[:, :, :0]
-        if self.k_first.size(2) < P:
-            missing = P - self.k_first.size(2)
-            self.k_first = torch.cat((self.k_first, k[:, :, :missing]), 2)
-            self.v_first = torch.cat((self.v_first, v[:, :, :missing]), 2)
-        keep = max(0, min(self.end, L - t)) if self.end + t > 2 * L else self.end
-        for ring, new in ((self.k, k), (self.v, v)):
-            if keep < self.end:
-                ring[:, :, :keep] = ring[:, :, self.end - keep : self.end].clone()
-            ring[:, :, keep : keep + min(t, L)] = new[:, :, -L:]
-        self.seen, self.end = self.seen + t, keep + min(t, L)
+            self.gate_bias.zero_()
 
 
 class DistanceAttention(SoftmaxAttention):
@@ -460,28 +473,14 @@ class DistanceAttention(SoftmaxAttention):
         self.block_size = config.block_size
 
     def forward(self, x):
-        q, k, v = (t.transpose(1, 2) for t in self._qkv(x, 0))  # (B, T, H, D)
-        y = distance(q, k, v, *self.log_mask(x.size(1)))
+        y = distance(*self._qkv(x, 0), *self.log_mask(x.size(1)))
         penalty = self.penalty().float() if self.training else torch.zeros((), device=x.device)
-        return self._project(y.transpose(1, 2), x), penalty
+        return self._project(y, x), penalty
 
     @torch.no_grad()
     def init_state(self, batch, max_len):
         table, first = self.log_mask(max_len + 1)  # a last column for keys that are further away: the first ones
-        table = table.expand(self.n_head, -1)
-        rows = [(row[:-1] > -math.inf).nonzero()[:, 0].flip(0) for row in table]
-        reach, heads, h = max([1] + [int(r[0]) + 1 for r in rows if len(r)]), [], 0
-        while h < self.n_head:
-            n = next((n for n in range(1, self.n_head - h) if not torch.equal(rows[h], rows[h + n])), self.n_head - h)
-            heads.append((slice(h, h + n), rows[h], table[h : h + n, rows[h]]))
-            h += n
-        longest = max(len(row) for row in rows)
-        if len(heads) > 1 and longest <= GATHERED and min(len(row) for row in rows):
-            far = torch.stack([torch.cat((row[:1].expand(longest - len(row)), row)) for row in rows])  # (H, O)
-            extra = torch.arange(longest) < torch.tensor([[longest - len(row)] for row in rows])
-            heads = [(slice(0, self.n_head), far, table.gather(1, far).masked_fill(extra.to(far.device), -math.inf))]
-        first = table.new_empty(1, 0, max_len + 1) if first is None else first
-        return BandCache(reach, heads, first)
+        return BandCache.of(table.expand(self.n_head, -1), first)
 
     def step(self, x, state):
         """One token reads its kept keys. Several go through the training form, after the keys that they reach back to;
@@ -492,39 +491,14 @@ class DistanceAttention(SoftmaxAttention):
         q, k, v = self._qkv(x, state.seen)
         if t == 1:
             state.append(k, v)
-            return self._project(self._read_ring(q, state), x), state
+            return self._project(state.read(q), x), state
         keys, values = k, v
         if past:
-            before = slice(state.end - past, state.end)
-            keys, values = torch.cat((state.k[:, :, before], k), 2), torch.cat((state.v[:, :, before], v), 2)
-            q = F.pad(q, (0, 0, past, 0))
+            keys, values = (torch.cat((old, new), 1) for old, new in zip(state.last(past), (k, v)))
+            q = F.pad(q, (0, 0, 0, 0, past, 0))
         state.append(k, v)
-        xs = (t.transpose(1, 2) for t in (q, keys, values))
-        y = distance(*xs, *self.log_mask(past + t))[:, past:]
-        return self._project(y.transpose(1, 2), x), state
-
-    def _read_ring(self, q, state):
-        """q (B, H, 1, D), the last token of the ring -> (B, H, 1, D)."""
-        y, P, at = torch.zeros_like(q), state.first.size(1), state.seen - 1
-        young = at - P < state.reach - 1  # some kept distances lie before the start; and the first keys are read apart
-        for heads, far, bias in state.heads:
-            if young and far.dim() == 1:
-                near = far <= at - P
-                far, bias = far[near], bias[:, near]
-            elif young:
-                far, bias = far.clamp(max=max(0, at - P)), bias.masked_fill(far > at - P, -math.inf)
-            k, v = (kept_slots(ring[:, heads], state.end - 1 - far) for ring in (state.k, state.v))
-            if P:
-                n = min(P, state.seen)
-                x = (at - torch.arange(n, device=q.device)).clamp(max=state.first.size(2) - 1)
-                first = state.first.expand(self.n_head, -1, -1)[heads, torch.arange(n, device=q.device), x]
-                bias = torch.cat((first, bias), 1)
-                k, v = (torch.cat(ts, 2) for ts in ((state.k_first[:, heads, :n], k), (state.v_first[:, heads, :n], v)))
-            if bias.size(1):
-                y[:, heads] = F.scaled_dot_product_attention(q[:, heads], k, v, attn_mask=bias[:, None].to(q.dtype))
-            if young or P:  # a mask without the token itself may leave the first ones blind
-                y[:, heads] = y[:, heads].masked_fill((bias == -math.inf).all(1)[:, None, None], 0.0)
-        return y
+        y = distance(q, keys, values, *self.log_mask(past + t))[:, past:]
+        return self._project(y, x), state
 
     @torch.no_grad()
     def flops(self, T):
@@ -544,25 +518,11 @@ class DistanceAttention(SoftmaxAttention):
         kept = (self.log_mask(self.block_size)[0] > -math.inf).sum(1).expand(self.n_head)
         stats = {"kept": kept.clone()} | self.parameter_stats()
         if x is not None:
-            q, k, _ = (t[:1].transpose(1, 2) for t in self._qkv(x[:1], 0))
-            T = x.size(1)
+            (q, k, _), T = self._qkv(x[:1], 0), x.size(1)
             eye = torch.eye(T, dtype=q.dtype, device=q.device)[None, :, None].expand(1, T, self.n_head, T)
             y = distance(q, k, eye, *self.log_mask(T), backend="dense")  # values that name their key: (1, T, H, T)
             stats["attention_map"] = y[0].transpose(0, 1)
         return stats
-
-
-def kept_slots(ring, slots):
-    """ring (B, h, 2 reach, D) at ascending slots, (O,) or for each head (h, O): a view where one row serves all heads
-    and is evenly spaced."""
-    if slots.dim() == 2:
-        return ring[:, torch.arange(len(slots), device=slots.device)[:, None], slots]
-    if len(slots) < 2:
-        return ring[:, :, slots]
-    first, step = int(slots[0]), int(slots[1] - slots[0])
-    if int(slots[-1]) - first == step * (len(slots) - 1):
-        return ring[:, :, first : first + step * (len(slots) - 1) + 1 : step]
-    return ring[:, :, slots]
 
 
 def log_or_drop(mask):
@@ -594,6 +554,14 @@ class AdaptiveSpan(DistanceAttention):
     the share of distances in the wave's support, the mean over heads: the keys that a query needs."""
 
     mask_parameters = ("span", "period", "ratio")
+
+    @classmethod
+    def check(cls, config):
+        if config.span_max > config.block_size:
+            raise ValueError(f"span_max={config.span_max} is above block_size={config.block_size}; 0 takes all of it")
+        low, high = config.period_min_triangle_wave_masking, config.period_max_triangle_wave_masking
+        if low >= high:
+            raise ValueError(f"period_max_triangle_wave_masking={high:g} must be above period_min...={low:g}")
 
     def __init__(self, config):
         super().__init__(config)
@@ -669,6 +637,11 @@ class MaskMix(DistanceAttention):
 
     mask_parameters = ("alpha",)
 
+    @classmethod
+    def check(cls, config):
+        for name in config.mask_mix_candidates.split(","):
+            parse_candidate(name)
+
     def __init__(self, config):
         super().__init__(config)
         self.candidates = [parse_candidate(name) for name in config.mask_mix_candidates.split(",")]
@@ -703,7 +676,16 @@ class MaskMix(DistanceAttention):
         return {"weight": self.weights().detach(), "alpha": self.alpha.detach().clone()}
 
 
-class GatedLinearAttention(nn.Module):
+# -----------------------------------------------------------------------------
+# linear attention, slots and random features
+
+
+def check_heads(n_embd, n_head, name):
+    if n_head and n_embd % n_head:
+        raise ValueError(f"n_embd={n_embd} is not a multiple of {name}={n_head}")
+
+
+class GatedLinearAttention(Attention):
     """Gated linear attention (Yang et al. 2023, arXiv 2312.06635, section 4): by head, one decaying K x V matrix
 
         S_t = diag(a_t) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K),   y_t = W_o (norm(o_t) * silu(W_r x_t))
@@ -711,7 +693,9 @@ class GatedLinearAttention(nn.Module):
     with the decay a_t = sigmoid(W_2 W_1 x_t + b)^(1/normalizer), a low-rank function of the token. With gates bounded
     below by gla_gate_min the chunks are plain matrix products; None takes the exact form for any gate."""
 
-    mask_parameters = ()
+    @classmethod
+    def check(cls, config):
+        check_heads(config.n_embd, config.gla_n_head, "gla_n_head")
 
     def __init__(self, config):
         super().__init__()
@@ -771,14 +755,18 @@ class GatedLinearAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
-class GatedSlotAttention(nn.Module):
+class GatedSlotAttention(Attention):
     """Gated slot attention (Zhang et al. 2024, arXiv 2409.07146, eq. 8): by head, M slots remember keys and values
 
         K~_t = diag(a_t) K~_{t-1} + (1 - a_t) k_t^T,   V~_t likewise with v_t,   o_t = V~_t^T softmax(K~_t q_t)
 
     with a forget gate a_t = sigmoid(W_f x_t)^(1/normalizer) for each slot. Decoding keeps the slots alone."""
 
-    mask_parameters = ()
+    families = ("output gate",)
+
+    @classmethod
+    def check(cls, config):
+        check_heads(config.n_embd, config.gsa_n_head, "gsa_n_head")
 
     def __init__(self, config):
         super().__init__()
@@ -834,16 +822,7 @@ class GatedSlotAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
-def random_features(H, M, D, generator=None):
-    """W (H, M, D): each row is a Gaussian vector, and the rows of a block of D are orthogonal, which lowers the
-    estimate's variance (arXiv 2009.14794, section 2.4). Directions by QR, uniform once R has a positive diagonal."""
-    q, r = torch.linalg.qr(torch.randn(H, -(-M // D), D, D, generator=generator))
-    q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-    norms = torch.randn(H, M, D, generator=generator).norm(dim=-1, keepdim=True)
-    return q.flatten(1, 2)[:, :M] * norms
-
-
-class PerformerAttention(nn.Module):
+class PerformerAttention(Attention):
     """Performer (Choromanski et al. 2020, arXiv 2009.14794, section 2): by head, M positive features phi whose products
     take the place of e^(q.k), so that sums over the past are a matrix and a vector:
 
@@ -854,7 +833,8 @@ class PerformerAttention(nn.Module):
     e^(-|x|^2 / 2) is then the same for all keys and cancels.) `relu`: relu(W x) + 1e-3. `learned`: log(1 + exp(W x)), W
     trained, one for queries and one for keys, as in Kerformer (Gan et al. 2023)."""
 
-    mask_parameters = ()
+    positions = True
+    families = ("output gate",)
 
     def __init__(self, config):
         super().__init__()
@@ -931,11 +911,15 @@ class PerformerAttention(nn.Module):
         q, k = (t if t.dtype == torch.float64 else t.float() for t in (q, k))  # exponents need the digits
         q, k = (F.normalize(t, dim=-1) * self._norm2().sqrt()[:, None] for t in (q, k))
         if self.rope_base is not None:
-            q, k = (rotate(t.transpose(1, 2), offset, self.rope_base).transpose(1, 2) for t in (q, k))
+            q, k = rotate(q, offset, self.rope_base), rotate(k, offset, self.rope_base)
         return q, k, v
 
     def _project(self, o, x):
         return self.resid_dropout(self.c_proj(self.output_gate(o.flatten(2), x)))  # (B, T, H D) -> (B, T, C)
+
+
+# -----------------------------------------------------------------------------
+# native sparse attention
 
 
 @dataclass
@@ -953,7 +937,7 @@ class NSAState:
     window: torch.Tensor = None
 
 
-class NativeSparseAttention(nn.Module):
+class NativeSparseAttention(Attention):
     """Native sparse attention (Yuan et al. 2025, arXiv 2502.11089, section 3): three branches, each softmax attention
     on its own keys and values, weighed for each head by gates that need not sum to one,
 
@@ -964,14 +948,33 @@ class NativeSparseAttention(nn.Module):
     keys, values and selection. Rotary positions turn the selected and the window branch; the compressed one has its
     slots."""
 
-    mask_parameters = ()
+    positions = True
+    families = ("output gate",)
+
+    @staticmethod
+    def choose_sizes(config):
+        """Compressed block, its stride, selected block, their count, window: what was set, else by block_size."""
+        own = (config.nsa_compress_block, config.nsa_compress_stride, config.nsa_select_block)
+        own += (config.nsa_select_count, config.nsa_window)
+        return tuple(a or b for a, b in zip(own, nsa_sizes(config.block_size)))
+
+    @classmethod
+    def check(cls, config):
+        if config.nsa_kv_head and config.n_head % config.nsa_kv_head:
+            raise ValueError(f"n_head={config.n_head} is not a multiple of nsa_kv_head={config.nsa_kv_head}")
+        block, stride, select_block, count, _ = cls.choose_sizes(config)
+        if block % stride or select_block % stride or block > select_block:
+            sizes = f"nsa_compress_block={block}, nsa_compress_stride={stride}, nsa_select_block={select_block}"
+            raise ValueError(f"the stride must divide both blocks, and the selected one be no smaller: {sizes}")
+        if count < 3:
+            raise ValueError(f"nsa_select_count={count}: write at least 3, the first and the two most recent blocks")
 
     def __init__(self, config):
         super().__init__()
         H, D, C = config.n_head, config.d_head, config.n_embd
         self.n_head, self.d_head = H, D
         self.n_kv = config.nsa_kv_head or (H // 4 if H % 4 == 0 else H)
-        self.sizes = config.nsa_sizes()
+        self.sizes = self.choose_sizes(config)
         kv = 2 * self.n_kv * D  # keys and values of a branch
         self.parts = dict(q=H * D, kv_compressed=kv, kv_selected=kv, kv_window=kv)  # the rows of c_attn
         self.c_attn = nn.Linear(C, sum(self.parts.values()), bias=config.bias)
@@ -1035,11 +1038,8 @@ class NativeSparseAttention(nn.Module):
         q = q.unflatten(-1, (self.n_head, self.d_head))  # (B, T, H, D)
         raw, *kv = (t.unflatten(-1, (2, self.n_kv, self.d_head)) for t in kv)  # (B, T, 2, Hk, D)
         if self.rope_base is not None:
-            kv = (torch.stack((self._rotate(t[:, :, 0], offset), t[:, :, 1]), 2) for t in kv)
+            kv = (torch.stack((rotate(t[:, :, 0], offset, self.rope_base), t[:, :, 1]), 2) for t in kv)
         return q, raw, *kv
-
-    def _rotate(self, x, offset):
-        return rotate(x.transpose(1, 2), offset, self.rope_base).transpose(1, 2)  # (B, T, heads, D)
 
     def _compress(self, kv):
         """(B, T, 2, Hk, D) -> its complete blocks (B, N, 2, Hk, D). Blocks overlap: a block is the sum of what its
@@ -1067,7 +1067,7 @@ class NativeSparseAttention(nn.Module):
         *sizes, width = self.sizes
         compressed, index = nsa_compressed(q, *blocks.unbind(2), *sizes, offset=offset)
         if self.rope_base is not None:
-            q = self._rotate(q, offset)
+            q = rotate(q, offset, self.rope_base)
         chosen = nsa_selected(q, *selected.unbind(2), index, sizes[2], backend=backend)
         branches = compressed, chosen, nsa_window(q, *window.unbind(2), width)
         o = sum(g.unsqueeze(-1) * o for g, o in zip(self._gates(x).unbind(2), branches))  # (B, T, H, D)
@@ -1084,31 +1084,6 @@ def append(buffer, n, x, room):
         buffer = longer
     buffer[:, n:m] = x
     return buffer
-
-
-class NoAttention(nn.Module):
-    """Zero output and no parameters: the control that each type must beat. With `mlp_hidden` widened it has as many
-    parameters as the model it stands beside."""
-
-    mask_parameters = ()
-
-    def __init__(self, config):
-        super().__init__()
-
-    def forward(self, x):
-        return torch.zeros_like(x), torch.zeros((), device=x.device)
-
-    def init_state(self, batch, max_len):
-        return None
-
-    def step(self, x, state):
-        return torch.zeros_like(x), state
-
-    def flops(self, T):
-        return 0, 0
-
-    def stats(self, x=None):
-        return {}
 
 
 ATTENTION = {
@@ -1247,9 +1222,8 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():  # GPT-2: residual projections shrink with depth
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
-        for block in self.transformer.h if config.attention_init == "xavier" else ():
-            if isinstance(block.attn, SoftmaxAttention):
-                block.attn.xavier()
+        for block in self.transformer.h:
+            block.attn.initialise(config)
 
     @staticmethod
     def _init_weights(module):
@@ -1290,8 +1264,7 @@ class GPT(nn.Module):
     def redraw(self, step):
         """Before training step `step`: new random features where they are due."""
         for block in self.transformer.h:
-            if isinstance(block.attn, PerformerAttention):
-                block.attn.redraw(step)
+            block.attn.redraw(step)
 
     @torch.no_grad()
     def trace(self, idx):

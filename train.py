@@ -1115,6 +1115,8 @@ def train(model_config, cfg, given, world, device):
     torch.manual_seed(cfg.seed + 1 + world.rank)  # dropout differs between processes, initial weights do not
     if world.master:
         print(f"{what}\n{runtime}\ndata: {dataset.meta['label']}", flush=True)
+        if unaware := model.config.without_positions():
+            print(f"note: {', '.join(unaware)}: no positions there, pos_emb=rope does not reach them", flush=True)
     os.makedirs(cfg.out_dir, exist_ok=True)
     lock = lock_folder(cfg.out_dir) if world.master else None  # held until the process ends
     if cfg.eval_only:

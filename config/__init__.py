@@ -27,8 +27,8 @@ class ConfigError(ValueError):
 
 
 def key(default, help, *owners, choices=None, low=None, high=None):
-    """A field of a config record: its default, its one-line meaning, the attention types that own it (none: it is
-    everybody's), the values it may take, or the bounds of a number."""
+    """A field of a config record: its default, its one-line meaning, the attention types or families of types that own
+    it (none: it is everybody's), the values it may take, or the bounds of a number."""
     metadata = dict(help=help, owners=owners, choices=choices, low=low, high=high)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -53,7 +53,7 @@ def load(argv, *records):
     for argument in [a for a in argv if a.startswith("-")]:
         name, value = _parse_argument(argument, fields, hints)
         values[name], given[name] = value, "the command line"
-    _check_owners(values, given, fields)
+    _check_owners(values, given, fields, records)
     return (*(build(r, {k: v for k, v in values.items() if k in _names(r)}) for r in records), given)
 
 
@@ -198,7 +198,14 @@ def _short(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _check_owners(values, given, fields):
+def _owners(field, records):
+    """The attention types that a key belongs to, by name or by family; none: it is everybody's."""
+    known = next((r.attention_types() for r in records if hasattr(r, "attention_types")), {})
+    owners = field.metadata["owners"]
+    return [name for name, families in known.items() if {name, *families} & {*owners}] or list(owners)
+
+
+def _check_owners(values, given, fields, records):
     """A key of an attention type that no layer uses: an error on the command line, a warning from a file, so that one
     file can be run with another type."""
     if "attention_type" not in fields:
@@ -206,7 +213,7 @@ def _check_owners(values, given, fields):
     pattern = values.get("attention_type", fields["attention_type"].default)
     used = {name.strip() for name in pattern.split(",")}
     for name, where in given.items():
-        owners = fields[name].metadata["owners"]
+        owners = _owners(fields[name], records)
         if owners and not used & set(owners):
             message = f"{name} belongs to attention_type={'|'.join(owners)}, and no layer of {pattern!r} is one"
             if where == "the command line":
@@ -220,9 +227,9 @@ def print_help(records, hints):
     for record in records:
         print(record.__doc__.strip().splitlines()[0])
         for f in sorted(dataclasses.fields(record), key=lambda f: f.metadata["owners"]):
-            meta = f.metadata
+            meta, owners = f.metadata, _owners(f, records)
             kind = "|".join(map(str, meta["choices"])) if meta["choices"] else _describe(hints[f.name])
-            owner = f"[{', '.join(meta['owners'])}] " if meta["owners"] else ""
+            owner = f"[{', '.join(owners)}] " if owners else ""
             print(f"  --{f.name}={f.default}\n        {owner}{meta['help']} ({kind})")
         print()
 

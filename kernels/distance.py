@@ -13,6 +13,7 @@ and heads worked on together), N = R * n.
 import functools
 import itertools
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -536,6 +537,106 @@ def fused(*inputs):
     """`distance_flex` compiled, for each shape once: past dynamo's usual limit of 8 it would hold all T x T scores."""
     with torch._dynamo.config.patch(recompile_limit=256):
         return compiled_flex()(*inputs)
+
+
+# ----------------------------------------------------------------------------- decoding
+
+GATHERED = 512  # kept keys of a head: up to here one copy for all heads costs less than the calls of each
+
+
+@dataclass
+class BandCache:
+    """Keys and values of the last tokens, (B, H, 2 reach, D): a ring of twice what the masks reach, so that a window is
+    always one slice. `heads`: slices of heads that are read together, with their kept distances from far to near, (O,)
+    or (h, O), and the log-mask of these, (h, O). `first`: the log-mask of the first keys, which stay in k_first,
+    v_first. Queries, keys and values come and go as (B, t, H, D)."""
+
+    reach: int
+    heads: list
+    first: torch.Tensor
+    seen: int = 0  # tokens so far
+    end: int = 0  # slots filled
+    k: torch.Tensor = None
+    v: torch.Tensor = None
+    k_first: torch.Tensor = None
+    v_first: torch.Tensor = None
+
+    @classmethod
+    def of(cls, table, first):
+        """An empty cache for the masks table (H, L + 1) and first (H or 1, P, L + 1), or None. The last column stands
+        for all distances from L on: only the first keys are seen from there."""
+        H, columns = table.shape
+        rows = [(row[:-1] > -math.inf).nonzero()[:, 0].flip(0) for row in table]
+        reach, heads, h = max([1] + [int(r[0]) + 1 for r in rows if len(r)]), [], 0
+        while h < H:
+            n = next((n for n in range(1, H - h) if not torch.equal(rows[h], rows[h + n])), H - h)
+            heads.append((slice(h, h + n), rows[h], table[h : h + n, rows[h]]))
+            h += n
+        longest = max(len(row) for row in rows)
+        if len(heads) > 1 and longest <= GATHERED and min(len(row) for row in rows):
+            far = torch.stack([torch.cat((row[:1].expand(longest - len(row)), row)) for row in rows])  # (H, O)
+            extra = torch.arange(longest) < torch.tensor([[longest - len(row)] for row in rows])
+            heads = [(slice(0, H), far, table.gather(1, far).masked_fill(extra.to(far.device), -math.inf))]
+        return cls(reach, heads, table.new_empty(1, 0, columns) if first is None else first)
+
+    def append(self, k, v):
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, H, t, D)
+        L, t, P = self.reach, k.size(2), self.first.size(1)
+        if self.k is None:
+            shape = (*k.shape[:2], 2 * L, k.size(3))
+            self.k, self.v = k.new_empty(shape), v.new_empty(shape)
+            self.k_first, self.v_first = k[:, :, :0], v[:, :, :0]
+        if self.k_first.size(2) < P:
+            missing = P - self.k_first.size(2)
+            self.k_first = torch.cat((self.k_first, k[:, :, :missing]), 2)
+            self.v_first = torch.cat((self.v_first, v[:, :, :missing]), 2)
+        keep = max(0, min(self.end, L - t)) if self.end + t > 2 * L else self.end
+        for ring, new in ((self.k, k), (self.v, v)):
+            if keep < self.end:
+                ring[:, :, :keep] = ring[:, :, self.end - keep : self.end].clone()
+            ring[:, :, keep : keep + min(t, L)] = new[:, :, -L:]
+        self.seen, self.end = self.seen + t, keep + min(t, L)
+
+    def last(self, n):
+        """Keys and values of the last n tokens, (B, n, H, D) each."""
+        return tuple(ring[:, :, self.end - n : self.end].transpose(1, 2) for ring in (self.k, self.v))
+
+    def read(self, q):
+        """The output (B, 1, H, D) of the last token's query q, of that shape."""
+        q, H = q.transpose(1, 2), q.size(2)
+        y, P, at = torch.zeros_like(q), self.first.size(1), self.seen - 1
+        young = at - P < self.reach - 1  # some kept distances lie before the start; and the first keys are read apart
+        for heads, far, bias in self.heads:
+            if young and far.dim() == 1:
+                near = far <= at - P
+                far, bias = far[near], bias[:, near]
+            elif young:
+                far, bias = far.clamp(max=max(0, at - P)), bias.masked_fill(far > at - P, -math.inf)
+            k, v = (kept_slots(ring[:, heads], self.end - 1 - far) for ring in (self.k, self.v))
+            if P:
+                n = min(P, self.seen)
+                x = (at - torch.arange(n, device=q.device)).clamp(max=self.first.size(2) - 1)
+                first = self.first.expand(H, -1, -1)[heads, torch.arange(n, device=q.device), x]
+                bias = torch.cat((first, bias), 1)
+                k, v = (torch.cat(ts, 2) for ts in ((self.k_first[:, heads, :n], k), (self.v_first[:, heads, :n], v)))
+            if bias.size(1):
+                y[:, heads] = F.scaled_dot_product_attention(q[:, heads], k, v, attn_mask=bias[:, None].to(q.dtype))
+            if young or P:  # a mask without the token itself may leave the first ones blind
+                y[:, heads] = y[:, heads].masked_fill((bias == -math.inf).all(1)[:, None, None], 0.0)
+        return y.transpose(1, 2)
+
+
+def kept_slots(ring, slots):
+    """ring (B, h, 2 reach, D) at ascending slots, (O,) or for each head (h, O): a view where one row serves all heads
+    and is evenly spaced."""
+    if slots.dim() == 2:
+        return ring[:, torch.arange(len(slots), device=slots.device)[:, None], slots]
+    if len(slots) < 2:
+        return ring[:, :, slots]
+    first, step = int(slots[0]), int(slots[1] - slots[0])
+    if int(slots[-1]) - first == step * (len(slots) - 1):
+        return ring[:, :, first : first + step * (len(slots) - 1) + 1 : step]
+    return ring[:, :, slots]
 
 
 # ----------------------------------------------------------------------------- public

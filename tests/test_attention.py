@@ -182,6 +182,19 @@ def test_learns_what_no_attention_cannot(name):
     assert previous_token_loss(name) < none - 1.0
 
 
+@pytest.mark.parametrize("name", TYPES)
+def test_positions_are_what_the_class_says(name, fresh_rng):
+    torch.manual_seed(seed := int(fresh_rng.integers(2**31)))
+    x = torch.randn(2, 20, 32, dtype=torch.float64)
+    outputs = []
+    for pos_emb in ("rope", "none"):
+        torch.manual_seed(seed)
+        outputs.append(make(name, pos_emb=pos_emb)(x)[0])
+    assert torch.equal(*outputs) != ATTENTION[name].positions
+    config = GPTConfig(n_head=2, n_embd=32, vocab_size=50, n_layer=1, attention_type=name, pos_emb="rope")
+    assert config.without_positions() == ([] if ATTENTION[name].positions else [name])
+
+
 # what the types do, one by one
 
 
@@ -190,10 +203,10 @@ def test_softmax_window_slides_over_a_long_stream(fresh_rng):
     for pos_emb in ("rope", "none"):
         attn, L, T = make("softmax", pos_emb=pos_emb), 8, 61
         x = torch.randn(2, T, 32, dtype=torch.float64)
-        q, k, v = attn._qkv(x, 0)
+        q, k, v = (t.transpose(1, 2) for t in attn._qkv(x, 0))
         distance = torch.arange(T)[:, None] - torch.arange(T)
         logits = (q @ k.mT / 4).masked_fill((distance < 0) | (distance >= L), -torch.inf)
-        expected = attn._project(logits.softmax(-1) @ v, x)
+        expected = attn._project((logits.softmax(-1) @ v).transpose(1, 2), x)
         for split in ([1] * T, [3, 20, 1, 1, 30, 6], [T]):
             state = attn.init_state(2, L)
             found = [attn.step(part, state)[0] for part in x.split(split, 1)]
@@ -201,11 +214,11 @@ def test_softmax_window_slides_over_a_long_stream(fresh_rng):
 
 
 def test_rotary_logits_depend_on_the_distance_alone(fresh_rng):
-    q, k = torch.randn(2, 1, 16, dtype=torch.float64), torch.randn(2, 1, 16, dtype=torch.float64)
+    q, k = torch.randn(2, 2, 1, 1, 16, dtype=torch.float64).unbind(1)  # (B, T, H, D)
     logit = lambda i, j: (rotate(q, i, 10000.0) * rotate(k, j, 10000.0)).sum(-1)  # noqa: E731
     torch.testing.assert_close(logit(5, 2), logit(1003, 1000), rtol=0, atol=1e-10)
     torch.testing.assert_close(logit(4, 4), (q * k).sum(-1), rtol=0, atol=1e-12)
-    pair = torch.view_as_complex(torch.stack((q[0, 0, :8], q[0, 0, 8:]), -1))
-    turned = torch.view_as_complex(torch.stack(rotate(q, 3, 10000.0)[0, 0].chunk(2), -1))
+    pair = torch.view_as_complex(torch.stack((q[0, 0, 0, :8], q[0, 0, 0, 8:]), -1))
+    turned = torch.view_as_complex(torch.stack(rotate(q, 3, 10000.0)[0, 0, 0].chunk(2), -1))
     angle = 3 * 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
     torch.testing.assert_close(turned, pair * torch.polar(torch.ones_like(angle), angle), rtol=0, atol=1e-12)

@@ -259,7 +259,8 @@ def test_defaults_and_bounds_are_themselves_valid(record):
     for f in dataclasses.fields(record):
         kinds, meta = config._kinds(hints[f.name]), f.metadata
         edges = [f.default, *(meta["choices"] or ()), *(v for v in (meta["low"], meta["high"]) if v is not None)]
-        types = [f"--attention_type={','.join(meta['owners'])}"] if meta["owners"] else []
+        owners = config._owners(f, (GPTConfig,))
+        types = [f"--attention_type={','.join(owners)}"] if owners else []
         for value in edges:
             assert getattr(load([*types, f"--{f.name}={value}"], plain(record))[0], f.name) == value
         assert type(f.default) in kinds and meta["help"]

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bench
-import model
 import train
 from config import ConfigError
 from kernels import distance as D
@@ -359,7 +358,7 @@ def make(name, dtype=torch.float64, **keys):
 def by_definition(attn, x):
     """p = softmax, times the mask, renormalised; the mask entry by entry."""
     T, H = x.size(1), attn.n_head
-    q, k, v = attn._qkv(x, 0)
+    q, k, v = (t.transpose(1, 2) for t in attn._qkv(x, 0))
     p = (q @ k.mT / math.sqrt(attn.d_head)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1)
     mask = torch.zeros(H, T, T, dtype=x.dtype)
     for h in range(H):
@@ -368,7 +367,7 @@ def by_definition(attn, x):
                 mask[h, t, s] = entry(attn, h, t, s)
     p = p * mask
     total = p.sum(-1, keepdim=True)
-    return attn._project(torch.where(total > 0, p / total, 0.0) @ v, x)
+    return attn._project((torch.where(total > 0, p / total, 0.0) @ v).transpose(1, 2), x)
 
 
 def entry(attn, h, t, s):
@@ -399,7 +398,7 @@ def test_types_by_their_definition(name, pos_emb, fresh_rng):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_step_equals_forward(name, pos_emb, fresh_rng, monkeypatch):
     """Heads read together or apart."""
-    monkeypatch.setattr(model, "GATHERED", int(fresh_rng.choice([0, 512])))
+    monkeypatch.setattr(D, "GATHERED", int(fresh_rng.choice([0, 512])))
     attn = make(name, pos_emb=pos_emb)
     for T in (1, 7, 64):
         x = torch.randn(2, T, 24, dtype=torch.float64)
@@ -415,7 +414,7 @@ def test_step_equals_forward(name, pos_emb, fresh_rng, monkeypatch):
 @pytest.mark.parametrize("name", ["span", "wave", "offsets", "first", "all", "heads"])
 def test_a_stream_longer_than_the_block(name, gathered, fresh_rng, monkeypatch):
     """Distances from block_size on are dropped, the first keys stay; the ring keeps what the masks reach."""
-    monkeypatch.setattr(model, "GATHERED", gathered)
+    monkeypatch.setattr(D, "GATHERED", gathered)
     attn, T = make(name, pos_emb="rope"), 150
     x = torch.randn(2, T, 24, dtype=torch.float64)
     token_by_token = attn.init_state(2, 64)
@@ -432,7 +431,7 @@ def test_a_stream_longer_than_the_block(name, gathered, fresh_rng, monkeypatch):
 @pytest.mark.parametrize("name", ["span", "wave", "heads", "first"])
 def test_decoding_reads_kept_keys_alone(name, gathered, fresh_rng, monkeypatch):
     """Every other slot of the ring may hold NaN."""
-    monkeypatch.setattr(model, "GATHERED", gathered)
+    monkeypatch.setattr(D, "GATHERED", gathered)
     attn = make(name)
     x = torch.randn(1, 64, 24, dtype=torch.float64)
     state = attn.init_state(1, 64)
@@ -467,9 +466,9 @@ def test_gradients_of_mask_parameters(name, fresh_rng):
     x, grads = torch.randn(2, 64, 24, dtype=torch.float64), []
     weight = torch.randn(2, 64, 24, dtype=torch.float64)
     for backend in ("auto", "dense"):
-        q, k, v = (t.transpose(1, 2) for t in attn._qkv(x, 0))
+        q, k, v = attn._qkv(x, 0)
         y = distance(q, k, v, *attn.log_mask(64), backend=backend)
-        loss = (attn._project(y.transpose(1, 2), x) * weight).sum() + attn.penalty()
+        loss = (attn._project(y, x) * weight).sum() + attn.penalty()
         parameters = [p for n, p in attn.named_parameters() if n in attn.mask_parameters]
         grads.append(torch.autograd.grad(loss, parameters))
     for a, b in zip(*grads):
@@ -614,7 +613,10 @@ def test_mask_parameters_are_not_decayed():
     "keys, want",
     [
         (dict(attention_type="adaptive_span", span_max=2000), "span_max=2000 is above block_size=1024"),
-        (dict(period_min_triangle_wave_masking=8.0), "period_max_triangle_wave_masking=8 must be above"),
+        (
+            dict(attention_type="adaptive_span", period_min_triangle_wave_masking=8.0),
+            "period_max_triangle_wave_masking=8 must be above",
+        ),
         (dict(attention_type="mask_mix", mask_mix_candidates="offset_1,last_3"), "no mask 'last_3'; write some of"),
         (dict(attention_type="mask_mix", mask_mix_candidates="first_17"), "no mask 'first_17'"),
         (dict(attention_type="mask_mix", mask_mix_candidates="full_3"), "no mask 'full_3'"),

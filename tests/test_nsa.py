@@ -17,7 +17,7 @@ from test_attention import make, pieces
 import kernels
 from kernels import nsa as K
 from kernels.nsa import nsa_compressed, nsa_pairs, nsa_selected, nsa_sizes, nsa_window
-from model import GPT, GPTConfig, NSAState
+from model import GPT, GPTConfig, NSAState, rotate
 
 EXACT, FP32 = 1e-10, 1e-5
 SIZES = (8, 4, 8, 4)  # l, d, l', n
@@ -363,7 +363,7 @@ def softmax_of(attn, x, branch, window=None):
     q, *kv = attn._inputs(x, 0)
     k, v = kv[branch].unbind(2)
     if attn.rope_base is not None:
-        q = attn._rotate(q, 0)
+        q = rotate(q, 0, attn.rope_base)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return attn.c_proj(o.transpose(1, 2).flatten(2))
