@@ -52,6 +52,7 @@ import kernels.gla
 import kernels.gsa
 from config import ConfigError, key
 from data import DataError, Dataset, SymbolsCodec, windows, write_meta, write_split
+from data.scoring import evaluate, token_nats
 from kernels.distance import distance, paths
 from kernels.gla import gla
 from kernels.gsa import gsa
@@ -66,7 +67,7 @@ from kernels.nsa import (
 )  # fmt: skip
 from kernels.performer import performer
 from model import ATTENTION, GPT, GPTConfig, matrices, random_features
-from train import Run, TrainConfig, World, eval_window, evaluate, git_commit, progress_bar, token_nats, write_atomically
+from train import Run, TrainConfig, World, eval_window, git_commit, progress_bar, write_atomically
 from weights import ModelError, read_checkpoint
 
 NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a long block

@@ -5,9 +5,10 @@ import torch
 from conftest import NoFloat64
 
 from config import resolve_device
+from data.scoring import token_nats
 from model import ATTENTION, GPT, GPTConfig, rotate
 from sample import label_probabilities
-from train import World, compare_with_teacher, token_nats
+from train import World, compare_with_teacher
 
 TYPES = list(ATTENTION)
 POSITIONS = ("learned", "rope", "none")

@@ -15,8 +15,10 @@ import bench
 import config
 import sample
 import train
+from data.scoring import evaluate
+from kernels.divergence import Divergence, divergence, kl_divergence
 from model import ATTENTION, GPT, GPTConfig, ModelError, load_weights, read_checkpoint
-from train import Divergence, Objective, compare_with_teacher, divergence, kl_divergence
+from train import Objective, compare_with_teacher
 
 TINY = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
 CPU = config.resolve_device("cpu", "auto")
@@ -398,7 +400,7 @@ def test_rows_are_of_held_out_text_and_best_is_their_best(tiny, tmp_path, teache
     assert len(nats) == len(shown) == 2
     for loss, (_, ours, theirs), split in zip(nats, shown, ("val", "test")):
         assert float(ours) == pytest.approx(math.exp(loss), abs=1e-3)
-        scores = train.evaluate(original, dataset.split(split), 16, 4, 16, CPU)
+        scores = evaluate(original, dataset.split(split), 16, 4, 16, CPU)
         assert float(theirs) == pytest.approx(scores["token_perplexity"], abs=1e-3)
 
 

@@ -12,6 +12,7 @@ import config
 import sample
 import train
 from data import DataError, SymbolsCodec
+from data.scoring import evaluate
 from model import GPT
 
 
@@ -139,9 +140,7 @@ def test_a_classifier_answers_with_a_label(tiny, tmp_path, labelled_dataset, cap
 def test_quality_is_the_full_pass(checkpoint, text_dataset, tmp_path, measured, capsys):
     row = measured("--what=quality", checkpoint, "--split=val", "--eval_stride=4")["quality"]["rows"][0]
     split = train.Dataset(text_dataset).split("val")
-    scores = train.evaluate(
-        GPT.from_checkpoint(str(tmp_path / "run")), split, 16, 4, 3, config.resolve_device("cpu", "auto")
-    )
+    scores = evaluate(GPT.from_checkpoint(str(tmp_path / "run")), split, 16, 4, 3, config.resolve_device("cpu", "auto"))
     assert row["split"] == "val" and row["nats/token"] == pytest.approx(scores["loss"], rel=1e-6)
     assert row["bits/byte"] == pytest.approx(scores["bits_per_byte"], rel=1e-6)
     assert f"{row['nats/token']:.6f} |" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Training: exact resume, faults, evaluation, processes. Runs are tiny, and in this process where they can be."""
 
+import functools
 import json
 import math
 import os
@@ -20,8 +21,9 @@ import bench
 import config
 import train
 from data import DataError, Dataset, windows
+from data.scoring import evaluate, label_scores
 from model import GPT, GPTConfig, ModelError, read_checkpoint
-from train import Objective, TrainConfig, TrainError, World, evaluate, lr_factor, make_optimizers
+from train import Objective, TrainConfig, TrainError, World, lr_factor, make_optimizers
 
 CPU = config.resolve_device("cpu", "auto")
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -441,7 +443,7 @@ def test_label_scores_equal_scikit_learns(fresh_rng, case):
         if case == "one label only":
             likeliest[:] = fresh_rng.integers(k)
         confusion = [[int(((true == i) & (likeliest == j)).sum()) for j in range(k)] for i in range(k)]
-        scores = train.label_scores(confusion, [f"l{i}" for i in range(k)])
+        scores = label_scores(confusion, [f"l{i}" for i in range(k)])
         same_scores(scores, *sklearn_scores(true, likeliest, list(range(k))))
         assert scores["majority"] == pytest.approx(np.bincount(true).max() / n)
 
@@ -489,18 +491,17 @@ def test_processes_share_the_records(labelled_dataset, fresh_rng):
     gpt = random_model(Dataset(labelled_dataset))
     alone, barrier, shares, found = evaluate(gpt, split, 8, 8, 7, CPU), threading.Barrier(2), [None] * 2, [None] * 2
 
-    class Shared(World):
-        def sum(self, values):
-            shares[self.rank] = values
-            barrier.wait()
-            total = [a + b for a, b in zip(*shares)]
-            barrier.wait()
-            return total
+    def reduce(rank, values):
+        shares[rank] = values
+        barrier.wait()
+        total = [a + b for a, b in zip(*shares)]
+        barrier.wait()
+        return total
 
     def process(rank):
         copy = random_model(Dataset(labelled_dataset))
         copy.load_state_dict(gpt.state_dict())
-        found[rank] = evaluate(copy, split, 8, 8, 7, CPU, Shared(rank, 2, rank))
+        found[rank] = evaluate(copy, split, 8, 8, 7, CPU, (rank, 2), functools.partial(reduce, rank))
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
     [t.start() for t in threads], [t.join() for t in threads]

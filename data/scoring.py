@@ -1,0 +1,133 @@
+"""Scores of a model on a whole split: each target once, independent of how the work is cut.
+
+`evaluate` is the full pass, and `print_scores` prints its figures. The pass and the cheap estimate during training are both
+sums of `token_nats`. The model and the precision are arguments.
+"""
+
+import math
+
+import torch
+
+from . import windows
+
+
+@torch.no_grad()
+def evaluate(model, split, context, stride, batch_size, runtime, share=(0, 1), reduce=None, progress=None, each=None):
+    """Score the targets of a split once each, in eval mode: sum of nats over count.
+
+    Of running text they are tokens 1 .. N-1: window k begins at k * stride and gives each token it scores up to
+    `context` tokens to look at. Independent of the batch size and of the number of processes: share is (rank, size) of
+    this one, and reduce sums a list of numbers over all. runtime has the device and autocast(). Returns loss (nats a
+    token), token_perplexity, what was counted, and of text bits_per_byte (over the bytes of the scored tokens) and
+    word_perplexity (None where words are not counted); of records accuracy and, with labels, `label_scores`. each: a
+    list that receives, for each batch, what it scored (B, T) and the nats there, in order, in float64."""
+    (rank, size), reduce = share, reduce or list
+    was_training = model.training
+    model.eval()
+    nats, count, right = 0.0, 0, 0
+    ids = torch.tensor(list(split.labels.values()), device=runtime.device) if split.labels else None
+    confusion = torch.zeros(len(ids), len(ids), dtype=torch.long) if split.labels else None
+    for i, (x, y, scored) in enumerate(windows(split, context, stride, batch_size)):
+        if i % size == rank:
+            likeliest = None if split.record_len is None else []
+            y = y.to(runtime.device)
+            single = None if each is None else []
+            nats += token_nats(model, x.to(runtime.device), y, scored, runtime, likeliest, ids, single)
+            if single:
+                each.append((scored, torch.cat(single).cpu()))
+            count += int(scored.sum())
+            if likeliest:
+                true, likeliest = y[scored.to(y.device)], torch.cat(likeliest)
+                right += int((true == likeliest).sum())
+                if ids is not None:
+                    rows, columns = ((t[:, None] == ids).long().argmax(1) for t in (true, likeliest))
+                    pairs = torch.bincount(rows * len(ids) + columns, minlength=len(ids) ** 2)
+                    confusion += pairs.view(len(ids), len(ids)).cpu()
+        if progress is not None:
+            progress.update(int(scored.sum()))
+    model.train(was_training)
+    nats, count, right = reduce([nats, count, right])
+    scores = {"split": split.name, "loss": nats / count, "token_perplexity": perplexity(nats, count)}
+    scores |= {"tokens": int(count), "context": context, "stride": stride}
+    if split.record_len is not None:
+        scores |= {"context": split.record_len, "stride": split.record_len, "accuracy": right / count}
+        if split.labels:
+            table = [int(n) for n in reduce(confusion.flatten().tolist())]
+            table = [table[i : i + len(ids)] for i in range(0, len(table), len(ids))]
+            scores |= label_scores(table, list(split.labels))
+        return scores
+    return scores | {
+        "bits_per_byte": nats / math.log(2) / split.scored_bytes,
+        "word_perplexity": perplexity(nats, split.n_words) if split.n_words else None,
+        "bytes": split.scored_bytes,
+        "words": split.n_words,
+    }
+
+
+def label_scores(confusion, names):
+    """Precision, recall and F1 of each label, and their means over all labels (macro), from the counts of true labels
+    (rows) called each label (columns). A quotient of nothing is 0."""
+    support, called = [sum(row) for row in confusion], [sum(column) for column in zip(*confusion)]
+    right = [confusion[i][i] for i in range(len(names))]
+    precision, recall = ([r / max(n, 1) for r, n in zip(right, of)] for of in (called, support))
+    f1 = [2 * r / max(n + m, 1) for r, n, m in zip(right, called, support)]
+    scores = {key: sum(v) / len(names) for key, v in (("precision", precision), ("recall", recall), ("f1", f1))}
+    scores |= {"majority": max(support) / sum(support), "confusion": confusion}
+    labels = zip(names, support, precision, recall, f1)
+    return scores | {"labels": [dict(zip(("label", "support", "precision", "recall", "f1"), row)) for row in labels]}
+
+
+def perplexity(nats, count):
+    return math.exp(nats / count) if nats / count < 700 else math.inf
+
+
+def token_nats(model, x, y, scored, runtime, likeliest=None, among=None, each=None, chunk=2**25):
+    """Sum of -log p(y) over the scored positions, in float64. x, y (B, T), scored (B, T) bool. Logits exist for at most
+    `chunk` entries at once. The device sums in float32, where a uniform model's sum V is exact, and the host takes the
+    logarithm in float64, which some devices lack: that model gives exactly log V.
+    likeliest: a list that receives the likeliest ids at the scored positions, of the ids `among` if given; each: one
+    that receives the nats there."""
+    with runtime.autocast():
+        hidden, _ = model.hidden(x)
+        hidden, y = hidden[scored.to(x.device)], y[scored.to(x.device)]  # (n, C), (n,)
+        total = 0.0
+        rows = chunk // model.config.vocab_size + 1
+        for h, t in zip(hidden.split(rows), y.split(rows)):
+            logits = model.lm_head(h).float()
+            if likeliest is not None:
+                likeliest.append(logits.argmax(-1) if among is None else among[logits[:, among].argmax(-1)])
+            top = logits.amax(-1, keepdim=True)
+            sums, over = (logits - top).exp().sum(-1), (top - logits.gather(1, t[:, None]))[:, 0]  # (n,) each
+            nats = sums.cpu().double().log() + over.cpu().double()
+            total += nats.sum().item()
+            if each is not None:
+                each.append(nats)
+    return total
+
+
+def print_scores(scores, label, seconds):
+    line = f"{label} {scores['split']}: {scores['loss']:.6f} nats a token, "
+    if "accuracy" in scores:
+        line += f"accuracy {scores['accuracy']:.6f}"
+        if "labels" in scores:
+            line += f" (majority class {scores['majority']:.6f}), macro precision {scores['precision']:.6f}, "
+            line += f"recall {scores['recall']:.6f}, F1 {scores['f1']:.6f}"
+        print(f"{line} ({scores['tokens']:,} targets in records of {scores['context']}, {seconds:.0f} s)")
+        if "labels" in scores:
+            print_labels(scores)
+        return
+    words = f", word perplexity {scores['word_perplexity']:.4g}" if scores["word_perplexity"] else ""
+    print(
+        f"{line}{scores['bits_per_byte']:.6f} bits per byte, token perplexity {scores['token_perplexity']:.4f}{words} "
+        f"({scores['tokens']:,} tokens, context {scores['context']}, stride {scores['stride']}, {seconds:.0f} s)"
+    )
+
+
+def print_labels(scores):
+    """The scores of each label, and what its records were called, as a Markdown table."""
+    names = [row["label"] for row in scores["labels"]]
+    print("| label | targets | precision | recall | F1 | " + " | ".join(f"called {name}" for name in names) + " |")
+    print("|---" * (5 + len(names)) + "|")
+    for row, counts in zip(scores["labels"], scores["confusion"]):
+        cells = [row["label"], row["support"], *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1")), *counts]
+        print("| " + " | ".join(map(str, cells)) + " |")
