@@ -1,7 +1,7 @@
 """Scores of a model on a whole split: each target once, independent of how the work is cut.
 
-`evaluate` is the full pass, and `print_scores` prints its figures. The pass and the cheap estimate during training are both
-sums of `token_nats`. The model and the precision are arguments.
+`evaluate` is the full pass, and `print_scores` prints its figures. The pass and the cheap estimate during training
+both add up `token_nats`. The model and the precision are arguments.
 """
 
 import math
