@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from test_nsa import some_index
 from torch.utils._pytree import tree_leaves
 
+from config import _owners as key_owners
 from config import build
 from kernels import nsa
 from kernels.distance import distance
@@ -94,7 +95,7 @@ def models(draw):
     pattern = draw(st.lists(st.sampled_from(list(ATTENTION)), min_size=1, max_size=3))
     keys, hints = START | dict(attention_type=",".join(pattern)), typing.get_type_hints(GPTConfig)
     for field in dataclasses.fields(GPTConfig):
-        owners = field.metadata["owners"]
+        owners = key_owners(field, (GPTConfig,))
         if field.name not in ("attention_type", "vocab_size") and (not owners or {*owners} & {*pattern}):
             found = values(field, hints[field.name])
             value = draw(st.just("start") | found | found)
