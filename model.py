@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import build, key
+from kernels import leave_autocast
 from kernels.distance import BandCache, distance, paths
 from kernels.gated import executed_pairs as gated_pairs
 from kernels.gated import gated
@@ -427,9 +428,10 @@ class GatedAttention(SoftmaxAttention):
         """gamma p and gamma, (B, H, t, S)."""
         if mask is None:
             mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - q.size(2))
-        p = (q @ k.mT / math.sqrt(self.d_head)).masked_fill(~mask, -math.inf).softmax(-1)
         gamma = (self._gates(x)[0].transpose(1, 2).unsqueeze(-1) * v[..., -1].unsqueeze(-2)).clamp(0, 1)
-        return gamma.to(p.dtype) * p, gamma
+        with leave_autocast(q):
+            logits = q.to(gamma.dtype) @ k.to(gamma.dtype).mT / math.sqrt(self.d_head)
+        return gamma * logits.masked_fill(~mask, -math.inf).softmax(-1), gamma
 
     def flops(self, T):
         """Scores, values and gates of all pairs, and of those that the blocks of a training step hold."""
@@ -468,12 +470,14 @@ class DistanceAttention(SoftmaxAttention):
     block_size on, also in longer sequences: the ring of decoding keeps no more. A type of this family has `log_mask`
     and `penalty`. Dropout acts on the residual, not on p."""
 
+    constant_ones = False  # whether a mask of ones has no slope, and so costs what softmax attention costs
+
     def __init__(self, config):
         super().__init__(config)
         self.block_size = config.block_size
 
     def forward(self, x):
-        y = distance(*self._qkv(x, 0), *self.log_mask(x.size(1)))
+        y = distance(*self._qkv(x, 0), *self.log_mask(x.size(1)), constant_ones=self.constant_ones)
         penalty = self.penalty().float() if self.training else torch.zeros((), device=x.device)
         return self._project(y, x), penalty
 
@@ -507,7 +511,7 @@ class DistanceAttention(SoftmaxAttention):
         first = table.new_empty(len(table), 0, T) if first is None else first
         P, each = min(T, first.size(1)), 4 * self.d_head * self.n_head // len(table)
         seen = ((table > -math.inf).sum(0) * (T - torch.arange(T, device=table.device))).sum()
-        executed = sum(pairs for _, pairs in paths(table, first, self.d_head))
+        executed = sum(pairs for _, pairs in paths(table, first, self.d_head, self.constant_ones))
         for s in range(P):  # the first keys have masks of their own
             seen += (first[:, s, : T - s] > -math.inf).sum() - (table[:, : T - s] > -math.inf).sum()
         return each * int(seen), each * executed
@@ -554,6 +558,7 @@ class AdaptiveSpan(DistanceAttention):
     the share of distances in the wave's support, the mean over heads: the keys that a query needs."""
 
     mask_parameters = ("span", "period", "ratio")
+    constant_ones = True  # the clamps are flat there
 
     @classmethod
     def check(cls, config):
@@ -659,12 +664,12 @@ class MaskMix(DistanceAttention):
         shape = {"offset": lambda k: x == k, "window": lambda k: x < k, "every": lambda k: x % k == 0}
         shape |= {"full": lambda k: x >= 0, "first": lambda k: x < 0}
         masks = torch.stack([shape[kind](k) for kind, k in self.candidates]) & (x < self.block_size)
-        u = w @ masks.to(w.dtype)  # (H or 1, T)
+        u = (w[:, :, None] * masks).sum(1)  # (H or 1, T); a product of matrices would lose digits under autocast
         if not self.n_first:
             return log_or_drop(u), None
         s = torch.arange(self.n_first, device=x.device)
         first = torch.stack([(s < k) if kind == "first" else (s < 0) for kind, k in self.candidates])
-        f = w @ first.to(w.dtype)  # (H or 1, P), P = n_first
+        f = (w[:, :, None] * first).sum(1)  # (H or 1, P), P = n_first
         return log_or_drop(u), log_or_drop(u[:, None] + f[:, :, None])
 
     def penalty(self):
@@ -696,10 +701,19 @@ class GatedLinearAttention(Attention):
     @classmethod
     def check(cls, config):
         check_heads(config.n_embd, config.gla_n_head, "gla_n_head")
+        heads = cls.heads(config)
+        for name in ("gla_expand_k", "gla_expand_v"):
+            if round(config.n_embd * getattr(config, name) / heads) < 1:
+                least = f"write at least {heads / config.n_embd:g}, one channel for each head"
+                raise ValueError(f"{name}={getattr(config, name):g} of n_embd={config.n_embd}: {least}")
+
+    @staticmethod
+    def heads(config):
+        return config.gla_n_head or max(1, config.n_embd // 128)  # few, wide heads: 4 do better than 8 or 16
 
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.gla_n_head or max(1, config.n_embd // 128)  # few, wide heads: 4 do better than 8 or 16
+        self.n_head = self.heads(config)
         self.d_k = round(config.n_embd * config.gla_expand_k / self.n_head)
         self.d_v = round(config.n_embd * config.gla_expand_v / self.n_head)
         widths = [self.n_head * d for d in (self.d_k, self.d_k, self.d_v, self.d_v)] + [config.gla_gate_rank]

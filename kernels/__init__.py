@@ -1,7 +1,11 @@
 """Operators, one file each: the oracle, the chunked PyTorch form, the Triton kernels, the public function."""
 
+import contextlib
+import functools
 import types
 import warnings
+
+import torch
 
 try:
     import triton
@@ -19,6 +23,38 @@ def jit(kernel):
 
 def interpreting():
     return triton is not None and triton.knobs.runtime.interpret
+
+
+def in_autocast(*xs):
+    """Tensors in autocast's precision where it is on, as PyTorch's own attention takes q, k and v; float64 stays."""
+    device_type = xs[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return xs
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in xs)
+
+
+def leave_autocast(x):
+    """A context in which operations on tensors beside x keep the precision of their inputs. An opaque operator is not
+    outside autocast by itself: what it calls would be cast."""
+    device_type = x.device.type
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
+
+
+def operator(name, schema):
+    """Registers a function as nanoattention::name, opaque to autograd and compilers, outside autocast. Its first
+    argument is a tensor. It must return no input, and no view of one."""
+
+    def register(function):
+        @functools.wraps(function)
+        def run(x, *args):
+            with leave_autocast(x):
+                return function(x, *args)
+
+        return torch.library.custom_op(f"nanoattention::{name}", run, mutates_args=(), schema=schema)
+
+    return register
 
 
 def warn_once(reason):

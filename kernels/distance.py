@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
+from . import in_autocast, leave_autocast, operator
+
 SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
 CALLS = 2**13  # scores that take the time of a segment's calls
 BLOCKS = (16, 32, 64, 128)  # queries a block
@@ -37,11 +39,11 @@ def compute_dtype(dtype):
 # ----------------------------------------------------------------------------- oracle
 
 
-def distance_dense(q, k, v, table, prefix, scale):
+def distance_dense(q, k, v, table, prefix, scale, constant_ones):
     """All T x T scores, in fp64 for fp64 inputs and fp32 otherwise. Differentiable."""
     (_, T, H, _), dtype = q.shape, compute_dtype(q.dtype)
     far = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)  # (T, T)
-    table = torch.where(is_one(table), 0.0, table.to(dtype))
+    table = drop_ones(table.to(dtype)) if constant_ones else table.to(dtype)
     mask = table[:, far.clamp(min=0)].expand(H, T, T)
     if P := min(prefix.shape[1], T):
         first = prefix[:, torch.arange(P, device=q.device), far[:, :P].clamp(min=0)].to(dtype).expand(H, T, P)
@@ -54,8 +56,13 @@ def distance_dense(q, k, v, table, prefix, scale):
 
 
 def is_one(table):
-    """Rows that mask nothing, (H, 1). A mask of ones is a constant: its row has no gradient."""
+    """Rows that mask nothing, (H, 1)."""
     return (table == 0).all(1, keepdim=True)
+
+
+def drop_ones(table):
+    """The table, without gradient in the rows that mask nothing."""
+    return torch.where(is_one(table), 0.0, table)
 
 
 # ----------------------------------------------------------------------------- the plan
@@ -306,10 +313,10 @@ def row_groups(x, heads, band):
             yield slice(i, i + b), slice(heads.start + j, heads.start + min(H, j + h))
 
 
-def pieces(q, v, table, prefix):
+def pieces(q, v, table, prefix, constant_ones):
     """(rows of the table, heads, plan, band, tokens) of all that is computed apart; one row serves all heads."""
     (_, T, H, _), i = q.shape, 0
-    found = plans(table, prefix, sdpa=q.device.type == "cpu" and q.shape == v.shape)
+    found = plans(table, prefix, sdpa=constant_ones and q.device.type == "cpu" and q.shape == v.shape)
     for plan, same in itertools.groupby(found):
         end = i + len(list(same))
         apart = not plan.block or not (plan.runs or plan.prefix)
@@ -340,13 +347,13 @@ def blind_queries(table, prefix):
     return ~seen
 
 
-def banded_forward(q, k, v, table, prefix, scale):
+def banded_forward(q, k, v, table, prefix, scale, constant_ones):
     """o (B, T, H, V), and the log-sum-exp (B, H, T) of heads that took SDPA."""
     dtype = compute_dtype(q.dtype)
     table, prefix = table.to(dtype), prefix.to(dtype)
     o, lse = v.new_empty(v.shape), q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
     new = Workspace(q, dtype)
-    for _, heads, plan, band, time in pieces(q, v, table, prefix):
+    for _, heads, plan, band, time in pieces(q, v, table, prefix, constant_ones):
         if not plan.block:
             xs = (x[:, :, heads].transpose(1, 2) for x in (q, k, v))
             y, lse[:, heads] = flash(*xs, scale)
@@ -366,7 +373,7 @@ def banded_forward(q, k, v, table, prefix, scale):
     return o.masked_fill_(blind.T[None, :, :, None], 0.0) if blind.any() else o, lse
 
 
-def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
+def banded_backward(q, k, v, table, prefix, o, lse, do, scale, constant_ones):
     """Gradients of q, k, v, table and prefix."""
     dtype, shapes = compute_dtype(q.dtype), (table, prefix)
     table, prefix = table.to(dtype), prefix.to(dtype)
@@ -375,7 +382,7 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
     blind = blind_queries(table, prefix)
     do = do.masked_fill(blind.T[None, :, :, None], 0.0) if blind.any() else do
     new = Workspace(q, dtype)
-    for i, heads, plan, band, time in pieces(q, v, table, prefix):
+    for i, heads, plan, band, time in pieces(q, v, table, prefix, constant_ones):
         if not plan.block:
             xs = (x[:, :, heads].transpose(1, 2) for x in (do, q, k, v, o))
             for into, grad in zip((dq, dk, dv), flash_backward(*xs, lse[:, heads], scale)):
@@ -402,7 +409,7 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
         if band.P:
             dfirst[:, band.T :] = 0
             dprefix[i] = torch.zeros_like(prefix[i]).mT.scatter_add(1, band.far, dfirst).mT
-    dtable.masked_fill_(is_one(table), 0.0)
+    dtable = dtable.masked_fill(is_one(table), 0.0) if constant_ones else dtable
     return dq, dk, dv, dtable.to(shapes[0].dtype), dprefix.to(shapes[1].dtype)
 
 
@@ -428,51 +435,57 @@ def segment_backward(band, part, q, do, dq, ks, vs, dks, dvs, sums, dfirst, scal
 
 def flash(q, k, v, scale):
     """Causal SDPA of (B, H, T, D) and its log-sum-exp."""
+    q, k, v = in_rows(q, k, v)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
 
 
 def flash_backward(do, q, k, v, o, lse, scale):
+    do, q, k, v = in_rows(do, q, k, v)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     return backward(do, q, k, v, o, lse, 0.0, True, scale=scale)
 
 
-@torch.library.custom_op(
-    "nanoattention::distance",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, float scale) -> (Tensor, Tensor)",
+def in_rows(*xs):
+    """Each x, or a copy where its rows are torn or overlap: the kernel does not look at the strides inside them."""
+    whole = (x.stride(3) == 1 and x.stride(2) >= x.size(3) for x in xs)
+    return [x if fits else x.clone(memory_format=torch.contiguous_format) for x, fits in zip(xs, whole)]
+
+
+@operator(
+    "distance",
+    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, float scale, bool constant_ones) -> (Tensor, Tensor)",
 )
-def distance_op(q, k, v, table, prefix, scale):
-    return banded_forward(q, k, v, table, prefix, scale)
+def distance_op(q, k, v, table, prefix, scale, constant_ones):
+    return banded_forward(q, k, v, table, prefix, scale, constant_ones)
 
 
 @distance_op.register_fake
-def _(q, k, v, table, prefix, scale):
+def _(q, k, v, table, prefix, scale, constant_ones):
     B, T, H, _ = q.shape
     return v.new_empty(v.shape), q.new_empty(B, H, T, dtype=compute_dtype(q.dtype))
 
 
-@torch.library.custom_op(
-    "nanoattention::distance_backward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, Tensor o, Tensor lse, Tensor do, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+@operator(
+    "distance_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, Tensor o, Tensor lse, Tensor do, float scale,"
+    " bool constant_ones) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def distance_backward_op(q, k, v, table, prefix, o, lse, do, scale):
-    return banded_backward(q, k, v, table, prefix, o, lse, do, scale)
+def distance_backward_op(q, k, v, table, prefix, o, lse, do, scale, constant_ones):
+    return banded_backward(q, k, v, table, prefix, o, lse, do, scale, constant_ones)
 
 
 @distance_backward_op.register_fake
-def _(q, k, v, table, prefix, o, lse, do, scale):
+def _(q, k, v, table, prefix, o, lse, do, scale, constant_ones):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, table, prefix))
 
 
 def setup_context(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.constant_ones = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def backward(ctx, do, _):
-    return *distance_backward_op(*ctx.saved_tensors, do, ctx.scale), None
+    return *distance_backward_op(*ctx.saved_tensors, do, ctx.scale, ctx.constant_ones), None, None
 
 
 distance_op.register_autograd(backward, setup_context=setup_context)
@@ -500,11 +513,11 @@ def seen_tiles(table, prefix):
     return seen & (far >= 0)
 
 
-def distance_flex(q, k, v, table, prefix, scale):
+def distance_flex(q, k, v, table, prefix, scale, constant_ones):
     """One fused kernel over the seen tiles, for each head its own. The tiles are made of the table on its device, so
     that a change of the kept set is a change of data: nothing waits for the GPU, nothing is compiled again."""
     T, H, shared, P = q.shape[1], q.shape[2], len(table) == 1, prefix.shape[1]
-    table = torch.where(is_one(table), 0.0, table)
+    table = drop_ones(table) if constant_ones else table
     kept, kept_first = table > -math.inf, prefix > -math.inf
     bias, first = table.clamp(min=HIDDEN), prefix.clamp(min=HIDDEN)
 
@@ -642,37 +655,38 @@ def kept_slots(ring, slots):
 # ----------------------------------------------------------------------------- public
 
 
-def paths(table, prefix, width):
+def paths(table, prefix, width, constant_ones=False):
     """(what computes it, query-key pairs that a forward pass computes) for each row of the table, on the table's device
     and of its precision; width: the smaller of D and V."""
     T = table.shape[1]
     if not flex_fits(table, T, width):
-        return [(str(plan), executed_pairs(plan, T)) for plan in plans(table, prefix)]
+        return [(str(plan), executed_pairs(plan, T)) for plan in plans(table, prefix, constant_ones)]
     tiles, n = seen_tiles(table, prefix).sum((1, 2)).tolist(), T // TILE
     return [(f"FlexAttention, {m} of {n * (n + 1) // 2} blocks of {TILE}", m * TILE**2) for m in tiles]
 
 
-def distance(q, k, v, table, prefix=None, scale=None, backend="auto"):
+def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_ones=False):
     """Attention under a log-mask by distance. Returns o (B, T, H, V).
 
     q, k (B, T, H, D)   v (B, T, H, V)   table (H or 1, T) log-mask of distances 0 .. T-1, -inf drops one
     prefix (H or 1, P, T) log-mask of the first P keys by distance, in place of the table   scale: D^-1/2 unless given
     backend: auto (flex on a GPU where `flex_fits`, else banded) | banded | flex | dense. Dropped distances are not
-    computed, and have gradient 0. So has a table row of zeros: it is the constant mask of 1 and, on a CPU, PyTorch's
-    causal attention.
+    computed, and have gradient 0.
+    constant_ones: a table row of zeros, which masks nothing, is a constant: it has gradient 0 and, on a CPU, becomes
+    PyTorch's causal attention. So it is where the table needs no gradient.
     """
     check(q, k, v, table, prefix, backend)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)  # of the products; the mask keeps its precision
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = in_autocast(q, k, v)  # the mask keeps its precision
     prefix = table.new_empty(table.shape[0], 0, table.shape[1]) if prefix is None else prefix
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    constant_ones = constant_ones or not (torch.is_grad_enabled() and table.requires_grad)
     if backend == "dense":
-        return distance_dense(q, k, v, table, prefix, scale)
+        with leave_autocast(q):
+            return distance_dense(q, k, v, table, prefix, scale, constant_ones)
     if backend == "flex" or (backend == "auto" and flex_fits(q, q.shape[1], min(q.shape[3], v.shape[3]))):
         flex = fused if q.is_cuda and not torch.compiler.is_compiling() else distance_flex
-        return flex(q, k, v, table, prefix, scale)
-    return distance_op(q, k, v, table, prefix, scale)[0]
+        return flex(q, k, v, table, prefix, scale, constant_ones)
+    return distance_op(q, k, v, table, prefix, scale, constant_ones)[0]
 
 
 def check(q, k, v, table, prefix, backend):

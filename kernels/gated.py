@@ -14,6 +14,7 @@ divides by gamma or takes its logarithm, so a gate of exactly 0, the usual state
 
 import torch
 
+from . import in_autocast, leave_autocast, operator
 from .gla import compute_dtype
 
 POWER = 0.6  # of the penalty: below 1 it wants one open head for a pair, not several half open
@@ -63,8 +64,9 @@ def executed_pairs(T, H):
 
 
 def by_head(*xs):
-    """(B, T, H, D) -> (B, H, T, D), and (B, T, H) -> (B, H, T), in the precision of the computation."""
-    return [x.to(compute_dtype(x.dtype)).transpose(1, 2).contiguous() for x in xs]
+    """(B, T, H, D) -> (B, H, T, D), and (B, T, H) -> (B, H, T), in the precision that the first one asks for."""
+    dtype = compute_dtype(xs[0].dtype)
+    return [x.to(dtype).transpose(1, 2).contiguous() for x in xs]
 
 
 def product(x, y):
@@ -87,8 +89,8 @@ def powers(gamma):
 
 def block_forward(q, k, v, a, b, scale, penalise):
     """o (B, T, H, V), the penalty, and the logarithm of each softmax's denominator (B, H, T)."""
-    q, k, v, a, b = by_head(q * scale, k, v, a, b)
-    B, H, T, _ = q.shape
+    q, k, v, a, b = by_head(q, k, v, a, b)
+    (B, H, T, _), q = q.shape, q * scale
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     o, penalty, lse = torch.empty_like(v), v.new_zeros(()), v.new_empty(B, H, T, 1)
     for rows, lo, hi in blocks(B, T, H, q.device.type):
@@ -108,8 +110,8 @@ def block_forward(q, k, v, a, b, scale, penalise):
 def block_backward(q, k, v, a, b, o, lse, do, dpenalty, scale, penalise):
     """The gradients of q, k, v, a and b."""
     like = q, k, v, a, b
-    q, k, v, a, b, o, do = by_head(q * scale, k, v, a, b, o, do)
-    (B, H, T, _), lse = q.shape, lse.unsqueeze(-1)
+    q, k, v, a, b, o, do = by_head(q, k, v, a, b, o, do)
+    (B, H, T, _), q, lse = q.shape, q * scale, lse.unsqueeze(-1)
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     dq, da = torch.empty_like(q), torch.empty_like(a)
     dk, dv, db = (torch.zeros_like(x) for x in (k, v, b))
@@ -142,10 +144,9 @@ def block_backward(q, k, v, a, b, o, lse, do, dpenalty, scale, penalise):
 # ----------------------------------------------------------------------------- op
 
 
-@torch.library.custom_op(
-    "nanoattention::gated",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, float scale, bool penalise) -> (Tensor, Tensor, Tensor)",
+@operator(
+    "gated",
+    "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, float scale, bool penalise) -> (Tensor, Tensor, Tensor)",
 )
 def gated_op(q, k, v, a, b, scale, penalise):
     o, penalty, lse = block_forward(q, k, v, a, b, scale, penalise)
@@ -154,14 +155,13 @@ def gated_op(q, k, v, a, b, scale, penalise):
 
 @gated_op.register_fake
 def _(q, k, v, a, b, scale, penalise):
-    (B, T, H, _), dtype = v.shape, compute_dtype(v.dtype)
+    (B, T, H, _), dtype = v.shape, compute_dtype(q.dtype)
     return v.new_empty(v.shape), v.new_empty((), dtype=dtype), v.new_empty((B, H, T), dtype=dtype)
 
 
-@torch.library.custom_op(
-    "nanoattention::gated_backward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor o, Tensor lse, Tensor do,"
+@operator(
+    "gated_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor o, Tensor lse, Tensor do,"
     " Tensor dpenalty, float scale, bool penalise) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def gated_backward_op(q, k, v, a, b, o, lse, do, dpenalty, scale, penalise):
@@ -182,7 +182,7 @@ def setup_context(ctx, inputs, output):
 def backward(ctx, do, dpenalty, _):
     *tensors, o, lse = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    dpenalty = o.new_zeros((), dtype=compute_dtype(o.dtype)) if dpenalty is None else dpenalty
+    dpenalty = o.new_zeros((), dtype=lse.dtype) if dpenalty is None else dpenalty
     return *gated_backward_op(*tensors, o, lse, do, dpenalty, ctx.scale, ctx.penalise), None, None
 
 
@@ -200,9 +200,11 @@ def gated(q, k, v, a, b, scale=None, penalise=True, backend="auto"):
     scale=None is D^-1/2.  backend: auto | torch | dense.
     """
     check(q, k, v, a, b, backend)
+    q, k, v = in_autocast(q, k, v)  # gates keep their precision
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "dense":
-        return gated_dense(q, k, v, a, b, scale, penalise)
+        with leave_autocast(q):
+            return gated_dense(q, k, v, a, b, scale, penalise)
     o, penalty, _ = gated_op(q, k, v, a, b, scale, penalise)
     return o, penalty
 

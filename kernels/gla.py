@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import interpreting, jit, tl, triton, warn_once
+from . import in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
 
 CHUNK = 64  # tokens a chunk, in every backend
 SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its tensors stay in cache
@@ -233,7 +233,7 @@ def prepare(q, k, g, segment, chunk, gate_min, new):
     """q, k, g (n, B, H, C, K), and the form of their products."""
     q, k, g = (chunked(x, segment, chunk) for x in (q, k, g))
     gates = new(*g.shape)
-    gates.copy_(g) if gate_min is None else torch.clamp(g, min=gate_min, out=gates)
+    gates.copy_(g) if gate_min is None else torch.clamp(g.to(gates.dtype), min=gate_min, out=gates)
     form = Factorised if is_factorised(gate_min, chunk) else Tree
     return q, k, g, form(q, k, gates.flatten(0, 2), new)
 
@@ -719,10 +719,9 @@ def states_kept(q, state, backend, chunk=CHUNK):
     return (0,) if backend == "triton" else (B * H * -(-T // chunk), *state.shape[2:])
 
 
-@torch.library.custom_op(
-    "nanoattention::gla",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor state, float scale, float? gate_min, str backend)"
+@operator(
+    "gla",
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor state, float scale, float? gate_min, str backend)"
     " -> (Tensor, Tensor, Tensor)",
 )
 def gla_op(q, k, v, g, state, scale, gate_min, backend):
@@ -736,10 +735,9 @@ def _(q, k, v, g, state, scale, gate_min, backend):
     return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(states_kept(q, state, backend))
 
 
-@torch.library.custom_op(
-    "nanoattention::gla_backward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor state, Tensor states, Tensor do, Tensor dstate,"
+@operator(
+    "gla_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor state, Tensor states, Tensor do, Tensor dstate,"
     " float scale, float? gate_min, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def gla_backward_op(q, k, v, g, state, states, do, dstate, scale, gate_min, backend):
@@ -783,12 +781,11 @@ def gla(
     """
     check(q, k, v, g, gate_min, initial_state, backend)
     (B, _, H, K), V = q.shape, v.shape[3]
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)  # of the products; gates and states keep their precision
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = in_autocast(q, k, v)  # gates and states keep their precision
     scale = K**-0.5 if scale is None else scale
     if backend == "recurrent":
-        o, state = gla_recurrent(q, k, v, g, scale, gate_min, initial_state)
+        with leave_autocast(q):
+            o, state = gla_recurrent(q, k, v, g, scale, gate_min, initial_state)
     else:
         if g is None:
             g, gate_min = torch.zeros((), dtype=compute_dtype(q.dtype), device=q.device).expand(q.shape), -1.0

@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import interpreting, jit, tl, triton, warn_once
+from . import in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
 from .gla import LOG2E, double_sums, tree_level
 
 CHUNK = 64  # tokens a chunk, in every backend
@@ -193,7 +193,7 @@ def chunk_fwd(q, k, v, s, g, hk, hv, scale):
         oc = torch.bmm(decay.scores(p), kv[..., K:])
         store(o[:, here], oc.baddbmm_(p.mul_(decay.head), S[..., K:]))
     last = borders[-1].view(B, H, M, K + V)
-    return o, last[..., :K].mT.contiguous(), last[..., K:].contiguous(), z, borders
+    return o, *(x.clone(memory_format=torch.contiguous_format) for x in (last[..., :K].mT, last[..., K:])), z, borders
 
 
 def borders_shape(q, v, s):
@@ -230,7 +230,7 @@ def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale):
         for grad, part in zip(grads, parts):
             store(grad[:, here], part)
     dS = dS.view(B, H, M, K + V)
-    return *grads, dS[..., :K].mT.contiguous(), dS[..., K:].contiguous()
+    return *grads, *(x.clone(memory_format=torch.contiguous_format) for x in (dS[..., :K].mT, dS[..., K:]))
 
 
 def segment_bwd(q, kv, s, g, z, do, S, last):
@@ -779,16 +779,14 @@ def aot_specs():
 # ----------------------------------------------------------------------------- operator
 
 
-@torch.library.custom_op(
-    "nanoattention::gsa",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor s, Tensor g, Tensor? hk, Tensor? hv, float scale, str backend)"
+@operator(
+    "gsa",
+    "(Tensor q, Tensor k, Tensor v, Tensor s, Tensor g, Tensor? hk, Tensor? hv, float scale, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def fwd_op(q, k, v, s, g, hk, hv, scale, backend):
-    with torch.autocast(q.device.type, enabled=False):
-        run = gsa_fwd if backend == "triton" else chunk_fwd
-        return run(q, k, v, s, g, hk, hv, scale)
+    run = gsa_fwd if backend == "triton" else chunk_fwd
+    return run(q, k, v, s, g, hk, hv, scale)
 
 
 @fwd_op.register_fake
@@ -805,18 +803,16 @@ def _(q, k, v, s, g, hk, hv, scale, backend):
     )
 
 
-@torch.library.custom_op(
-    "nanoattention::gsa_backward",
-    mutates_args=(),
-    schema="(Tensor do, Tensor? dhk, Tensor? dhv, Tensor q, Tensor k, Tensor v, Tensor s, Tensor g, Tensor? hk,"
+@operator(
+    "gsa_backward",
+    "(Tensor do, Tensor? dhk, Tensor? dhv, Tensor q, Tensor k, Tensor v, Tensor s, Tensor g, Tensor? hk,"
     " Tensor? hv, Tensor z, Tensor borders, float scale, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def bwd_op(do, dhk, dhv, q, k, v, s, g, hk, hv, z, borders, scale, backend):
-    with torch.autocast(q.device.type, enabled=False):
-        if backend == "triton":
-            return gsa_bwd(do, dhk, dhv, q, k, v, s, g, hk, hv, z, scale)
-        return chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale)
+    if backend == "triton":
+        return gsa_bwd(do, dhk, dhv, q, k, v, s, g, hk, hv, z, scale)
+    return chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale)
 
 
 @bwd_op.register_fake
@@ -857,12 +853,11 @@ def gsa(q, k, v, s, g, scale=None, initial_state=None, output_final_state=False,
     """
     hk, hv = initial_state if initial_state is not None else (None, None)
     check(q, k, v, s, g, hk, hv, backend)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)  # of products; gates and states stay fp32
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = in_autocast(q, k, v)  # gates and states keep their precision
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend == "recurrent":
-        o, state = gsa_recurrent(q, k, v, s, g, scale, initial_state)
+        with leave_autocast(q):
+            o, state = gsa_recurrent(q, k, v, s, g, scale, initial_state)
     else:
         if hk is not None:
             hk, hv = hk.to(accumulator(q)), hv.to(accumulator(q))

@@ -18,7 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import interpreting, jit, tl, triton, warn_once
+from . import in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
 from .gla import Workspace, compute_dtype
 
 SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
@@ -480,7 +480,7 @@ def window_backward(q, k, v, do, scale, window):
 # The selected branch in the tiles of the form above: ROWS rows are pairs of one block, each with its G heads, so the
 # matrix units are full however small the group. A query's parts are merged by the logs of their sums. Logs base 2.
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950408889634) if triton else None
 
 
 @jit
@@ -735,11 +735,7 @@ def new_like(*xs):
     return tuple(x.new_empty(x.shape) for x in xs)
 
 
-def op(name, schema):
-    return torch.library.custom_op(f"nanoattention::{name}", mutates_args=(), schema=schema)
-
-
-@op(
+@operator(
     "nsa_compressed",
     "(Tensor q, Tensor k, Tensor v, float scale, int block, int stride, int select_block, int select_count, int offset)"
     " -> (Tensor, Tensor)",
@@ -755,7 +751,7 @@ def _(q, k, v, scale, block, stride, select_block, select_count, offset):
     return q.new_empty(q.shape), index
 
 
-@op(
+@operator(
     "nsa_compressed_backward",
     "(Tensor q, Tensor k, Tensor v, Tensor do, float scale, int block, int stride, int offset)"
     " -> (Tensor, Tensor, Tensor)",
@@ -783,7 +779,7 @@ def compressed_autograd(ctx, do, _):
 compressed_op.register_autograd(compressed_autograd, setup_context=compressed_context)
 
 
-@op(
+@operator(
     "nsa_selected",
     "(Tensor q, Tensor k, Tensor v, Tensor index, float scale, int select_block, bool by_triton) -> (Tensor, Tensor)",
 )
@@ -796,7 +792,7 @@ def _(q, k, v, index, scale, select_block, by_triton):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
 
 
-@op(
+@operator(
     "nsa_selected_backward",
     "(Tensor q, Tensor k, Tensor v, Tensor index, Tensor o, Tensor lse, Tensor do, float scale, int select_block,"
     " bool by_triton) -> (Tensor, Tensor, Tensor)",
@@ -823,7 +819,7 @@ def selected_autograd(ctx, do, _):
 selected_op.register_autograd(selected_autograd, setup_context=selected_context)
 
 
-@op("nsa_window", "(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")
+@operator("nsa_window", "(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")
 def window_op(q, k, v, scale, window):
     return window_forward(q, k, v, scale, window)
 
@@ -833,7 +829,7 @@ def _(q, k, v, scale, window):
     return q.new_empty(q.shape)
 
 
-@op(
+@operator(
     "nsa_window_backward",
     "(Tensor q, Tensor k, Tensor v, Tensor do, float scale, int window) -> (Tensor, Tensor, Tensor)",
 )
@@ -870,6 +866,7 @@ def nsa_compressed(q, k, v, block, stride, select_block, select_count, offset=0,
     The choice has no gradient.  offset: the position of the first query.
     """
     check("nsa_compressed", q, k, v)
+    q, k, v = in_autocast(q, k, v)
     if min(block, stride) < 1 or block % stride or select_block % stride or block > select_block:
         sizes = f"block={block}, stride={stride}, select_block={select_block}"
         raise ValueError(f"nsa_compressed: stride must divide block and select_block, the larger: {sizes}")
@@ -891,13 +888,15 @@ def nsa_selected(q, k, v, index, select_block, scale=None, backend="auto"):
     decoding step.
     """
     check("nsa_selected", q, k, v, longer=True)
+    q, k, v = in_autocast(q, k, v)
     if index.dim() != 4 or index.shape[:3] != (*q.shape[:2], k.shape[2]) or index.dtype != torch.long:
         wanted = (*q.shape[:2], k.shape[2])
         raise ValueError(f"nsa_selected: index must be int64 {wanted} and n, got {index.dtype} {tuple(index.shape)}")
     if backend not in ("auto", "triton", "torch", "gather"):
         raise ValueError(f"nsa_selected: backend must be auto, triton, torch or gather, got {backend!r}")
     if backend == "gather":
-        return selected_gathered(q, k, v, index, select_block, scaling(q, scale))
+        with leave_autocast(q):
+            return selected_gathered(q, k, v, index, select_block, scaling(q, scale))
     by_triton = takes_triton(backend, q, k.shape[2], select_block)
     return selected_op(q, k, v, index, scaling(q, scale), select_block, by_triton)[0]
 
@@ -905,6 +904,7 @@ def nsa_selected(q, k, v, index, select_block, scale=None, backend="auto"):
 def nsa_window(q, k, v, window, scale=None):
     """o (B, T, H, D): attention to the last `window` tokens, the query's own among them. k, v (B, S, Hk, D), S >= T."""
     check("nsa_window", q, k, v, longer=True)
+    q, k, v = in_autocast(q, k, v)
     if window < 1:
         raise ValueError(f"nsa_window: window must be at least 1, got {window}")
     return window_op(q, k, v, scaling(q, scale), window)

@@ -15,7 +15,7 @@ width, C tokens a chunk, N chunks in flight. Between forward and backward featur
 import torch
 import torch.nn.functional as F
 
-from . import interpreting, jit, tl, triton, warn_once
+from . import in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
 from .gla import CHUNK, Workspace, block, chunked, compute_dtype, gla_recurrent, load, store
 
 SEGMENT = 2**18  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
@@ -421,10 +421,9 @@ def aot_specs():
 # Custom ops return tensors only and no input among them: `starts` is empty where a backend keeps none.
 
 
-@torch.library.custom_op(
-    "nanoattention::performer",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor wq, Tensor wk, Tensor state, str features, str backend)"
+@operator(
+    "performer",
+    "(Tensor q, Tensor k, Tensor v, Tensor wq, Tensor wk, Tensor state, str features, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def performer_op(q, k, v, wq, wk, state, features, backend):
@@ -439,10 +438,9 @@ def _(q, k, v, wq, wk, state, features, backend):
     return v.new_empty(v.shape), *(state.new_empty(shape) for shape in (inverse, state.shape, starts))
 
 
-@torch.library.custom_op(
-    "nanoattention::performer_backward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor wq, Tensor wk, Tensor state, Tensor o, Tensor inverse,"
+@operator(
+    "performer_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor wq, Tensor wk, Tensor state, Tensor o, Tensor inverse,"
     " Tensor starts, Tensor do, Tensor dstate, str features, bool weights, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -492,11 +490,11 @@ def performer(
     """
     check(q, k, v, wq, wk, features, initial_state, backend)
     (B, _, H, _), M, V, dtype = q.shape, wq.shape[1], v.shape[3], compute_dtype(q.dtype)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        v = v.to(torch.get_autocast_dtype(q.device.type))  # of the products; exponents and states keep their precision
+    (v,) = in_autocast(v)  # exponents and states keep their precision
     wq, wk = wq.to(dtype), wk.to(dtype)
     if backend == "recurrent":
-        o, state = performer_recurrent(q, k, v, wq, wk, features, initial_state)
+        with leave_autocast(q):
+            o, state = performer_recurrent(q, k, v, wq, wk, features, initial_state)
     else:
         state = q.new_zeros(B, H, M, V + 1, dtype=dtype) if initial_state is None else initial_state.to(dtype)
         o, _, state, _ = performer_op(q, k, v, wq, wk, state, features, choose(backend, q, V))
