@@ -1038,6 +1038,7 @@ def operations(name, call, inputs, shape):
     B, T, H, K, V = shape
     sizes = SimpleNamespace(n_head=H, d_head=(K + V) / 2, d_k=K, d_v=V, n_slot=64, n_feature=256, n_kv=1, mean=True)
     sizes.sizes, sizes.log_mask = nsa_sizes(T), lambda T: (inputs[3].detach(), None)
+    sizes.gate_min = None if name == "gla_exact" else -1.25
     kind = "mask_mix" if call is distance else {"gla_exact": "gla"}.get(name, name)
     return B * ATTENTION[kind].flops(sizes, T)[1] if kind in ATTENTION else None
 
