@@ -257,16 +257,19 @@ def read_report(path):
         raise ConfigError(f"{path}: not a file that bench.py wrote") from None
 
 
+TIMES, RATES = ("(ms)", "(us)", "ns/token"), ("tokens/s", "(tokens/s)")  # how columns that hold what was timed end
+
+
 def compare(bench, report):
-    """The speed of what the second file of --compare measured over the first's: lowest, middle and highest that the
-    rounds allow. Where softmax was timed in the same rounds it is divided out, and not judged itself: a machine that is
+    """The speed of what the second file of --compare timed over the first's: lowest, middle and highest that the rounds
+    allow. Where softmax was timed in the same rounds it is divided out, and not judged itself: a machine that is
     slower than it was does not count. Returns 1 if a middle is below --fail_below."""
     paths = [path.strip() for path in bench.compare.split(",")]
     if len(paths) != 2:
         raise ConfigError(f"--compare={bench.compare}: write two files, A.json,B.json")
     (a, b), slow = (read_report(path) for path in paths), 0
-    common = [(key, c) for key in a if key in b for c, cell in a[key].items() if isinstance(cell, list) and c in b[key]]
-    common = [(key, c) for key, c in common if not c.endswith(("(ratio)", "(share)"))]
+    common = [(key, c) for key in a if key in b for c in a[key] if c.endswith(TIMES + RATES)]
+    common = [(key, c) for key, c in common if all(isinstance(row[key].get(c), list) for row in (a, b))]
     if not common:
         raise ConfigError(f"--compare={bench.compare}: nothing that was timed is in both files")
     columns = "table, row, measured, A (in its unit), B (in its unit), speed of B / A (ratio), beside softmax (ratio), "
@@ -291,7 +294,7 @@ def compare(bench, report):
 
 def speed_ratio(a, b, column):
     """[lowest, middle, highest] speed of rounds b over rounds a, which are rates or times by their column's name."""
-    a, b = (a, b) if column.endswith(("/s", "/s)")) else (b, a)
+    a, b = (a, b) if column.endswith(RATES) else (b, a)
     return [min(b) / max(a), statistics.median(b) / statistics.median(a), max(b) / min(a)]
 
 

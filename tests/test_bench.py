@@ -270,6 +270,36 @@ def test_ratios_of_speeds_have_the_range_that_the_rounds_allow():
     assert speed_ratio([10.0, 12.0], [20.0, 30.0], "tokens/s") == [20 / 12, 25 / 11, 3.0]
 
 
+SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--pos_emb=rope", "--vocab_size=20"]
+TIMED = {
+    "overview": ["--attention_type=gla,gsa", *OVERVIEW],
+    "step": ["--what=step", "--attention_type=gla", *SMALL],
+    "beside": ["--what=step", "--beside=softmax", "--attention_type=gla", *SMALL],
+    "ops": ["--what=ops", "--shapes=1x16x1x8x8", "--operators=gla"],
+    "decode": ["--what=decode", "--positions=3,9", "--tokens=4", "--attention_type=gla", *SMALL],
+    "inspect": ["--what=inspect"],
+}
+
+
+@pytest.mark.parametrize("what", TIMED)
+def test_compare_reads_what_each_measurement_wrote(what, tiny, tmp_path, monkeypatch, capsys):
+    """Also where rounds cross over in one file alone, and softmax has no such length."""
+    lengths = iter(([9.0, 11.0], [10.0, 12.0], [10.0, 9.0], "below 8"))  # two printed lengths of two files
+    monkeypatch.setattr(bench, "crossover", lambda *_: next(lengths, "uncertain: 9 to above 32"))
+    options = [*TIMED[what], "--device=cpu", "--rounds=2", "--seconds=0.01", f"--png={tmp_path / 'a.png'}"]
+    if what == "inspect":
+        train.main(tiny(max_iters=1, attention_type="adaptive_span", n_layer=1))
+        options.append(f"--out_dir={tmp_path / 'run'}")
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    for path in (a, b):
+        assert bench.main([*options, f"--json={path}"]) == 0
+    for files in (f"{a},{b}", f"{b},{a}", f"{a},{a}"):
+        capsys.readouterr()
+        assert bench.main([f"--compare={files}"]) == 0
+        measured = {line.split("|")[3].strip() for line in capsys.readouterr().out.splitlines() if line[:1] == "|"}
+        assert len(measured) > 2 and not any("crossover" in column for column in measured)
+
+
 def test_compare_says_what_is_wrong(results, tmp_path):
     a = results("a.json", {})
     (tmp_path / "b.json").write_text("{}")
