@@ -340,23 +340,25 @@ def heat_map(values, rows, size, label, vmax=1, cmap="viridis", **options):
 # clocks
 
 
-def timed(step, seconds, device_type, pick=min):
-    """Seconds of one call, of the calls of about `seconds`, each timed by itself: the fastest, because what else the
-    machine does only adds to it. On CUDA between two events, and the cache is overwritten before each call."""
+def timed(step, seconds, device_type, pick=min, inputs=tuple):
+    """Seconds of one call step(*inputs()), of the calls of about `seconds`, each timed by itself, without its inputs:
+    the fastest, because what else the machine does only adds to it. On CUDA between two events, and the cache is
+    overwritten before each call."""
     times, events, end = [], [], time.perf_counter() + seconds
     clock = getattr(time, clock_name(device_type, pick))
     while not (times or events) or time.perf_counter() < end:
+        given = inputs()
         if device_type == "cuda":
             overwritten().zero_()
             events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
             events[-1][0].record()
-            step()
+            step(*given)
             events[-1][1].record()
             if len(events) % 16 == 0:  # the queue must not grow, nor run empty
                 torch.cuda.synchronize()
             continue
         start = clock()
-        step()
+        step(*given)
         if device_type == "mps":
             torch.mps.synchronize()
         times.append(clock() - start)
@@ -377,21 +379,33 @@ def overwritten():
     return torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
 
 
-def interleaved(calls, rounds, seconds, runtime, label, until=math.inf, pick=min, warm=True):
+def interleaved(calls, rounds, seconds, runtime, label, until=math.inf, pick=min, warm=True, inputs=None):
     """{name: [seconds of a call in each round]} for {name: callable}, in the order A B C, C B A, and so on; with `warm`
-    after a call of each that is not counted. No round begins after the moment `until`, but for the first two."""
+    after a call of each that is not counted. No round begins after the moment `until`, but for the first two. `inputs`:
+    {name: what makes the arguments of each call}, where it takes any."""
     times, first = {name: [] for name in calls}, -1 if warm else 0
     with progress_bar((rounds - first) * len(calls), label, "call", World(0, 1, 0)) as bar:
         for i in range(first, rounds):
             if i > 1 and time.perf_counter() > until:
                 break
             for name in list(calls)[:: -1 if i % 2 else 1]:
+                given = (inputs or {}).get(name, tuple)
                 if i < 0:
-                    calls[name]()
+                    calls[name](*given())
                 else:
-                    times[name].append(timed(calls[name], seconds, runtime.device_type, pick))
+                    times[name].append(timed(calls[name], seconds, runtime.device_type, pick, given))
                 bar.update()
     return times
+
+
+def fresh(state):
+    """What makes the argument of a call that decodes: a copy of the state, which a step changes, partly in place."""
+
+    def inputs():
+        with torch.inference_mode():
+            return (copy.deepcopy(state),)
+
+    return inputs
 
 
 def matmul_peak(runtime, seconds):
@@ -471,19 +485,18 @@ class Layer:
 
     @torch.inference_mode()
     def decoder(self):
-        """A call that decodes a token after T - 1 others, and the bytes of the state that it reads."""
+        """A call that decodes a token from a state, and the state after T - 1 others."""
         T = self.x.size(1)
         with self.runtime.autocast():
             state = self.attn.init_state(1, T)
             if T > 1:
                 state = self.attn.step(self.x[:1, 1:], state)[1]
-        state = [state]
 
-        def decode():
+        def decode(state):
             with torch.inference_mode(), self.runtime.autocast():
-                state[0] = self.attn.step(self.x[:1, :1], state[0])[1]
+                return self.attn.step(self.x[:1, :1], state)[0]
 
-        return decode, state_bytes(state[0])
+        return decode, state
 
     @torch.no_grad()
     def difference(self):
@@ -548,10 +561,11 @@ def overview(types, shape, bench, runtime, report):
     decoders = {key: layer.decoder() for key, layer in layers.items()}
     calls = {(*key, "forward"): layer.forward for key, layer in layers.items()}
     calls |= {(*key, "both"): layer.forward_backward for key, layer in layers.items()}
-    calls |= {(*key, "decode"): decoder for key, (decoder, _) in decoders.items()}
+    calls |= {(*key, "decode"): decode for key, (decode, _) in decoders.items()}
+    inputs = {(*key, "decode"): fresh(state) for key, (_, state) in decoders.items()}
     # a whole call of each: what follows is warm
     memory = {key: peak_memory(layer.forward_backward, runtime.device_type) for key, layer in layers.items()}
-    times = interleaved(calls, bench.rounds, bench.seconds / 50, runtime, "rounds", until, warm=False)
+    times = interleaved(calls, bench.rounds, bench.seconds / 50, runtime, "rounds", until, warm=False, inputs=inputs)
     sweep = report.table("sweep", "a layer at each length", SWEEP, keys=2)
     for (t, T), layer in layers.items():
         forward, both, decode = (times[t, T, kind] for kind in ("forward", "both", "decode"))
@@ -560,8 +574,8 @@ def overview(types, shape, bench, runtime, report):
         saved = 1 - executed / layers["softmax", T].operations()[1]
         share = report.share_of_peak(whole, both)
         row = (t, T, layer.x.size(0), [1e3 * s for s in forward], [1e3 * s for s in both], ratio, share)
-        row += ([1 / s for s in decode], decoders[t, T][1], memory[t, T], nominal / 1e6, executed / 1e6, saved)
-        sweep.add(*row)
+        decoding = [1 / s for s in decode], state_bytes(decoders[t, T][1])
+        sweep.add(*row, *decoding, memory[t, T], nominal / 1e6, executed / 1e6, saved)
     rounds, tokens = len(next(iter(times.values()))), sweep.rows[0]["batch (sequences)"] * lengths[0]
     title = f"a layer of n_embd {shape['n_embd']}, n_head {shape['n_head']}, as initialised, projections included, "
     title += f"{tokens:,} tokens or a sequence a call, {rounds} rounds; crossover: no slower than softmax from there on"
@@ -1094,9 +1108,10 @@ def bench_positions(model, bench, runtime, report):
                 state = models[name].step(piece, state)[1]
             states[name, pos] = state
         token = torch.randint(model.config.vocab_size, (1, 1), device=runtime.device)
-        calls = {row: functools.partial(models[row[0]].step, token, copy.deepcopy(s)) for row, s in states.items()}
-        read = {row: keys_read(call) for row, call in calls.items()}
-        times = interleaved(calls, 4 * bench.rounds, bench.seconds / 8, runtime, "positions")
+        calls = {row: functools.partial(models[row[0]].step, token) for row in states}
+        inputs = {row: fresh(state) for row, state in states.items()}
+        read = {row: keys_read(functools.partial(call, *inputs[row]())) for row, call in calls.items()}
+        times = interleaved(calls, 4 * bench.rounds, bench.seconds / 8, runtime, "positions", inputs=inputs)
     columns = "attention, position (tokens), a token (us), of the first position (ratio), of softmax (ratio), "
     columns += "read (keys), state (bytes), of the copy bandwidth (share)"
     with report.table("positions", "one token, by its position in the text", columns, keys=2) as table:

@@ -449,6 +449,48 @@ def test_bytes_that_a_token_reads():
         assert keys == (2 * 2 * 9 if name == "softmax" else 0)
 
 
+@pytest.mark.parametrize("name", ATTENTION)
+def test_each_timed_token_comes_after_the_named_ones(name, tmp_path, monkeypatch):
+    """Every call of a row starts from the same state, whatever a step replaces in it or changes in place."""
+    plain, step, calls, rows = bench.timed, GPT.step, [], []
+
+    def watched(self, idx, state):
+        before = state.pos
+        logits, state = step(self, idx, state)
+        calls.append((before, logits.clone()))
+        return logits, state
+
+    def timed(call, seconds, *rest, **options):
+        calls.clear()
+        for _ in range(3):
+            plain(call, 0.0, *rest, **options)
+        rows.append([*calls])
+        return 0.001
+
+    monkeypatch.setattr(GPT, "step", watched)
+    monkeypatch.setattr(bench, "timed", timed)
+    monkeypatch.setattr(bench.Report, "measure_machine", lambda self, _: self.peaks.update(copy_gb_s=100.0))
+    options = ["--what=decode", "--positions=7,20", "--tokens=2", "--rounds=1", "--device=cpu", "--json="]
+    bench.main([*options, *SMALL, f"--attention_type={name}"])
+    rows = [row for row in rows if row]
+    assert len(rows) == 4 * 2 * len({name, "softmax"})
+    for row in rows:
+        assert len(row) == 3 and {pos for pos, _ in row} in ({7}, {20})
+        assert all(torch.equal(logits, row[0][1]) for _, logits in row)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_a_layer_decodes_after_the_same_tokens_each_time(name, fresh_rng):
+    layer = bench.Layer.make(name, 24, bench.LAYER, 1, Runtime("cpu", "float32", False, ""))
+    decode, state = layer.decoder()
+    inputs = bench.fresh(state)
+    found = [decode(*inputs()) for _ in range(3)]
+    tokens = torch.cat((layer.x[:, 1:], layer.x[:, :1]), 1)
+    expected = layer.attn.eval()(tokens)[0][:, -1:]
+    for y in found:
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_all_that_needs_no_run(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(bench, "measure", lambda what, *_: done.append(what))
