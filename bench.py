@@ -601,20 +601,24 @@ def summary(sweep, *titles):
 
 def crossover(lengths, ratios):
     """The length from which on an attention is no slower than softmax, given its ratios (a list of rounds) at each
-    length: for each round, interpolated in the logarithms; a bound where it lies outside."""
+    length: for each round, interpolated in the logarithms. A bound where all rounds put it outside; text that says how
+    far they are apart where only some do."""
     found = []
     for round in zip(*ratios):
         slower = [i for i, r in enumerate(round) if r > 1]
         if not slower:
-            found.append(f"below {lengths[0]:,}")
+            found.append(0)
         elif slower[-1] == len(lengths) - 1:
-            found.append(f"above {lengths[-1]:,}")
+            found.append(math.inf)
         else:
             i = slower[-1]
             (a, b), (low, high) = (math.log(r) for r in round[i : i + 2]), (math.log(T) for T in lengths[i : i + 2])
             found.append(math.exp(low + (high - low) * a / (a - b)))
-    bounds = [f for f in found if isinstance(f, str)]
-    return found if not bounds else statistics.mode(bounds) if 2 * len(bounds) > len(found) else "uncertain"
+    if min(found) > 0 and max(found) < math.inf:
+        return found
+    bounds = {0: f"below {lengths[0]:,}", math.inf: f"above {lengths[-1]:,}"}
+    low, high = (bounds.get(T) or f"{T:,.0f}" for T in (min(found), max(found)))
+    return low if low == high else f"uncertain: {low} to {high}"
 
 
 def plot_overview(sweep, path):

@@ -183,7 +183,8 @@ def test_the_check_finds_a_wrong_layer(overview, monkeypatch):
 
 
 def test_crossover_lengths():
-    """Interpolated in the logarithms of both; each round by itself."""
+    """Interpolated in the logarithms of both; each round by itself. A length where all rounds have one, a bound where
+    all have it, and else how far they are apart."""
     lengths = [100, 200, 400, 800]
     at = lambda *ratios: [[r] for r in ratios]  # noqa: E731
     assert crossover(lengths, at(4, 2, 0.5, 0.1)) == [pytest.approx(200 * 2**0.5)]
@@ -191,7 +192,13 @@ def test_crossover_lengths():
     assert (
         crossover(lengths, at(0.9, 0.8, 0.7, 1.0)) == "below 100" and crossover(lengths, at(9, 9, 9, 2)) == "above 800"
     )
-    assert crossover(lengths, [[4, 0.5], [2, 0.5], [0.5, 0.5], [0.1, 0.1]]) == "uncertain"
+    assert crossover(lengths, [[4, 0.5], [2, 0.5], [0.5, 0.5], [0.1, 0.1]]) == "uncertain: below 100 to 283"
+    assert (
+        crossover(lengths, [[9, 9, 0.5], [9, 9, 0.5], [9, 9, 0.5], [9, 9, 0.5]]) == "uncertain: below 100 to above 800"
+    )
+    most = [[0.5, 0.5, 0.5, 0.5, 4], [0.5] * 4 + [2], [0.5] * 5, [0.1] * 5]  # four rounds of five
+    assert crossover(lengths, most) == "uncertain: below 100 to 283"
+    assert crossover(lengths, [[2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 0.5]]) == "uncertain: 566 to above 800"
     two = crossover(lengths, [[4, 4], [2, 4], [0.5, 0.5], [0.1, 0.1]])
     assert two == [pytest.approx(200 * 2**0.5), pytest.approx(200 * 2 ** (2 / 3))]
 
