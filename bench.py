@@ -43,6 +43,7 @@ from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -1284,15 +1285,22 @@ def loss_by_context(nats, seen):
 
 
 def training_cost(folder, model):
-    """(tokens, executed GFLOP) of the training up to the checkpoint that is scored; a backward pass is two forwards."""
+    """(tokens, executed GFLOP) of the training up to the checkpoint that is scored; a backward pass is two forwards.
+    Tokens are those that the log counted, between two of its lines in proportion; after its last line, or without a
+    log, those of the run's keys."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            cfg = json.load(f)["train"]
-        sequences = read_checkpoint(folder)["iter_num"] * cfg["batch_size"] * cfg["gradient_accumulation_steps"]
-    except (OSError, ValueError, KeyError, TypeError):  # of another project, or exported
+            stored = json.load(f)
+        cfg, T = stored["train"], stored["data"].get("record_len") or model.config.block_size
+        steps, each = read_checkpoint(folder)["iter_num"], cfg["batch_size"] * cfg["gradient_accumulation_steps"] * T
+        log = read_log(folder)[0] if os.path.exists(os.path.join(folder, "log.jsonl")) else []
+        points = [(0, 0)] + [(e["iter"], e["tokens"]) for e in log if "tokens" in e]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of another project, or exported
         return None, None
-    T = model.config.block_size
-    return sequences * T, 3 * sequences * model.flops(T)[1] / 1e9
+    i, tokens = points[-1]
+    points += [(steps, tokens + (steps - i) * each)] if i < steps else []
+    tokens = round(np.interp(steps, *zip(*points)))
+    return tokens, 3 * tokens / T * model.flops(T)[1] / 1e9
 
 
 def plot_quality(curves, rows, path):

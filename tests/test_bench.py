@@ -373,6 +373,27 @@ def test_quality_adds_up(tiny, text_dataset, tmp_path):
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_training_is_counted_as_the_log_has_it(tiny, labelled_dataset, tmp_path):
+    """Records are as long as they are, whatever block_size; and a resumed run may have another batch."""
+    keys = dict(dataset=labelled_dataset, block_size=16, log_interval=2, eval_interval=4, dropout=0.0)
+    train.main(tiny(max_iters=8, batch_size=4, **keys))
+    train.main(tiny(max_iters=12, batch_size=10, init_from="resume", **keys))
+    folder, model = str(tmp_path / "run"), GPT.from_checkpoint(str(tmp_path / "run"))
+    wanted = {4: 4 * 4, 5: 5 * 4, 8: 8 * 4, 12: 8 * 4 + 4 * 10, 14: 8 * 4 + 6 * 10}  # sequences, after so many steps
+
+    def cost(steps):
+        stored = read_checkpoint(folder) | {"iter_num": steps}
+        torch.save({k: v for k, v in stored.items() if k != "path"}, tmp_path / "run" / "best.pt")
+        return bench.training_cost(folder, model)
+
+    for steps, sequences in wanted.items():
+        assert cost(steps) == (6 * sequences, pytest.approx(3 * sequences * model.flops(6)[1] / 1e9))
+    (tmp_path / "run" / "log.jsonl").unlink()
+    assert cost(8)[0] == 6 * 8 * 10  # by the last keys
+    (tmp_path / "run" / "config.json").unlink()
+    assert cost(8) == (None, None)
+
+
 def test_seeds_are_averaged_and_nothing_else(tiny, tmp_path, capsys):
     """Runs that differ in seed, folder and intervals of the log are one row, with their mean and deviation (n - 1); a
     run of another rate stays apart; without two alike there is no table."""
