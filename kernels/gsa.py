@@ -172,9 +172,8 @@ def gsa_products(T, K, V, M):
     """Operations of the matrix products that `chunk_fwd` runs for one head and sequence of T, a whole last chunk
     included, where gates are mild enough to be factorised. Strong gates, which `Decay` takes by halves, run fewer."""
     C = chunk_length(T)
-    decay, scores = 2 * C * C * M, 2 * C * C * (K + M)
-    read = 2 * C * C * (M + V)
-    return -(-T // C) * (4 * C * M * (K + V) + decay + scores + read)
+    decay = 2 * C * C * M
+    return -(-T // C) * (4 * C * M * (K + V) + 2 * C * C * (K + M) + 2 * C * C * (M + V) + decay)
 
 
 def chunk_fwd(q, k, v, s, g, hk, hv, scale):
