@@ -43,6 +43,7 @@ from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -259,16 +260,19 @@ def read_report(path):
         raise ConfigError(f"{path}: not a file that bench.py wrote") from None
 
 
+TIMES, RATES = ("(ms)", "(us)", "ns/token"), ("tokens/s", "(tokens/s)")  # how columns that hold what was timed end
+
+
 def compare(bench, report):
-    """The speed of what the second file of --compare measured over the first's: lowest, middle and highest that the
-    rounds allow. Where softmax was timed in the same rounds it is divided out, and not judged itself: a machine that is
+    """The speed of what the second file of --compare timed over the first's: lowest, middle and highest that the rounds
+    allow. Where softmax was timed in the same rounds it is divided out, and not judged itself: a machine that is
     slower than it was does not count. Returns 1 if a middle is below --fail_below."""
     paths = [path.strip() for path in bench.compare.split(",")]
     if len(paths) != 2:
         raise ConfigError(f"--compare={bench.compare}: write two files, A.json,B.json")
     (a, b), slow = (read_report(path) for path in paths), 0
-    common = [(key, c) for key in a if key in b for c, cell in a[key].items() if isinstance(cell, list) and c in b[key]]
-    common = [(key, c) for key, c in common if not c.endswith(("(ratio)", "(share)"))]
+    common = [(key, c) for key in a if key in b for c in a[key] if c.endswith(TIMES + RATES)]
+    common = [(key, c) for key, c in common if all(isinstance(row[key].get(c), list) for row in (a, b))]
     if not common:
         raise ConfigError(f"--compare={bench.compare}: nothing that was timed is in both files")
     columns = "table, row, measured, A (in its unit), B (in its unit), speed of B / A (ratio), beside softmax (ratio), "
@@ -293,7 +297,7 @@ def compare(bench, report):
 
 def speed_ratio(a, b, column):
     """[lowest, middle, highest] speed of rounds b over rounds a, which are rates or times by their column's name."""
-    a, b = (a, b) if column.endswith(("/s", "/s)")) else (b, a)
+    a, b = (a, b) if column.endswith(RATES) else (b, a)
     return [min(b) / max(a), statistics.median(b) / statistics.median(a), max(b) / min(a)]
 
 
@@ -339,23 +343,25 @@ def heat_map(values, rows, size, label, vmax=1, cmap="viridis", **options):
 # clocks
 
 
-def timed(step, seconds, device_type, pick=min):
-    """Seconds of one call, of the calls of about `seconds`, each timed by itself: the fastest, because what else the
-    machine does only adds to it. On CUDA between two events, and the cache is overwritten before each call."""
+def timed(step, seconds, device_type, pick=min, inputs=tuple):
+    """Seconds of one call step(*inputs()), of the calls of about `seconds`, each timed by itself, without its inputs:
+    the fastest, because what else the machine does only adds to it. On CUDA between two events, and the cache is
+    overwritten before each call."""
     times, events, end = [], [], time.perf_counter() + seconds
     clock = getattr(time, clock_name(device_type, pick))
     while not (times or events) or time.perf_counter() < end:
+        given = inputs()
         if device_type == "cuda":
             overwritten().zero_()
             events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
             events[-1][0].record()
-            step()
+            step(*given)
             events[-1][1].record()
             if len(events) % 16 == 0:  # the queue must not grow, nor run empty
                 torch.cuda.synchronize()
             continue
         start = clock()
-        step()
+        step(*given)
         if device_type == "mps":
             torch.mps.synchronize()
         times.append(clock() - start)
@@ -376,21 +382,33 @@ def overwritten():
     return torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
 
 
-def interleaved(calls, rounds, seconds, runtime, label, until=math.inf, pick=min, warm=True):
+def interleaved(calls, rounds, seconds, runtime, label, until=math.inf, pick=min, warm=True, inputs=None):
     """{name: [seconds of a call in each round]} for {name: callable}, in the order A B C, C B A, and so on; with `warm`
-    after a call of each that is not counted. No round begins after the moment `until`, but for the first two."""
+    after a call of each that is not counted. No round begins after the moment `until`, but for the first two. `inputs`:
+    {name: what makes the arguments of each call}, where it takes any."""
     times, first = {name: [] for name in calls}, -1 if warm else 0
     with progress_bar((rounds - first) * len(calls), label, "call", World(0, 1, 0)) as bar:
         for i in range(first, rounds):
             if i > 1 and time.perf_counter() > until:
                 break
             for name in list(calls)[:: -1 if i % 2 else 1]:
+                given = (inputs or {}).get(name, tuple)
                 if i < 0:
-                    calls[name]()
+                    calls[name](*given())
                 else:
-                    times[name].append(timed(calls[name], seconds, runtime.device_type, pick))
+                    times[name].append(timed(calls[name], seconds, runtime.device_type, pick, given))
                 bar.update()
     return times
+
+
+def fresh(state):
+    """What makes the argument of a call that decodes: a copy of the state, which a step changes, partly in place."""
+
+    def inputs():
+        with torch.inference_mode():
+            return (copy.deepcopy(state),)
+
+    return inputs
 
 
 def matmul_peak(runtime, seconds):
@@ -470,19 +488,18 @@ class Layer:
 
     @torch.inference_mode()
     def decoder(self):
-        """A call that decodes a token after T - 1 others, and the bytes of the state that it reads."""
+        """A call that decodes a token from a state, and the state after T - 1 others."""
         T = self.x.size(1)
         with self.runtime.autocast():
             state = self.attn.init_state(1, T)
             if T > 1:
                 state = self.attn.step(self.x[:1, 1:], state)[1]
-        state = [state]
 
-        def decode():
+        def decode(state):
             with torch.inference_mode(), self.runtime.autocast():
-                state[0] = self.attn.step(self.x[:1, :1], state[0])[1]
+                return self.attn.step(self.x[:1, :1], state)[0]
 
-        return decode, state_bytes(state[0])
+        return decode, state
 
     @torch.no_grad()
     def difference(self):
@@ -547,10 +564,11 @@ def overview(types, shape, bench, runtime, report):
     decoders = {key: layer.decoder() for key, layer in layers.items()}
     calls = {(*key, "forward"): layer.forward for key, layer in layers.items()}
     calls |= {(*key, "both"): layer.forward_backward for key, layer in layers.items()}
-    calls |= {(*key, "decode"): decoder for key, (decoder, _) in decoders.items()}
+    calls |= {(*key, "decode"): decode for key, (decode, _) in decoders.items()}
+    inputs = {(*key, "decode"): fresh(state) for key, (_, state) in decoders.items()}
     # a whole call of each: what follows is warm
     memory = {key: peak_memory(layer.forward_backward, runtime.device_type) for key, layer in layers.items()}
-    times = interleaved(calls, bench.rounds, bench.seconds / 50, runtime, "rounds", until, warm=False)
+    times = interleaved(calls, bench.rounds, bench.seconds / 50, runtime, "rounds", until, warm=False, inputs=inputs)
     sweep = report.table("sweep", "a layer at each length", SWEEP, keys=2)
     for (t, T), layer in layers.items():
         forward, both, decode = (times[t, T, kind] for kind in ("forward", "both", "decode"))
@@ -559,8 +577,8 @@ def overview(types, shape, bench, runtime, report):
         saved = 1 - executed / layers["softmax", T].operations()[1]
         share = report.share_of_peak(whole, both)
         row = (t, T, layer.x.size(0), [1e3 * s for s in forward], [1e3 * s for s in both], ratio, share)
-        row += ([1 / s for s in decode], decoders[t, T][1], memory[t, T], nominal / 1e6, executed / 1e6, saved)
-        sweep.add(*row)
+        decoding = [1 / s for s in decode], state_bytes(decoders[t, T][1])
+        sweep.add(*row, *decoding, memory[t, T], nominal / 1e6, executed / 1e6, saved)
     rounds, tokens = len(next(iter(times.values()))), sweep.rows[0]["batch (sequences)"] * lengths[0]
     title = f"a layer of n_embd {shape['n_embd']}, n_head {shape['n_head']}, as initialised, projections included, "
     title += f"{tokens:,} tokens or a sequence a call, {rounds} rounds; crossover: no slower than softmax from there on"
@@ -586,20 +604,24 @@ def summary(sweep, *titles):
 
 def crossover(lengths, ratios):
     """The length from which on an attention is no slower than softmax, given its ratios (a list of rounds) at each
-    length: for each round, interpolated in the logarithms; a bound where it lies outside."""
+    length: for each round, interpolated in the logarithms. A bound where all rounds put it outside; text that says how
+    far they are apart where only some do."""
     found = []
     for round in zip(*ratios):
         slower = [i for i, r in enumerate(round) if r > 1]
         if not slower:
-            found.append(f"below {lengths[0]:,}")
+            found.append(0)
         elif slower[-1] == len(lengths) - 1:
-            found.append(f"above {lengths[-1]:,}")
+            found.append(math.inf)
         else:
             i = slower[-1]
             (a, b), (low, high) = (math.log(r) for r in round[i : i + 2]), (math.log(T) for T in lengths[i : i + 2])
             found.append(math.exp(low + (high - low) * a / (a - b)))
-    bounds = [f for f in found if isinstance(f, str)]
-    return found if not bounds else statistics.mode(bounds) if 2 * len(bounds) > len(found) else "uncertain"
+    if min(found) > 0 and max(found) < math.inf:
+        return found
+    bounds = {0: f"below {lengths[0]:,}", math.inf: f"above {lengths[-1]:,}"}
+    low, high = (bounds.get(T) or f"{T:,.0f}" for T in (min(found), max(found)))
+    return low if low == high else f"uncertain: {low} to {high}"
 
 
 def plot_overview(sweep, path):
@@ -1040,6 +1062,7 @@ def operations(name, call, inputs, shape):
     B, T, H, K, V = shape
     sizes = SimpleNamespace(n_head=H, d_head=(K + V) / 2, d_k=K, d_v=V, n_slot=64, n_feature=256, n_kv=1, mean=True)
     sizes.sizes, sizes.log_mask = nsa_sizes(T), lambda T: (inputs[3].detach(), None)
+    sizes.gate_min, sizes.constant_ones = None if name == "gla_exact" else -1.25, False
     kind = "mask_mix" if call is distance else {"gla_exact": "gla"}.get(name, name)
     return B * ATTENTION[kind].flops(sizes, T)[1] if kind in ATTENTION else None
 
@@ -1092,9 +1115,10 @@ def bench_positions(model, bench, runtime, report):
                 state = models[name].step(piece, state)[1]
             states[name, pos] = state
         token = torch.randint(model.config.vocab_size, (1, 1), device=runtime.device)
-        calls = {row: functools.partial(models[row[0]].step, token, copy.deepcopy(s)) for row, s in states.items()}
-        read = {row: keys_read(call) for row, call in calls.items()}
-        times = interleaved(calls, 4 * bench.rounds, bench.seconds / 8, runtime, "positions")
+        calls = {row: functools.partial(models[row[0]].step, token) for row in states}
+        inputs = {row: fresh(state) for row, state in states.items()}
+        read = {row: keys_read(functools.partial(call, *inputs[row]())) for row, call in calls.items()}
+        times = interleaved(calls, 4 * bench.rounds, bench.seconds / 8, runtime, "positions", inputs=inputs)
     columns = "attention, position (tokens), a token (us), of the first position (ratio), of softmax (ratio), "
     columns += "read (keys), state (bytes), of the copy bandwidth (share)"
     with report.table("positions", "one token, by its position in the text", columns, keys=2) as table:
@@ -1263,15 +1287,22 @@ def loss_by_context(nats, seen):
 
 
 def training_cost(folder, model):
-    """(tokens, executed GFLOP) of the training up to the checkpoint that is scored; a backward pass is two forwards."""
+    """(tokens, executed GFLOP) of the training up to the checkpoint that is scored; a backward pass is two forwards.
+    Tokens are those that the log counted, between two of its lines in proportion; after its last line, or without a
+    log, those of the run's keys."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            cfg = json.load(f)["train"]
-        sequences = read_checkpoint(folder)["iter_num"] * cfg["batch_size"] * cfg["gradient_accumulation_steps"]
-    except (OSError, ValueError, KeyError, TypeError):  # of another project, or exported
+            stored = json.load(f)
+        cfg, T = stored["train"], stored["data"].get("record_len") or model.config.block_size
+        steps, each = read_checkpoint(folder)["iter_num"], cfg["batch_size"] * cfg["gradient_accumulation_steps"] * T
+        log = read_log(folder)[0] if os.path.exists(os.path.join(folder, "log.jsonl")) else []
+        points = [(0, 0)] + [(e["iter"], e["tokens"]) for e in log if "tokens" in e]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of another project, or exported
         return None, None
-    T = model.config.block_size
-    return sequences * T, 3 * sequences * model.flops(T)[1] / 1e9
+    i, tokens = points[-1]
+    points += [(steps, tokens + (steps - i) * each)] if i < steps else []
+    tokens = round(np.interp(steps, *zip(*points)))
+    return tokens, 3 * tokens / T * model.flops(T)[1] / 1e9
 
 
 def plot_quality(curves, rows, path):
@@ -1350,7 +1381,7 @@ def mask_table(folder, layers, c, report):
         for i, attn in layers.items():
             stats, (table, first) = attn.stats(), attn.log_mask(c.block_size)
             first = table.new_empty(len(table), 0, c.block_size) if first is None else first
-            computed = [path for path, _ in paths(table.detach(), first, c.d_head)]
+            computed = [path for path, _ in paths(table.detach(), first, c.d_head, attn.constant_ones)]
             names = c.mask_mix_candidates.split(",")
             for h in range(len(table)):
                 row = [float(stats[name][h]) if name in stats else None for name in ("span", "period", "offset")]
@@ -1371,7 +1402,8 @@ def mask_costs(folder, layers, c, bench, runtime, report):
         for i, attn in layers.items():
             mask = [m if m is None else m.detach().requires_grad_() for m in attn.log_mask(T)]
             inputs = [q, k, v] + [m for m in mask if m is not None]
-            ours = functools.partial(operator_step, functools.partial(distance, q, k, v, *mask), inputs)
+            attention = functools.partial(distance, q, k, v, *mask, constant_ones=attn.constant_ones)
+            ours = functools.partial(operator_step, attention, inputs)
             plain = functools.partial(operator_step, functools.partial(sdpa, q, k, v), [q, k, v])
             times = interleaved({"ours": ours, "plain": plain}, bench.rounds, bench.seconds / 4, runtime, f"layer {i}")
             ours, ratio = times["ours"], [a / b for a, b in zip(*times.values())]

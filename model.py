@@ -25,10 +25,10 @@ from kernels import leave_autocast
 from kernels.distance import BandCache, distance, paths
 from kernels.gated import executed_pairs as gated_pairs
 from kernels.gated import gated
-from kernels.gla import gla
-from kernels.gsa import gsa
+from kernels.gla import gla, gla_products
+from kernels.gsa import gsa, gsa_products
 from kernels.nsa import nsa_compressed, nsa_pairs, nsa_selected, nsa_sizes, nsa_window
-from kernels.performer import feature_map, performer, random_features
+from kernels.performer import feature_map, performer, performer_products, random_features
 from weights import ModelError, load_weights, read_checkpoint, read_gpt2
 
 
@@ -286,6 +286,7 @@ class SoftmaxAttention(Attention):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1)
 
     def flops(self, T):
+        """The pairs of a query and the keys up to it, twice: what tiles PyTorch's kernel takes is its own affair."""
         pairs = T * (T + 1) // 2
         return (4 * self.n_head * self.d_head * pairs,) * 2
 
@@ -743,9 +744,9 @@ class GatedLinearAttention(Attention):
         return self._project(o, r), state
 
     def flops(self, T):
-        """The recurrence, and the chunks of 64 that a training step executes."""
-        K, V = self.d_k, self.d_v
-        return 4 * K * V * self.n_head * T, (4 * K * V + 2 * 64 * (K + V)) * self.n_head * T
+        """The recurrence, and the matrix products of the chunks of 64 that a training step executes."""
+        K, V, H = self.d_k, self.d_v, self.n_head
+        return 4 * K * V * H * T, H * gla_products(T, K, V, self.gate_min)
 
     @torch.no_grad()
     def stats(self, x=None):
@@ -811,9 +812,9 @@ class GatedSlotAttention(Attention):
         return self._project(o, x), state
 
     def flops(self, T):
-        """The recurrence, and the chunks of 64 that a training step executes."""
-        D, M = self.d_head, self.n_slot
-        return 8 * M * D * self.n_head * T, (8 * M * D + 4 * 64 * (D + M)) * self.n_head * T
+        """The recurrence, and the matrix products of the chunks of up to 64 that a training step executes."""
+        D, M, H = self.d_head, self.n_slot, self.n_head
+        return 8 * M * D * H * T, H * gsa_products(T, D, D, M)
 
     @torch.no_grad()
     def stats(self, x=None):
@@ -896,9 +897,9 @@ class PerformerAttention(Attention):
         return self._project(o, x), (sums, position + x.size(1))
 
     def flops(self, T):
-        """Features and the recurrence; with them, the chunks of 64 that a training step executes."""
-        M, D, tokens = self.n_feature, self.d_head, self.n_head * T
-        return (8 * M * D + 4 * M) * tokens, (8 * M * D + 4 * M + 2 * 64 * (M + D + 1)) * tokens
+        """Features and the recurrence, and the matrix products of the chunks of 64 that a training step executes."""
+        M, D, H = self.n_feature, self.d_head, self.n_head
+        return (8 * M * D + 4 * M) * H * T, H * performer_products(T, D, D, M)
 
     @torch.no_grad()
     def stats(self, x=None):
@@ -1029,10 +1030,14 @@ class NativeSparseAttention(Attention):
         return self._attend(x, q, *caches, n, "gather" if t <= 16 else "auto"), state
 
     def flops(self, T):
+        """The pairs that are read, and those in the tiles of a training step; both with what compresses the blocks, but
+        for the slots, whose product is one for a whole batch."""
         block, stride = self.sizes[:2]
         H, Hk, D, N = self.n_head, self.n_kv, self.d_head, max(0, (T - block) // stride + 1)
-        each = block * D if self.mean else 2 * block * D * 2 * D + 2 * 2 * D * D
-        return tuple(4 * H * D * pairs + 2 * Hk * N * each for pairs in nsa_pairs(T, self.sizes, H // Hk))
+        first, second = (0, block * D) if self.mean else (4 * block * D * D, 4 * D * D)
+        run = N and N + block // stride - 1  # of the MLP's first matrix; N blocks have so many parts
+        read, executed = (4 * H * D * pairs for pairs in nsa_pairs(T, self.sizes, H // Hk))
+        return read + 2 * Hk * N * (first + second), executed + 2 * Hk * (run * first + N * second)
 
     @torch.no_grad()
     def stats(self, x=None):

@@ -229,6 +229,14 @@ def store(out, segment, chunk, write):
     out[:, lo:hi].copy_(padded[:, : hi - lo])
 
 
+def gla_products(T, K, V, gate_min):
+    """Operations of the matrix products that `chunk_forward` runs for one head and sequence of T, a whole last chunk
+    included. Elementwise work is not counted: of a tree the levels of one and two tokens are elementwise too."""
+    C = CHUNK
+    scores = 2 * C * C * K if is_factorised(gate_min) else C * (C - 4) * K  # C h K at each level of h = 4 ... C / 2
+    return -(-T // C) * (4 * C * K * V + scores + 2 * C * C * V)
+
+
 def prepare(q, k, g, segment, chunk, gate_min, new):
     """q, k, g (n, B, H, C, K), and the form of their products."""
     q, k, g = (chunked(x, segment, chunk) for x in (q, k, g))

@@ -168,6 +168,14 @@ def segment_length(B, H):
     return CHUNK * max(1, SEGMENT // (CHUNK * B * H))
 
 
+def gsa_products(T, K, V, M):
+    """Operations of the matrix products that `chunk_fwd` runs for one head and sequence of T, a whole last chunk
+    included, where gates are mild enough to be factorised. Strong gates, which `Decay` takes by halves, run fewer."""
+    C = chunk_length(T)
+    decay = 2 * C * C * M
+    return -(-T // C) * (4 * C * M * (K + V) + 2 * C * C * (K + M) + 2 * C * C * (M + V) + decay)
+
+
 def chunk_fwd(q, k, v, s, g, hk, hv, scale):
     """-> o, the final states, and for the backward pass the logits without their own token, and the states at the
     chunk borders, keys and values side by side (chunks + 1, B * H, M, K + V)."""

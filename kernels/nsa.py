@@ -45,14 +45,25 @@ def nsa_sizes(T):
 def nsa_pairs(T, sizes, G=1):
     """Pairs of a query and a key in a sequence of T, (read, executed in tiles): the three branches together."""
     block, stride, select_block, count, window = sizes
-    blocks, own = max(0, (T - block) // stride + 1), -(-T // select_block)
-    c = min(max(16, min(window, QUERIES)), T)
+    w, c = window_shape(T, T, window)
     chosen = sum(min(t // select_block, count - 1) * select_block for t in range(T))
     read = sum(max(0, (t + 1 - block) // stride + 1) + t % select_block + 1 + min(t + 1, window) for t in range(T))
     ends = [min(T, t + QUERIES) for t in range(block - 1, T, QUERIES)]
-    compressed = sum((b - a) * ((b - block) // stride + 1) for a, b in zip([block - 1, *ends], ends)) if blocks else 0
-    rest = own * select_block * max(8, ROWS // G) // 2  # half a tile for each block
-    return read + chosen, compressed + chosen + T * select_block + rest + -(-T // c) * c * (min(window, T) + c)
+    compressed = sum((b - a) * ((b - block) // stride + 1) for a, b in zip([block - 1, *ends], ends))
+    return read + chosen, compressed + selected_pairs(T, select_block, count, G) + -(-T // c) * c * (w + c)
+
+
+def selected_pairs(T, select_block, count, G):
+    """Pairs in the tiles of the selected branch. What queries choose beside the forced blocks depends on the data: it
+    counts as spread evenly over their candidates."""
+    block, tiles = torch.arange(-(-T // select_block)), 0
+    step, r = stretch(min(count, len(block)), G)
+    for t in torch.arange(T).split(step):
+        own = t[:, None] // select_block
+        chosen = ((count - FORCED) / (own - 2.0).clamp(min=1)).clamp(max=1) * (block < own)  # (t, blocks)
+        chosen = chosen.masked_fill((block == 0) | (block == own) | (block == own - 1), 1.0)
+        tiles += int((chosen.sum(0, dtype=torch.float64) / r - 1e-6).ceil().sum())
+    return tiles * r * select_block
 
 
 # ----------------------------------------------------------------------------- oracle
@@ -259,11 +270,16 @@ class Tiles:
         return (self.place.unsqueeze(1) * G + torch.arange(G, device=self.place.device).view(-1, 1)).flatten(0, 1)
 
 
+def stretch(n, G):
+    """Queries that are tiled together where each chose n blocks, and those of a tile."""
+    return max(1, PAIRS // (n * G)), max(8, ROWS // G)
+
+
 def selected_tiles(q, k, index, select_block):
     """Stretches of the N T queries, each as tiles: (lo, hi, Tiles, gather) with gather(x, new) the rows of x (N T, G D)
     at the tiles' places."""
-    (N, T, G, _), n, n_blocks = q.shape, index.shape[2], k.shape[1]
-    index, step, r = numbered(index, n_blocks), max(1, PAIRS // (n * G)), max(8, ROWS // G)
+    (N, T, G, _), n_blocks = q.shape, k.shape[1]
+    (step, r), index = stretch(index.shape[2], G), numbered(index, n_blocks)
     for lo in range(0, N * T, step):
         hi = min(N * T, lo + step)
         yield lo, hi, Tiles(index[lo:hi], N * n_blocks, r)

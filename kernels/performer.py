@@ -146,6 +146,12 @@ def running_sums(x, first, out, last=None, reverse=False):
     return out
 
 
+def performer_products(T, D, V, M):
+    """Operations of the matrix products that `chunk_forward` runs for one head and sequence of T, a whole last chunk
+    included: features, states, and what a chunk adds."""
+    return -(-T // CHUNK) * CHUNK * (4 * M * D + 4 * M * (V + 1) + 2 * CHUNK * (M + V + 1))
+
+
 def chunk_forward(q, k, v, wq, wk, state, features, chunk=CHUNK):
     """o (B, T, H, V), 1/z (B, T, H, 1), the last state (B, H, M, V + 1), and those at the start of each segment."""
     o, inverse = v.new_empty(v.shape), state.new_empty(*v.shape[:3], 1)

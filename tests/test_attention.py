@@ -6,7 +6,7 @@ from conftest import NoFloat64
 
 from config import resolve_device
 from data.scoring import token_nats
-from model import ATTENTION, GPT, GPTConfig, rotate
+from model import ATTENTION, GPT, GPTConfig, matrices, rotate
 from sample import label_probabilities
 from train import World, compare_with_teacher
 
@@ -137,6 +137,19 @@ def test_operations_are_counted(name):
         assert isinstance(nominal, int) and isinstance(executed, int) and executed >= 0
         assert (nominal > 0) == (name != "none")
     assert name == "none" or attn.flops(64)[0] >= 3.9 * attn.flops(16)[0]
+
+
+@pytest.mark.parametrize("name, keys", [*((name, {}) for name in TYPES), ("gla", dict(gla_gate_min=None))])
+def test_executed_operations_are_those_of_the_products(name, keys, fresh_rng, products):
+    """Of layers as initialised, whole chunks or not. `gated` counts its gates too, 1 in 64 of the rest, and the one
+    product of `nsa` with its slots is nothing for many sequences."""
+    for T in (1, 10, 63, 64, 65, 100, 256, 300):
+        attn = ATTENTION[name](GPTConfig(block_size=T, n_head=2, n_embd=64, attention_type=name, **keys))
+        x = torch.randn(min(16, max(1, 1024 // T)), T, 64)
+        with torch.no_grad():
+            ran = products(lambda: attn(x))  # noqa: B023
+        ran -= 2 * x.size(0) * T * sum(w.numel() for w in matrices(attn))
+        assert x.size(0) * attn.flops(T)[1] == pytest.approx(ran, rel=0.02), T
 
 
 @pytest.mark.parametrize("name", TYPES)

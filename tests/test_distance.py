@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import check_units
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -160,7 +161,7 @@ def test_non_contiguous(fresh_rng):
 def test_opcheck(fresh_rng):
     q, k, v, table, _, _ = draw(1, 40, 2, 8, 8, "span", 0, fresh_rng)
     tensors = [x.float().requires_grad_() for x in (q, k, v, table.clamp(min=-50))]
-    arguments = (*tensors, tensors[3].new_empty(2, 0, 40), 0.3)
+    arguments = (*tensors, tensors[3].new_empty(2, 0, 40), 0.3, False)
     torch.library.opcheck(D.distance_op, arguments)
 
 

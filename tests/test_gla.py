@@ -154,6 +154,14 @@ def test_chunk_size_does_not_matter():
             agree(other, found[0], EXACT)
 
 
+@pytest.mark.parametrize("gate_min", [-1.25, -2.0, None])
+def test_products_are_counted(gate_min, products):
+    for T in (1, 10, 64, 300):
+        q, k, v, g = (torch.randn(2, T, 3, D) for D in (16, 16, 20, 16))
+        found = products(lambda: gla(q, k, v, -g.exp(), gate_min=gate_min))  # noqa: B023
+        assert found == 2 * 3 * G.gla_products(T, 16, 20, gate_min)
+
+
 def test_gradcheck():
     """Against differences, not against the oracle's autograd."""
     q, k, v, g, h0, _, _ = draw(1, 6, 2, 3, 2)

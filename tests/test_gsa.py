@@ -191,6 +191,16 @@ def test_factorised_form_at_its_bounds():
         assert_close(run(ins, outs, "torch", torch.float32), run(ins, outs, "recurrent"), (1e-5, 1e-5, 1e-5))
 
 
+def test_products_are_counted(fresh_rng, products):
+    """To the last one where gates are mild; strong ones run fewer."""
+    for T in (1, 10, 64, 300):
+        counted = 2 * 3 * module.gsa_products(T, 16, 20, 12)
+        for gate, wanted in (("normaliser 16", counted), ("mixed", None)):
+            q, k, v, s, g, *_ = draw(T, gate=gate, B=2, seed=int(fresh_rng.integers(2**31)))[0]
+            found = products(lambda: gsa(q, k, v, s, g))  # noqa: B023
+            assert found == wanted if wanted else found < counted
+
+
 def test_bf16_inputs():
     ins, outs = draw(200, 64, 64, 64)
     ins = [x.bfloat16().double() if i < 5 else x for i, x in enumerate(ins)]

@@ -72,6 +72,13 @@ def quadratic(fq, fk, v):
 # ----------------------------------------------------------------------------- chunked PyTorch against the oracle
 
 
+def test_products_are_counted(products):
+    for T in (1, 10, 64, 300):
+        q, k, v, wq, wk, *_ = draw(2, T, 3, 8, 24, 20)
+        found = products(lambda: performer(q, k, v, wq, wk))  # noqa: B023
+        assert found == 2 * 3 * P.performer_products(T, 8, 20, 24)
+
+
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 64, 65, 100, 256])
 def test_lengths(T, features):
