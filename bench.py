@@ -841,7 +841,8 @@ OPERATORS = {  # each takes q, k (B, T, H, K), v (B, T, H, V), log-gates g (B, T
     "gsa": lambda q, k, v, g, s, backend="auto": gsa(q, k, v, -torch.expm1(s), s, scale=1.0, backend=backend)[0],
     "nsa": nsa,
 }
-BANDED = functools.partial(distance, backend="banded")
+SPAN = functools.partial(distance, constant_ones=True)  # as adaptive spans call it
+BANDED = functools.partial(SPAN, backend="banded")
 WITH_TABLES = ("performer", "span", "mask_mix")  # these take q, k, v, and features or a mask by distance
 
 
@@ -946,7 +947,7 @@ def operator_rows(names, shape, bench, runtime):
         elif name == "span":
             for span in numbers(bench.spans, "spans"):
                 table = ((span - x) / 32).clamp(0, 1).log().repeat(H, 1)
-                rows[f"span {span}"] = distance, [*qkv, table.requires_grad_()]
+                rows[f"span {span}"] = SPAN, [*qkv, table.requires_grad_()]
                 if runtime.device_type == "cuda":  # where FlexAttention is taken: the form that it must beat
                     rows[f"span {span}, banded"] = BANDED, rows[f"span {span}"][1]
         elif name == "mask_mix":
@@ -983,7 +984,7 @@ def oracle(name, call):
     """What defines the operator of a row, and its other forms are tested against; None for peers and layers."""
     if name == "softmax":  # a mask by distance that masks nothing
         return lambda q, k, v, *_: distance(q, k, v, q.new_zeros(1, q.shape[1]), backend="dense").transpose(1, 2)
-    if call in (distance, BANDED):
+    if call in (distance, SPAN, BANDED):
         return functools.partial(distance, backend="dense")
     if name == "performer":
         return functools.partial(performer_with, call.args[0].double(), backend="recurrent")
@@ -1062,8 +1063,8 @@ def operations(name, call, inputs, shape):
     B, T, H, K, V = shape
     sizes = SimpleNamespace(n_head=H, d_head=(K + V) / 2, d_k=K, d_v=V, n_slot=64, n_feature=256, n_kv=1, mean=True)
     sizes.sizes, sizes.log_mask = nsa_sizes(T), lambda T: (inputs[3].detach(), None)
-    sizes.gate_min, sizes.constant_ones = None if name == "gla_exact" else -1.25, False
-    kind = "mask_mix" if call is distance else {"gla_exact": "gla"}.get(name, name)
+    sizes.gate_min, sizes.constant_ones = None if name == "gla_exact" else -1.25, call is SPAN
+    kind = "mask_mix" if call in (distance, SPAN) else {"gla_exact": "gla"}.get(name, name)
     return B * ATTENTION[kind].flops(sizes, T)[1] if kind in ATTENTION else None
 
 

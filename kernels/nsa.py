@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -56,13 +57,13 @@ def nsa_pairs(T, sizes, G=1):
 def selected_pairs(T, select_block, count, G):
     """Pairs in the tiles of the selected branch. What queries choose beside the forced blocks depends on the data: it
     counts as spread evenly over their candidates."""
-    block, tiles = torch.arange(-(-T // select_block)), 0
+    block, tiles = np.arange(-(-T // select_block)), 0
     step, r = stretch(min(count, len(block)), G)
-    for t in torch.arange(T).split(step):
-        own = t[:, None] // select_block
-        chosen = ((count - FORCED) / (own - 2.0).clamp(min=1)).clamp(max=1) * (block < own)  # (t, blocks)
-        chosen = chosen.masked_fill((block == 0) | (block == own) | (block == own - 1), 1.0)
-        tiles += int((chosen.sum(0, dtype=torch.float64) / r - 1e-6).ceil().sum())
+    for first in range(0, T, step):
+        own = np.arange(first, min(T, first + step))[:, None] // select_block
+        chosen = np.minimum((count - FORCED) / np.maximum(own - 2, 1), 1.0) * (block < own)  # (t, blocks)
+        chosen[(block == 0) | (block == own) | (block == own - 1)] = 1.0
+        tiles += int(np.ceil(chosen.sum(0) / r - 1e-6).sum())
     return tiles * r * select_block
 
 
