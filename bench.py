@@ -39,7 +39,7 @@ import platform
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from unittest import mock
 
@@ -67,7 +67,7 @@ from kernels.nsa import (
     nsa_window_dense,
 )  # fmt: skip
 from kernels.performer import performer
-from model import ATTENTION, GPT, GPTConfig, matrices, random_features
+from model import ATTENTION, GPT, GPTConfig, matrices, own_keys, random_features
 from train import Run, TrainConfig, World, eval_window, git_commit, progress_bar, write_atomically
 from weights import ModelError, read_checkpoint
 
@@ -471,7 +471,7 @@ class Layer:
 
     @classmethod
     def make(cls, name, T, shape, batch_size, runtime):
-        c = config.build(GPTConfig, shape | dict(attention_type=name, block_size=T))
+        c = config.build(GPTConfig, own_keys(shape, name) | dict(attention_type=name, block_size=T))
         attn = ATTENTION[name](c).to(runtime.device)
         x = torch.randn(batch_size or max(1, LAYER_TOKENS // T), T, c.n_embd, device=runtime.device)
         return cls(torch.compile(attn) if runtime.compile else attn, x.requires_grad_(), runtime)
@@ -771,7 +771,11 @@ def models_beside(c, bench):
     for name, model in models.items():
         if any(getattr(model.config, k) != getattr(shape, k) for k in ("n_layer", "n_embd", "block_size")):
             raise ConfigError(f"{name}: models that are timed beside each other must have one shape")
-    return {name: GPT(config.override(shape, attention_type=name)) for name in types} | models
+    return {name: GPT(of_type(shape, name)) for name in types} | models
+
+
+def of_type(c, name):
+    return config.build(GPTConfig, own_keys(vars(c), name) | dict(attention_type=name))
 
 
 def steps_beside(models, bench, runtime, report):
@@ -1107,7 +1111,7 @@ def bench_positions(model, bench, runtime, report):
     if min(positions) < 1:
         raise ConfigError(f"--positions={bench.positions}: write at least 1")
     if "softmax" not in models:
-        models["softmax"] = GPT(replace(model.config, attention_type="softmax")).to(runtime.device).eval()
+        models["softmax"] = GPT(of_type(model.config, "softmax")).to(runtime.device).eval()
     states = {}
     with runtime.autocast():
         for name, pos in itertools.product(models, positions):

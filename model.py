@@ -13,14 +13,14 @@ The attention protocol, the same for each type:
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import build, key
+from config import build, key, stray_key
 from kernels import leave_autocast
 from kernels.distance import BandCache, distance, paths
 from kernels.gated import executed_pairs as gated_pairs
@@ -113,6 +113,10 @@ class GPTConfig:
             raise ValueError(f"pos_emb=rope rotates pairs: the head size must be even, not {self.d_head} (head_dim)")
         if self.embedding == "onehot" and self.vocab_size and self.vocab_size != self.n_embd:
             raise ValueError(f"embedding=onehot needs n_embd={self.vocab_size}, the vocabulary, not {self.n_embd}")
+        for field in fields(self):
+            stray = stray_key(field, self.attention_type, (GPTConfig,))
+            if stray and getattr(self, field.name) != field.default:
+                raise ValueError(stray)
         for name in set(self.types()):
             ATTENTION[name].check(self)
 
@@ -1065,8 +1069,9 @@ class NativeSparseAttention(Attention):
         l / d parts give, each part taken once for each place that it has in a block."""
         (block, stride), (B, T) = self.sizes[:2], kv.shape[:2]
         r, N = block // stride, max(0, (T - block) // stride + 1)
-        if N == 0:
-            return kv[:, :0]
+        if N == 0:  # no block yet; a training step still owes each parameter a gradient, of 0
+            parameters = () if self.mean or not torch.is_grad_enabled() else (self.slots, self.phi_in, self.phi_out)
+            return kv[:, :0] + sum(p.sum() for p in parameters)
         parts = kv[:, : (N + r - 1) * stride].unflatten(1, (-1, stride))  # (B, N + r - 1, d, 2, Hk, D)
         if self.mean:
             parts = parts.mean(2)
@@ -1340,6 +1345,14 @@ class GPT(nn.Module):
         """Yield the next tokens (B, 1) of idx (B, n >= 1), one at a time. temperature=0 is greedy; top_k and top_p
         narrow the choice; ids from `vocab_size` on (padding of the embedding) are never drawn. The model must be in
         eval mode. use_cache=False recomputes the context for each token: slow, and the same text."""
+        if idx.size(1) < 1:
+            raise ModelError("an empty prompt: write at least one token")
+        if not temperature >= 0:
+            raise ModelError(f"temperature={temperature}: write 0 for the likeliest token, or more")
+        if top_k is not None and top_k < 1:
+            raise ModelError(f"top_k={top_k}: write at least 1, or None for all tokens")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ModelError(f"top_p={top_p}: write a number above 0 and up to 1, or None for all tokens")
         state = self.init_state(idx.size(0)) if use_cache else None
         for _ in range(max_new_tokens):
             logits, state = self._next_logits(idx, state)
@@ -1433,9 +1446,17 @@ def param_groups(model):
     return groups
 
 
+def own_keys(keys, pattern):
+    """{key: value} of a GPTConfig without the keys of attention types that no layer of `pattern` is."""
+    stray = {f.name for f in fields(GPTConfig) if stray_key(f, str(pattern), (GPTConfig,))}
+    return {name: value for name, value in keys.items() if name not in stray}
+
+
 def stored_config(stored, **overrides):
-    """The GPTConfig of a checkpoint, with `overrides` in place of what it says."""
+    """The GPTConfig of a checkpoint, with `overrides` in place of what it says. Keys of attention types that are no
+    longer there go back to their defaults."""
+    pattern = (stored["model_args"] | overrides).get("attention_type", GPTConfig.attention_type)
     try:
-        return build(GPTConfig, stored["model_args"] | overrides)
+        return build(GPTConfig, own_keys(stored["model_args"], pattern) | overrides)
     except ValueError as error:
         raise ModelError(f"{stored['path']}: {error}") from None

@@ -136,7 +136,8 @@ def compare(cfg, runtime):
     names = [name.strip() for name in cfg.compare.split(",") if name.strip()]
     if not names:
         raise ConfigError("--compare names no folder: write --compare=FOLDER,FOLDER")
-    prompts = [line for line in read_prompt(cfg.start).splitlines() if line] or [cfg.start]
+    text = read_prompt(cfg.start)
+    prompts = [line for line in text.splitlines() if line] or [text]
     columns = []
     for name in names:
         hugging_face = os.path.exists(os.path.join(name, "config.json")) and not is_training_folder(name)

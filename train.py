@@ -124,8 +124,9 @@ class Objective(nn.Module):
         self.model, self.teacher = model, teacher
         self.temperature, self.ce_weight = temperature, ce_weight
 
-    def forward(self, batch, matching=False, share=1.0):
-        """`share` of the penalty counts: a number, or a tensor where it changes from step to step."""
+    def forward(self, batch, matching=False, share=1.0, weight=1.0):
+        """`share` of the penalty counts, and the means over scored targets `weight` times: numbers, or tensors where
+        they change from call to call."""
         idx, targets = batch  # (B, T) each
         if matching:
             error, penalty = self.attention_error(idx)
@@ -134,12 +135,12 @@ class Objective(nn.Module):
         x, penalty = self.model.hidden(idx)
         penalty = share * penalty
         logits = self.model.lm_head(x)
-        ce = cross_entropy(logits, targets)
+        ce = weight * cross_entropy(logits, targets)
         if self.teacher is None:
             return ce + penalty, {"ce": ce, "penalty": penalty}
         with torch.no_grad():
             wanted = self.teacher.lm_head(self.teacher.hidden(idx)[0])
-        kl = kl_divergence(wanted, logits, targets, self.temperature)
+        kl = weight * kl_divergence(wanted, logits, targets, self.temperature)
         loss = self.temperature**2 * kl + penalty
         if self.ce_weight:  # else its backward pass would be one of zeros
             loss = loss + self.ce_weight * ce
@@ -421,7 +422,8 @@ def compare_with_teacher(model, teacher, batches, runtime, world, chunk=2**24):
                 count += len(t)
     model.train(was_training)
     *sums, count = world.sum([kl, float(ours), float(theirs), agreed, count])
-    return dict(zip(("kl", "student_ce", "teacher_ce", "agreement"), (s / count for s in sums)))
+    means = [s / count if count else math.nan for s in sums]
+    return dict(zip(("kl", "student_ce", "teacher_ce", "agreement"), means))
 
 
 def describe_comparison(c):
@@ -689,7 +691,8 @@ class Run:
             print(text, flush=True)
 
     def step(self):
-        """One optimizer step. Returns its loss and parts, means over all its micro-batches, and the gradient norm."""
+        """One optimizer step on the mean loss over all scored targets, however they are split into micro-batches and
+        processes. Returns the loss and its parts, and the gradient norm."""
         matching = self.cfg.distill == "attention" or self.progress.iter_num < self.cfg.distill_attention_iters
         for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * lr_factor(self.cfg, self.progress.iter_num)
@@ -698,12 +701,12 @@ class Run:
         if self.cfg.penalty_start or self.cfg.penalty_warmup:  # a tensor: compiled code takes a number for a constant
             share = torch.tensor(penalty_share(self.cfg, self.progress.iter_num), device=self.runtime.device)
         terms = []
-        for micro in range(self.micro_steps):
-            batch = tuple(t.to(self.runtime.device, non_blocking=True) for t in self.batches.batch("train"))
+        for micro, (batch, weight) in enumerate(self.micro_batches()):
+            batch = tuple(t.to(self.runtime.device, non_blocking=True) for t in batch)
             if self.world.size > 1:  # gradients are exchanged once, with the last micro-batch
                 self.objective.require_backward_grad_sync = micro == self.micro_steps - 1
             with self.runtime.autocast():
-                loss, parts = self.objective(batch, matching, share)
+                loss, parts = self.objective(batch, matching, share, weight)
             self.scaler.scale(loss / self.micro_steps).backward()
             terms.append(torch.stack((loss, *parts.values())).detach())
         for optimizer in self.optimizers:
@@ -715,6 +718,20 @@ class Run:
         terms = dict(zip(("loss", *parts), means)) | {"grad_norm": norm}
         self.penalty = terms["penalty"]
         return terms
+
+    def micro_batches(self):
+        """The step's batches for this process, each with its weight: its targets over those of the average batch of all
+        processes. In running text all have as many; of records they are counted before the first backward pass."""
+        if self.dataset.record_len is None:
+            for _ in range(self.micro_steps):
+                yield self.batches.batch("train"), 1.0
+            return
+        batches = [self.batches.batch("train") for _ in range(self.micro_steps)]
+        counts = [int((y >= 0).sum()) for _, y in batches]
+        (total,) = self.world.sum([sum(counts)])
+        average = total / (self.micro_steps * self.world.size)
+        for batch, count in zip(batches, counts):
+            yield batch, torch.tensor(count / average, device=self.runtime.device)  # compiled code keeps numbers
 
     def clip(self):
         """Clip weights and masks apart; returns the norm of all gradients before."""

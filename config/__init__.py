@@ -53,7 +53,7 @@ def load(argv, *records):
     for argument in [a for a in argv if a.startswith("-")]:
         name, value = _parse_argument(argument, fields, hints)
         values[name], given[name] = value, "the command line"
-    _check_owners(values, given, fields, records)
+    _drop_stray_keys(values, given, fields, records)
     return (*(build(r, {k: v for k, v in values.items() if k in _names(r)}) for r in records), given)
 
 
@@ -205,20 +205,27 @@ def _owners(field, records):
     return [name for name, families in known.items() if {name, *families} & {*owners}] or list(owners)
 
 
-def _check_owners(values, given, fields, records):
-    """A key of an attention type that no layer uses: an error on the command line, a warning from a file, so that one
-    file can be run with another type."""
+def stray_key(field, pattern, records):
+    """What is wrong with a value for a key of attention types that no layer of `pattern` is; None: nothing."""
+    owners = _owners(field, records)
+    if not owners or {name.strip() for name in pattern.split(",")} & set(owners):
+        return None
+    return f"{field.name} belongs to attention_type={'|'.join(owners)}, and no layer of {pattern!r} is one"
+
+
+def _drop_stray_keys(values, given, fields, records):
+    """A key of an attention type that no layer is: an error on the command line; in a file it is ignored with a
+    warning, so that one file can be run with another type."""
     if "attention_type" not in fields:
         return
     pattern = values.get("attention_type", fields["attention_type"].default)
-    used = {name.strip() for name in pattern.split(",")}
-    for name, where in given.items():
-        owners = _owners(fields[name], records)
-        if owners and not used & set(owners):
-            message = f"{name} belongs to attention_type={'|'.join(owners)}, and no layer of {pattern!r} is one"
-            if where == "the command line":
-                raise ConfigError(f"--{name}: {message}")
+    for name, where in list(given.items()):
+        message = stray_key(fields[name], pattern, records)
+        if message and where == "the command line":
+            raise ConfigError(f"--{name}: {message}")
+        if message:
             print(f"warning: {where}: {message}; ignored", file=sys.stderr)
+            del values[name], given[name]
 
 
 def print_help(records, hints):

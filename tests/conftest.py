@@ -101,6 +101,20 @@ def labelled_dataset(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def uneven_dataset(tmp_path_factory):
+    """Records of 8 symbols with 1 to 8 targets each; of its validation split none is scored. Its folder."""
+    folder = tmp_path_factory.mktemp("uneven")
+    rng, splits = np.random.default_rng(2), {}
+    codec = data.SymbolsCodec([*"abcdefgh"])
+    for name, n in (("train", 600), ("val", 40)):
+        tokens = rng.integers(0, 8, (n, 8))
+        targets = np.where(np.arange(8) < rng.integers(1, 9, n)[:, None], np.roll(tokens, 1, 1), -1)
+        splits[name] = data.write_records(folder, name, [(tokens, targets)], codec)
+    data.write_meta(folder, codec, splits, source="test", sha256="", label="uneven", record_len=8)
+    return str(folder)
+
+
 @pytest.fixture
 def fresh_rng():
     """A generator with a new seed at each run, printed so that a failure can be repeated."""

@@ -374,7 +374,7 @@ def test_a_key_of_an_unused_type(tmp_path, capsys):
     want = "span belongs to attention_type=adaptive_span, and no layer of 'softmax' is one"
     assert message("--span=5", records=(Owned,)) == f"--span: {want}"
     assert capsys.readouterr().err == ""
-    assert one(path, record=Owned) == Owned(span=5, common=2)
+    assert one(path, record=Owned) == Owned(common=2)
     assert capsys.readouterr().err == f"warning: {path}: {want}; ignored\n"
     assert "'gla'" in message("--span=1", "--attention_type=gla", records=(Owned,))
     assert message(path, "--span=6", records=(Owned,)) == f"--span: {want}"

@@ -106,6 +106,35 @@ def test_missing_gpt2_is_one_line(tmp_path):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("keys, want", [
+    (dict(top_p=0.0), "top_p=0.0: write a number above 0"), (dict(top_k=0), "top_k=0: write at least 1"),
+    (dict(temperature=-1.0), "temperature=-1.0"), (dict(idx=torch.zeros(1, 0, dtype=torch.long)), "an empty prompt"),
+])  # fmt: skip
+def test_sampling_that_means_nothing_is_one_line(keys, want):
+    with pytest.raises(ModelError) as error:
+        make().generate(**(dict(idx=torch.zeros(1, 3, dtype=torch.long), max_new_tokens=1) | keys))
+    assert str(error.value).startswith(want) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("keys, want", [
+    (dict(attention_type="gla", gla_expand_k=0.01), "gla_expand_k=0.01 of n_embd=32: write at least 0.03125"),
+    (dict(attention_type="gla", gla_expand_v=0.01), "gla_expand_v=0.01"),
+    (dict(gla_expand_k=1.0), "gla_expand_k belongs to attention_type=gla, and no layer of 'softmax' is one"),
+    (dict(attention_type="gla,none", gate_output=True), "gate_output belongs to attention_type=softmax|"),
+])  # fmt: skip
+def test_keys_that_mean_nothing_are_refused(keys, want):
+    with pytest.raises(ValueError) as error:
+        GPTConfig(**(dict(n_head=2, n_embd=32, vocab_size=50) | keys))
+    assert str(error.value).startswith(want)
+
+
+def test_keys_of_the_type_before_go_back_to_their_defaults(tmp_path):
+    gpt = make(attention_type="gla", gla_expand_k=1.0)
+    torch.save(dict(model=gpt.state_dict(), model_args=vars(gpt.config)), tmp_path / "ckpt.pt")
+    assert GPT.from_checkpoint(str(tmp_path)).config == gpt.config
+    assert GPT.from_checkpoint(str(tmp_path), attention_type="softmax").config.gla_expand_k == 0.5
+
+
 def test_what_is_new_is_listed():
     report = load_weights(make(), (other := make(attention_type="none")).state_dict(), other.config)
     assert (

@@ -100,6 +100,14 @@ def measured(tmp_path):
     return run
 
 
+def test_an_empty_prompt_file_is_no_prompt(tiny, tmp_path):
+    train.main(tiny(out_dir=str(tmp_path / "run"), max_iters=1))
+    (tmp_path / "empty").write_text("")
+    for option in (f"--compare={tmp_path / 'run'}", f"--out_dir={tmp_path / 'run'}"):
+        with pytest.raises(config.ConfigError, match="--start is empty"):
+            sample.main([option, f"--start=FILE:{tmp_path / 'empty'}"])
+
+
 def test_a_classifier_answers_with_a_label(tiny, tmp_path, labelled_dataset, capsys):
     """The likeliest label first, probabilities of labels alone; a longer text is the mean over its records."""
     keys = dict(

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 import bench
 import config
 import train
-from data import DataError, Dataset, windows
+from data import Batches, DataError, Dataset, windows
 from data.scoring import evaluate, label_scores
-from model import GPT, GPTConfig, ModelError, read_checkpoint
+from model import ATTENTION, GPT, GPTConfig, ModelError, read_checkpoint
 from train import Objective, TrainConfig, TrainError, World, lr_factor, make_optimizers
 
 CPU = config.resolve_device("cpu", "auto")
@@ -586,6 +586,84 @@ def test_two_processes_make_the_same_run(tiny, tmp_path, attention):
         assert a == pytest.approx(b, abs=1e-5) and ours.keys() == theirs.keys()
         for name in ours:
             torch.testing.assert_close(*(torch.tensor(stats[name]) for stats in (ours, theirs)), rtol=0, atol=1e-5)
+
+
+ONE_STEP = dict(max_iters=1, log_interval=1, eval_iters=1, dropout=0.0, block_size=8, warmup_iters=0)
+
+
+def one_step(tiny, folder, dataset, batch_size, accumulation, launch=train.main, **keys):
+    """Loss, parts and gradient norm of a step over 8 records, and the weights after it."""
+    sizes = dict(batch_size=batch_size, gradient_accumulation_steps=accumulation) | ONE_STEP
+    launch(tiny(out_dir=str(folder), dataset=dataset, **(sizes | keys)))
+    (entry,) = [e for e in read_log(folder, "iter", "loss", "ce", "kl", "penalty", "grad_norm") if "loss" in e]
+    return entry, read_checkpoint(str(folder), "ckpt.pt")["optimizer"]["state"]
+
+
+@pytest.mark.parametrize("kind", ["targets", "penalty", "student"])
+def test_a_step_is_the_mean_over_scored_targets_whatever_the_split(kind, tiny, uneven_dataset, tmp_path):
+    keys = dict(attention_type="adaptive_span", span_reg=0.1) if kind == "penalty" else {}
+    if kind == "student":
+        train.main(tiny(out_dir=str(tmp_path / "teacher"), dataset=uneven_dataset, **(ONE_STEP | dict(seed=5))))
+        keys = dict(teacher=str(tmp_path / "teacher"), distill="kl")
+    wanted, state = one_step(tiny, tmp_path / "8", uneven_dataset, 8, 1, **keys)
+    for size in (4, 2, 1):
+        found, other = one_step(tiny, tmp_path / str(size), uneven_dataset, size, 8 // size, **keys)
+        assert found == pytest.approx(wanted, rel=1e-5)
+        for i in state:  # the first moments are the gradients
+            torch.testing.assert_close(other[i]["exp_avg"], state[i]["exp_avg"], rtol=1e-4, atol=1e-7)
+
+
+def test_processes_weigh_their_targets(tiny, uneven_dataset, tmp_path):
+    wanted, _ = one_step(tiny, tmp_path / "one", uneven_dataset, 8, 1)
+    found, _ = one_step(tiny, tmp_path / "two", uneven_dataset, 2, 4, launch=run_two_processes)
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_text_is_weighed_as_ever(tiny, tmp_path, text_dataset, monkeypatch):
+    """Digit for digit the mean of the micro-batches' means."""
+    one_step(tiny, tmp_path / "ours", text_dataset, 2, 4)
+    forward = Objective.forward
+    monkeypatch.setattr(Objective, "forward", lambda self, *args: forward(self, *args[:3]))
+    one_step(tiny, tmp_path / "plain", text_dataset, 2, 4)
+    assert read_log(tmp_path / "ours") == read_log(tmp_path / "plain")
+    assert weights_equal(tmp_path / "ours", tmp_path / "plain")
+
+
+@pytest.mark.parametrize("distill", [False, True])
+def test_a_validation_split_without_targets(distill, tiny, uneven_dataset, tmp_path, monkeypatch):
+    """Its loss is not a number, and the run goes on."""
+    monkeypatch.setattr(Batches, "fixed", without_targets(Batches.fixed))
+    keys = ONE_STEP | dict(dataset=uneven_dataset, max_iters=2)
+    assert train.main(tiny(out_dir=str(tmp_path / "teacher"), **keys)) == 0
+    keys |= dict(teacher=str(tmp_path / "teacher"), distill="kl") if distill else {}
+    assert train.main(tiny(out_dir=str(tmp_path / "run"), **keys)) == 0
+
+
+def without_targets(fixed):
+    def blind(self, split, n):
+        for x, y in fixed(self, split, n):
+            yield x, torch.full_like(y, -1) if split == "val" else y
+
+    return blind
+
+
+@pytest.mark.parametrize("name", list(ATTENTION))
+def test_short_sequences_give_every_parameter_a_gradient(name):
+    """Processes of a group wait for all of them."""
+    gpt = GPT(GPTConfig(block_size=64, vocab_size=20, n_layer=1, n_head=2, n_embd=16, attention_type=name))
+    for T in (1, 2, 5):
+        idx = torch.randint(20, (2, T))
+        gpt.zero_grad(set_to_none=True)
+        gpt(idx, idx)[1].backward()
+        missing = [n for n, p in gpt.named_parameters() if p.grad is None]
+        assert [n for n in missing if "wpe" not in n] == []
+
+
+def test_nsa_in_two_processes_with_short_records(tiny, uneven_dataset, tmp_path):
+    keys = dict(attention_type="nsa", nsa_compress_block=16, nsa_compress_stride=8, nsa_select_block=16, max_iters=3)
+    run_two_processes(tiny(out_dir=str(tmp_path / "run"), dataset=uneven_dataset, **(ONE_STEP | keys), batch_size=2,
+                           gradient_accumulation_steps=2))  # fmt: skip
+    assert read_checkpoint(str(tmp_path / "run"), "ckpt.pt")["iter_num"] == 3
 
 
 def test_processes_must_divide_the_accumulation(tiny):
