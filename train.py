@@ -7,7 +7,8 @@
 
 In out_dir: config.json, log.jsonl (a line for each logged iteration and each evaluation), ckpt.pt (the last state, to
 resume), best.pt (the weights with the lowest validation loss, once penalties have their full weight; of a student those
-with the lowest divergence and penalty after its first step). Ctrl-C or SIGTERM finishes the step and saves.
+with the lowest divergence and penalty after its first step). Ctrl-C or SIGTERM finishes the step and saves. A new run
+moves the files of an earlier one to out_dir/previous/, once it has a checkpoint of its own.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +46,7 @@ from model import (
 )  # fmt: skip
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row that end a run
+RUN_FILES = ("config.json", "log.jsonl", "best.pt", "ckpt.pt", "model.safetensors")  # of one run in its folder
 
 
 class TrainError(RuntimeError):
@@ -344,7 +347,9 @@ def source_folder(cfg):
 
 
 def resume_model(cfg, explicit, given):
-    stored = read_checkpoint(cfg.out_dir, "ckpt.pt")
+    folders = [os.path.join(cfg.out_dir, name) for name in (".new", ".placing", "")]  # the first two after a kill
+    folder = next((f for f in folders if os.path.exists(os.path.join(f, "ckpt.pt"))), cfg.out_dir)
+    stored = read_checkpoint(folder, "ckpt.pt")
     model_config = stored_config(stored)
     for name, value in explicit.items():
         if name == "vocab_size" and value == 0:
@@ -648,19 +653,22 @@ def progress_bar(total, label, unit, world, initial=0):
 
 
 class Log:
-    """log.jsonl, and W&B when asked. On resume the file is cut where the checkpoint was written."""
+    """log.jsonl in `folder`, and W&B when asked. On resume the file is cut where the checkpoint was written."""
 
-    def __init__(self, cfg, progress, size, resolved):
+    def __init__(self, cfg, folder, progress, size, resolved):
         self.wandb = start_wandb(cfg, progress, resolved) if cfg.wandb_log else None
-        path = os.path.join(cfg.out_dir, "log.jsonl")
-        self.file = open(path, "r+b" if size is not None and os.path.exists(path) else "wb")
-        if size is not None:
-            self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
-            self.file.seek(0, os.SEEK_END)
+        self.folder = folder
+        with self.open() as f:
+            if size is not None:
+                f.truncate(min(size, f.tell()))
+
+    def open(self):
+        """The file, to be written at its end. It is open for a moment only: its folder may change."""
+        return open(os.path.join(self.folder, "log.jsonl"), "ab")
 
     def write(self, **entry):
-        self.file.write((json.dumps(entry) + "\n").encode())
-        self.file.flush()
+        with self.open() as f:
+            f.write((json.dumps(entry) + "\n").encode())
         if self.wandb is not None:
             prefix = f"{entry['split']}/" if "split" in entry else "train/"
             numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, (int, float)) and k != "iter"}
@@ -671,11 +679,11 @@ class Log:
             self.wandb.log(numbers, step=entry["iter"])
 
     def size(self):
-        os.fsync(self.file.fileno())
-        return self.file.tell()
+        with self.open() as f:
+            os.fsync(f.fileno())
+            return f.tell()
 
     def close(self, status):
-        self.file.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=status)
 
@@ -740,11 +748,11 @@ def export(model, out_dir):
 
 
 def lock_folder(out_dir):
-    """An open file that keeps a second run out of the folder; None where the system has no flock."""
+    """An open file that keeps a second run out of the folder, where the system has flock."""
     try:
         import fcntl
     except ImportError:
-        return None
+        return contextlib.nullcontext()
     lock = open(os.path.join(out_dir, ".lock"), "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -753,13 +761,31 @@ def lock_folder(out_dir):
     return lock
 
 
-def discard_earlier_run(out_dir):
-    """A new run in the folder of an old one replaces its checkpoints: none of them may be taken for the new run's."""
-    for name in ("ckpt.pt", "best.pt", "model.safetensors"):
-        path = os.path.join(out_dir, name)
-        if os.path.exists(path):
-            print(f"{path}, of an earlier run, is replaced (--init_from=resume would have gone on from it)")
-            os.unlink(path)
+def place_new_run(out_dir):
+    """Put a new run in the earlier one's place, once it has saved. A start and a save call this. What a kill leaves:
+
+    .new/ without ckpt.pt   the earlier run is whole; the new one has saved nothing
+    .new/ with ckpt.pt      the new run is whole; the earlier one's files are on their way to previous/
+    .placing/               the earlier run is whole in previous/; the new one's files are on their way to out_dir
+    none of them            the run in out_dir is whole
+    """
+    new, placing, previous = (os.path.join(out_dir, name) for name in (".new", ".placing", "previous"))
+    if os.path.exists(os.path.join(new, "ckpt.pt")):
+        aside = os.path.join(new, "previous")
+        for name in RUN_FILES:
+            if os.path.exists(os.path.join(out_dir, name)):
+                os.makedirs(aside, exist_ok=True)
+                os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
+        if os.path.exists(aside):
+            if os.path.exists(previous):
+                shutil.rmtree(previous)
+            os.rename(aside, previous)
+            print(f"the earlier run of {out_dir} is in {previous} now (--init_from=resume would have gone on from it)")
+        os.rename(new, placing)
+    if os.path.exists(placing):
+        for name in os.listdir(placing):
+            os.replace(os.path.join(placing, name), os.path.join(out_dir, name))
+        os.rmdir(placing)
 
 
 def git_commit():
@@ -785,6 +811,7 @@ class Run:
         self.masks, self.weights = groups["mask"], groups["matrix"] + groups["vector"]
         self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == "float16")
         self.progress = Progress()
+        self.is_new = stored is None  # until its first checkpoint
         self.log_size = None
         if stored is not None:
             self.restore(stored)
@@ -839,6 +866,11 @@ class Run:
             if self.runtime.device_type == "cuda" and "cuda" in rng:
                 torch.cuda.set_rng_state(rng["cuda"])
 
+    @property
+    def folder(self):
+        """Where the run's files are: the earlier run's are not touched before this one has a checkpoint."""
+        return os.path.join(self.cfg.out_dir, ".new") if self.is_new else self.cfg.out_dir
+
     def prepare(self, resolved):
         """Compile, wrap, open the log."""
         if self.runtime.compile:
@@ -852,7 +884,7 @@ class Run:
             self.objective = DistributedDataParallel(self.objective, device_ids=ids, find_unused_parameters=unused)
         self.log = None
         if self.world.master:
-            self.log = Log(self.cfg, self.progress, self.log_size, resolved)
+            self.log = Log(self.cfg, self.folder, self.progress, self.log_size, resolved)
 
     def say(self, text):
         if self.world.master:
@@ -922,8 +954,6 @@ class Run:
         """The cheap estimate, logged; best.pt when validation improves, and while the penalty grows: what is best
         without it is not the run's result. Nor is a student as converted, which may be its teacher exactly."""
         losses = estimate_loss(self.model, self.batches, self.cfg, self.runtime, self.world)
-        if self.progress.iter_num == 0 and self.world.master:  # not before the new run is known to start
-            discard_earlier_run(self.cfg.out_dir)
         self.say(f"iteration {self.progress.iter_num}: " + ", ".join(f"{k} loss {v:.4f}" for k, v in losses.items()))
         comparison = {}
         if self.teacher is not None and "val" in losses:
@@ -939,7 +969,7 @@ class Run:
             self.progress.best_val_loss = math.inf if early else score
             if self.world.master:
                 extra = dict(iter_num=self.progress.iter_num, best_val_loss=score)
-                save_checkpoint(os.path.join(self.cfg.out_dir, "best.pt"), self.model, **extra)
+                save_checkpoint(os.path.join(self.folder, "best.pt"), self.model, **extra)
         for split, value in losses.items() if self.log else ():
             entry = {"iter": self.progress.iter_num, "split": split, f"{split}_loss": value}
             entry |= comparison if split == "val" else {}
@@ -963,7 +993,11 @@ class Run:
             if len(self.optimizers) > 1:
                 extra["muon"] = self.optimizers[1].state_dict()
             extra |= {"config": dataclasses.asdict(self.cfg), "log_size": self.log.size()}
-            save_checkpoint(os.path.join(self.cfg.out_dir, "ckpt.pt"), self.model, **extra)
+            save_checkpoint(os.path.join(self.folder, "ckpt.pt"), self.model, **extra)
+            if self.is_new:
+                place_new_run(self.cfg.out_dir)
+                self.log.folder = self.cfg.out_dir
+        self.is_new = False
 
     def stop_reason(self):
         """0, or the signal that all processes have seen, or -1 when the time is used up."""
@@ -976,7 +1010,7 @@ class Run:
         cfg, progress, stop = self.cfg, self.progress, 0
         tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * self.batches.length
         self.model.train()
-        if progress.iter_num == 0:
+        if self.is_new:
             self.evaluate()
             self.save()
         with progress_bar(cfg.max_iters, "train", "it", self.world, progress.iter_num) as bar:
@@ -1104,6 +1138,19 @@ def train(model_config, cfg, given, world, device):
             model_config = stored_config(read_checkpoint(source_folder(cfg)), **explicit)
         dry_run(model_config, cfg, dataset)
         return 0
+    with contextlib.ExitStack() as stack:
+        if world.master and (cfg.export or not cfg.eval_only):  # reading needs no lock
+            if cfg.init_from != "resume":
+                os.makedirs(cfg.out_dir, exist_ok=True)
+            if os.path.isdir(cfg.out_dir):
+                stack.enter_context(lock_folder(cfg.out_dir))
+                place_new_run(cfg.out_dir)
+        world.max([0])  # the other processes read what is in order now
+        return work(model_config, cfg, given, world, runtime, dataset)
+
+
+def work(model_config, cfg, given, world, runtime, dataset):
+    """Make the model, then score or train it. Returns the exit status."""
     torch.manual_seed(cfg.seed)
     model, stored, what = make_model(cfg, model_config, given, dataset)
     if model.config.vocab_size < dataset.vocab_size:
@@ -1116,8 +1163,6 @@ def train(model_config, cfg, given, world, device):
     torch.manual_seed(cfg.seed + 1 + world.rank)  # dropout differs between processes, initial weights do not
     if world.master:
         print(f"{what}\n{runtime}\ndata: {dataset.meta['label']}", flush=True)
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    lock = lock_folder(cfg.out_dir) if world.master else None  # held until the process ends
     if cfg.eval_only:
         full_evaluation(model, dataset, cfg, runtime, world, teacher)
         export(model, cfg.out_dir) if cfg.export and world.master else None
@@ -1126,9 +1171,11 @@ def train(model_config, cfg, given, world, device):
     resolved = {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(run.cfg)}
     resolved |= {"data": dataset.meta, "commit": git_commit(), "torch": torch.__version__}
     if world.master:
-        write_atomically(
-            os.path.join(cfg.out_dir, "config.json"), lambda f: f.write(json.dumps(resolved, indent=1).encode())
-        )
+        if run.is_new:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            os.mkdir(run.folder)
+        path, text = os.path.join(run.folder, "config.json"), json.dumps(resolved, indent=1)
+        write_atomically(path, lambda f: f.write(text.encode()))
     run.prepare(resolved)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, frame: setattr(run, "signal", received))
@@ -1138,8 +1185,6 @@ def train(model_config, cfg, given, world, device):
     finally:
         if run.log is not None:
             run.log.close(status)
-        if lock is not None:
-            lock.close()
     if cfg.export and world.master and status == 0:
         export(model, cfg.out_dir)
     return status
