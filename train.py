@@ -820,7 +820,7 @@ class Run:
         self.penalty = 0.0  # of the last step
         model.activation_checkpointing = cfg.activation_checkpointing
         self.teacher = teacher
-        self.objective = Objective(model, teacher, cfg.distill_temperature, cfg.distill_ce)
+        self.objective = self.plain_objective = Objective(model, teacher, cfg.distill_temperature, cfg.distill_ce)
         self.micro_steps = cfg.gradient_accumulation_steps // world.size
 
     def restore(self, stored):
@@ -871,6 +871,11 @@ class Run:
         """Where the run's files are: the earlier run's are not touched before this one has a checkpoint."""
         return os.path.join(self.cfg.out_dir, ".new") if self.is_new else self.cfg.out_dir
 
+    @property
+    def matching(self):
+        """Whether the next step matches the teacher's attention."""
+        return self.cfg.distill == "attention" or self.progress.iter_num < self.cfg.distill_attention_iters
+
     def prepare(self, resolved):
         """Compile, wrap, open the log."""
         if self.runtime.compile:
@@ -892,7 +897,6 @@ class Run:
 
     def step(self):
         """One optimizer step. Returns its loss and parts, means over all its micro-batches, and the gradient norm."""
-        matching = self.cfg.distill == "attention" or self.progress.iter_num < self.cfg.distill_attention_iters
         for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * lr_factor(self.cfg, self.progress.iter_num)
         self.model.redraw(self.progress.iter_num)
@@ -905,7 +909,7 @@ class Run:
             if self.world.size > 1:  # gradients are exchanged once, with the last micro-batch
                 self.objective.require_backward_grad_sync = micro == self.micro_steps - 1
             with self.runtime.autocast():
-                loss, parts = self.objective(batch, matching, share)
+                loss, parts = self.objective(batch, self.matching, share)
             self.scaler.scale(loss / self.micro_steps).backward()
             terms.append(torch.stack((loss, *parts.values())).detach())
         for optimizer in self.optimizers:
@@ -945,10 +949,7 @@ class Run:
             number = self.progress.iter_num + 1
             self.say(f"iteration {number}: loss {loss}, gradient norm {norm}: step skipped ({self.bad_steps} in a row)")
             if self.bad_steps >= MAX_BAD_STEPS:
-                path = os.path.join(self.cfg.out_dir, "ckpt.pt")
-                last = f"the last good checkpoint is {path}"
-                what = f"{MAX_BAD_STEPS} non-finite steps in a row up to iteration {number}"
-                raise TrainError(f"{what}; {last}; lower learning_rate")
+                self.fail(f"{MAX_BAD_STEPS} non-finite steps in a row up to iteration {number}")
 
     def evaluate(self):
         """The cheap estimate, logged; best.pt when validation improves, and while the penalty grows: what is best
@@ -978,6 +979,28 @@ class Run:
         stats = {f"{i}.{name}": value.tolist() for i, layer in stats.items() for name, value in layer.items()}
         if stats and self.log:  # what the masks are, from parameters alone
             self.log.write(iter=self.progress.iter_num, stats=stats)
+
+    @torch.no_grad()
+    def check_weights(self):
+        """Raise TrainError unless the weights are finite, and their loss on the next batch: no others are saved."""
+        position = self.batches.state_dict()
+        self.model.eval()  # no dropout: random numbers stay as they are
+        with self.runtime.autocast():
+            batch = tuple(t.to(self.runtime.device) for t in self.batches.batch("train"))
+            share = penalty_share(self.cfg, self.progress.iter_num)
+            loss = self.plain_objective(batch, self.matching, share)[0].item()
+        self.model.train()
+        self.batches.load_state_dict(position)
+        tensors = [t for t in self.model.state_dict().values() if t.is_floating_point()]
+        largest = nn.utils.get_total_norm(tensors, math.inf).item()
+        what = f"a loss of {loss}" if math.isfinite(largest) else "weights that are not finite"
+        if self.world.max([not math.isfinite(loss + largest)])[0]:
+            self.fail(f"iteration {self.progress.iter_num} left {what}")
+
+    def fail(self, what):
+        path = os.path.join(self.cfg.out_dir, "ckpt.pt")
+        last = "nothing was saved" if self.is_new else f"the last good checkpoint is {path}"
+        raise TrainError(f"{what}; {last}; lower learning_rate")
 
     def save(self):
         """ckpt.pt: all that `restore` reads."""
@@ -1011,6 +1034,7 @@ class Run:
         tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * self.batches.length
         self.model.train()
         if self.is_new:
+            self.check_weights()
             self.evaluate()
             self.save()
         with progress_bar(cfg.max_iters, "train", "it", self.world, progress.iter_num) as bar:
@@ -1031,10 +1055,10 @@ class Run:
                     self.log_step(terms, ms, tokens_per_step, bar)
                     since, steps = time.perf_counter(), 0
                 at_end = progress.iter_num == cfg.max_iters or stop == -1
-                if progress.iter_num % cfg.eval_interval == 0 or at_end:
-                    self.evaluate()
-                    self.save()
-                elif stop or (cfg.checkpoint_interval and progress.iter_num % cfg.checkpoint_interval == 0):
+                evaluates = progress.iter_num % cfg.eval_interval == 0 or at_end
+                if evaluates or stop or (cfg.checkpoint_interval and progress.iter_num % cfg.checkpoint_interval == 0):
+                    self.check_weights()
+                    self.evaluate() if evaluates else None
                     self.save()
                 if progress.iter_num % cfg.eval_interval == 0:
                     since, steps = time.perf_counter(), 0

@@ -1,14 +1,18 @@
 """What a training run keeps when something goes wrong: kills, damaged files, full disks, lost peers."""
 
+import math
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from test_train import read_log, weights_equal
 
 import train
+from model import read_checkpoint
+from train import TrainError
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 FILES = ("config.json", "log.jsonl", "best.pt", "ckpt.pt", "model.safetensors")
@@ -70,3 +74,58 @@ def test_a_new_run_touches_nothing_before_it_has_saved(tiny, tmp_path, monkeypat
     monkeypatch.undo()
     assert train.main(tiny(init_from="resume", max_iters=3)) == 0  # it is the earlier run that goes on
     assert [e["iter"] for e in read_log(folder) if "loss" in e] == [1, 2, 3]
+
+
+# weights that are no good
+
+
+def finite(folder, name):
+    return all(w.isfinite().all() for w in read_checkpoint(str(folder), name)["model"].values())
+
+
+@pytest.mark.parametrize("rate", [1e6, 1e10, 1e18])
+def test_an_update_that_ruins_the_weights_is_not_saved(tiny, tmp_path, rate):
+    """The checkpoint that stays goes on at a lower rate, without one bad step."""
+    keys = dict(checkpoint_interval=1, max_iters=8)
+    with pytest.raises(TrainError, match="the last good checkpoint is .*ckpt.pt; lower learning_rate"):
+        train.main(tiny(learning_rate=rate, **keys))
+    done = read_checkpoint(str(tmp_path / "run"), "ckpt.pt")["iter_num"]
+    assert train.main(tiny(init_from="resume", **keys)) == 0
+    log = read_log(tmp_path / "run", "iter", "loss")
+    assert done < 3 and [e["iter"] for e in log if "loss" in e] == [*range(1, 9)]
+    assert all(math.isfinite(e["loss"]) for e in log if "loss" in e)
+
+
+RUINED = [("span", math.inf), ("alpha", -math.inf), ("c_attn.weight", math.nan), ("c_proj.weight", math.inf)]
+
+
+@pytest.mark.parametrize("name, value", RUINED)
+def test_weights_that_are_not_finite_end_the_run_unsaved(tiny, tmp_path, monkeypatch, fresh_rng, name, value):
+    """Also where the loss stays finite, as with a span of infinity."""
+    number, update, calls = int(fresh_rng.integers(11, 21)), train.Run.update, [0]
+
+    def ruined(self, *args):
+        update(self, *args)
+        calls[0] += 1
+        if calls[0] == number:
+            p = self.model.transformer.h[0].attn.get_parameter(name)
+            p.data.view(-1)[fresh_rng.integers(p.numel())] = value
+
+    monkeypatch.setattr(train.Run, "update", ruined)
+    kind = {"span": "adaptive_span", "alpha": "mask_mix"}.get(name, "softmax")
+    with pytest.raises(TrainError):
+        train.main(tiny(attention_type=kind, checkpoint_interval=1))
+    assert read_checkpoint(str(tmp_path / "run"), "ckpt.pt")["iter_num"] == number - 1
+    assert finite(tmp_path / "run", "ckpt.pt") and finite(tmp_path / "run", "best.pt")
+
+
+def test_a_new_run_with_ruined_weights_saves_nothing(tiny, tmp_path):
+    donor = tmp_path / "donor"
+    train.main(tiny(out_dir=str(donor), max_iters=1))
+    stored = torch.load(donor / "best.pt")
+    stored["model"]["transformer.h.0.attn.c_attn.weight"][0, 0] = math.nan
+    torch.save(stored, donor / "best.pt")
+    with pytest.raises(TrainError) as error:
+        train.main(tiny(init_from=str(donor)))
+    assert not (tmp_path / "run" / "ckpt.pt").exists()
+    assert "iteration 0 left weights that are not finite; nothing was saved" in str(error.value)
