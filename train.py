@@ -37,7 +37,9 @@ from model import (
     GPT,
     GPTConfig,
     ModelError,
+    checksum,
     cross_entropy,
+    is_dense,
     is_training_folder,
     load_weights,
     param_groups,
@@ -659,12 +661,15 @@ class Log:
         self.wandb = start_wandb(cfg, progress, resolved) if cfg.wandb_log else None
         self.folder = folder
         with self.open() as f:
-            if size is not None:
-                f.truncate(min(size, f.tell()))
+            f.seek(0)
+            kept = f.read()[:size]
+            f.truncate(kept.rfind(b"\n") + 1)
+        if len(kept) < (size or 0):
+            print(f"{f.name} lacks {size - len(kept)} bytes that the checkpoint counts: lines are missing")
 
     def open(self):
         """The file, to be written at its end. It is open for a moment only: its folder may change."""
-        return open(os.path.join(self.folder, "log.jsonl"), "ab")
+        return open(os.path.join(self.folder, "log.jsonl"), "a+b")
 
     def write(self, **entry):
         with self.open() as f:
@@ -738,13 +743,15 @@ def save_checkpoint(path, model, **extra):
 
 
 def export(model, out_dir):
-    """model.safetensors; a tied head is stored once, as the embedding."""
+    """model.safetensors, with its config and a checksum; a tied head is stored once, as the embedding."""
     from safetensors.torch import save
 
-    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
     if model.config.embedding == "tied":
         del weights["lm_head.weight"]
-    write_atomically(os.path.join(out_dir, "model.safetensors"), lambda f: f.write(save(weights)))
+    model_args = json.dumps(dataclasses.asdict(model.config))
+    metadata = {"model_args": model_args, "crc32": checksum(weights, model_args)}
+    write_atomically(os.path.join(out_dir, "model.safetensors"), lambda f: f.write(save(weights, metadata)))
 
 
 def lock_folder(out_dir):
@@ -827,22 +834,35 @@ class Run:
         """All that a step depends on, so that a resumed run is the same run. nanoGPT's files have no generators."""
         try:
             self._restore(stored)
-        except (DataError, ModelError):
+        except (DataError, ModelError, torch.OutOfMemoryError):
             raise
-        except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise ModelError(f"{stored['path']}: damaged: {type(error).__name__}: {error}") from None
 
     def _restore(self, stored):
-        self.progress = Progress(**{k: type(v)(stored.get(k, v)) for k, v in dataclasses.asdict(Progress()).items()})
+        for name, first in dataclasses.asdict(Progress()).items():
+            value = stored.get(name, first)
+            value = value.item() if torch.is_tensor(value) else value  # nanoGPT's best_val_loss
+            if type(value) not in (type(first), *([int] if type(first) is float else [])):
+                raise TypeError(f"{name} is of {type(value)}")
+            setattr(self.progress, name, value)
         if self.progress.iter_num < 0:
             raise KeyError(f"iteration {self.progress.iter_num}")
         began = stored.get("config", {})
+        if not isinstance(began.get("init_from", ""), str):
+            raise TypeError(f"init_from is of {type(began['init_from'])}")
         if began.get("teacher", "") != self.cfg.teacher:  # the best is by another measure
             self.progress.best_val_loss = math.inf
         # what is on record is where the run began, not that it was resumed
         self.cfg = dataclasses.replace(self.cfg, init_from=began.get("init_from", self.cfg.init_from))
         for optimizer, state in zip(self.optimizers, (stored.get("optimizer"), stored.get("muon"))):
             options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            needed = (
+                {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            )
+            for moments in (state or {}).get("state", {}).values():
+                if needed - moments.keys() or not all(is_dense(m) and m.is_floating_point() for m in moments.values()):
+                    raise KeyError("an optimizer state of another kind")
             try:
                 optimizer.load_state_dict(state)
             except (KeyError, TypeError, ValueError):
@@ -852,7 +872,7 @@ class Run:
             for group, ours in zip(optimizer.param_groups, options):  # rates and decay are the command's
                 group.update(ours)
             for p, moments in optimizer.state.items():
-                if any(m.dim() and m.shape != p.shape for m in moments.values() if torch.is_tensor(m)):
+                if any(m.dim() and (m.shape, m.stride()) != (p.shape, p.stride()) for m in moments.values()):
                     raise KeyError("an optimizer state of another shape")
         if "batches" not in stored:
             print("the checkpoint has no generator state: batches and dropout start afresh")

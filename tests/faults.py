@@ -10,6 +10,7 @@ line and the rest is whole. Exits with 1 if one was not. Runs are children of th
 
 import argparse
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -28,8 +29,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 import torch
-import torch._dynamo  # training imports it and tqdm: here once, not in each child
-import tqdm  # noqa: F401
 
 import config
 import data
@@ -160,17 +159,55 @@ def outcome(folder):
     return entries, [{name: w.numpy().tobytes() for name, w in part.items()} for part in weights]
 
 
+def same(a, b):
+    """Whether two loaded checkpoints are equal to the bit, with their types."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if torch.is_tensor(a):
+        bits = [x.reshape(-1).view(torch.uint8) for x in (a, b) if x.is_contiguous()]
+        return a.dtype == b.dtype and a.shape == b.shape and len(bits) == 2 and torch.equal(*bits)
+    return a == b
+
+
+def read_damaged(folder, name, damage):
+    """ "refused", "same" or "other": what reading folder/name says after damage(bytes) -> bytes. The file stays."""
+    path, expected = Path(folder) / name, read_checkpoint(str(folder), name)
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(damage(whole))
+        return "same" if same(read_checkpoint(str(folder), name), expected) else "other"
+    except ModelError as error:
+        assert "\n" not in str(error)
+        return "refused"
+    finally:
+        path.write_bytes(whole)
+
+
+def flip(position, bit):
+    return lambda whole: whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :]
+
+
+def cut(size):
+    return lambda whole: whole[:size]
+
+
 class Faults:
     """A temporary folder with data, an uninterrupted run, an earlier run of another seed, and the counts."""
 
     def __init__(self, seed):
+        for name in ("torch._dynamo", "tqdm", "safetensors.torch"):  # what runs import, here once and not in each child
+            importlib.import_module(name)
         self.rng, self.numpy = random.Random(seed), np.random.default_rng(seed)
         self.temporary = tempfile.TemporaryDirectory()
         self.root, self.runs = Path(self.temporary.name).resolve(), 0
         self.counts = defaultdict(lambda: [0, 0, 0, 0])  # injected, survived, steps again, the most of them at once
         self.dataset = self.make_data()
         self.whole, self.earlier = str(self.root / "whole"), str(self.root / "earlier")
-        assert self.train(self.whole)[0] == self.train(self.earlier, seed=7, max_iters=2)[0] == 0
+        assert self.train(self.whole, export=True)[0] == self.train(self.earlier, seed=7, max_iters=2)[0] == 0
         self.expected = outcome(self.whole)
 
     def make_data(self):
@@ -290,6 +327,19 @@ class Faults:
                 if not self.chain([("kill -9: each change of a file", hook)], over_earlier=True, checkpoint_interval=9):
                     return
 
+    # files
+
+    def damaged_files(self, flips):
+        """Single bits flipped, and ends cut off: each is refused, or is in what loads as nothing."""
+        for name in ("ckpt.pt", "best.pt", "model.safetensors"):
+            size = (Path(self.whole) / name).stat().st_size
+            bits = [flip(self.rng.randrange(size), self.rng.randrange(8)) for _ in range(flips)]
+            cuts = [cut(self.rng.randrange(size)) for _ in range(flips // 10)]
+            for what, damages in (("a bit flipped", bits), ("cut", cuts)):
+                for damage in damages:
+                    found = read_damaged(self.whole, name, damage)
+                    self.count(f"{name}: {what}", found != "other", why="loads as something else")
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -302,6 +352,7 @@ def main():
     faults = Faults(seed)
     faults.kills(options.kills)
     faults.crash_points(0.2 if options.short else 1.0)
+    faults.damaged_files(60 if options.short else 600)
     return 0 if faults.table() else 1
 
 

@@ -8,10 +8,11 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from faults import cut, flip, read_damaged
 from test_train import read_log, weights_equal
 
 import train
-from model import read_checkpoint
+from model import GPT, ModelError, is_training_folder, read_checkpoint
 from train import TrainError
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -129,3 +130,98 @@ def test_a_new_run_with_ruined_weights_saves_nothing(tiny, tmp_path):
         train.main(tiny(init_from=str(donor)))
     assert not (tmp_path / "run" / "ckpt.pt").exists()
     assert "iteration 0 left weights that are not finite; nothing was saved" in str(error.value)
+
+
+# damaged files
+
+
+@pytest.fixture
+def run_folder(tiny, tmp_path):
+    """A finished run with all its files, small: its bytes are flipped one at a time."""
+    train.main(tiny(max_iters=2, n_layer=1, n_embd=8, n_head=1, export=True))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt", "model.safetensors"])
+def test_damaged_files_load_as_nothing_else(run_folder, fresh_rng, name):
+    whole = (run_folder / name).read_bytes()
+    found = [read_damaged(run_folder, name, flip(int(i), int(i) % 8)) for i in fresh_rng.integers(0, len(whole), 150)]
+    assert "other" not in found and found.count("refused") > 50
+    found = [read_damaged(run_folder, name, cut(int(n))) for n in fresh_rng.integers(0, len(whole), 20)]
+    assert {*found} == {"refused"}
+
+
+def test_each_bit_of_an_archives_directory_is_checked(run_folder):
+    """Also the mark of a folder, at which torch.load reads zeros and zipfile does not look."""
+    whole = (run_folder / "best.pt").read_bytes()
+    entry = whole.rindex(b"PK\x01\x02")  # of a record of the directory
+    found = {i: [read_damaged(run_folder, "best.pt", flip(entry + i, bit)) for bit in range(8)] for i in range(46)}
+    assert "other" not in sum(found.values(), []) and found[38][4] == "refused"
+
+
+def test_the_exports_config_is_its_own(run_folder):
+    """A changed config.json changes no exported model; an export without its own is read with it."""
+    from safetensors.torch import load_file, save_file
+
+    expected = read_checkpoint(str(run_folder), "model.safetensors")["model_args"]
+    text = (run_folder / "config.json").read_text()
+    (run_folder / "config.json").write_text(text.replace('"n_head": 1', '"n_head": 2'))
+    assert read_checkpoint(str(run_folder), "model.safetensors")["model_args"] == expected
+    save_file(load_file(run_folder / "model.safetensors"), run_folder / "model.safetensors")
+    assert read_checkpoint(str(run_folder), "model.safetensors")["model_args"] == expected | {"n_head": 2}
+
+
+WRONG = {
+    "int": lambda w: w.int(),
+    "complex": lambda w: w + 1j,
+    "sparse": lambda w: w.to_sparse(),
+    "meta": lambda w: w.to("meta"),
+    "quantised": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("name", ["transformer.wpe.weight", "transformer.h.0.attn.c_attn.weight"])
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_of_a_wrong_kind_are_refused(run_folder, kind, name):
+    stored = torch.load(run_folder / "best.pt")
+    stored["model"][name] = WRONG[kind](stored["model"][name])
+    torch.save(stored, run_folder / "best.pt")
+    with pytest.raises(ModelError) as error:
+        GPT.from_checkpoint(str(run_folder), attention_type="softmax,none" if "wpe" in name else "nsa")
+    assert "\n" not in str(error.value) and "damaged" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [*WRONG, "overlapping", "number", "missing"])
+@pytest.mark.filterwarnings("ignore")
+def test_moments_of_a_wrong_kind_are_refused(run_folder, tiny, kind):
+    stored = torch.load(run_folder / "ckpt.pt")
+    moments = stored["optimizer"]["state"][1]
+    wrong = WRONG | {"overlapping": lambda w: w.flatten()[0].expand(w.shape), "number": lambda w: 0.5}
+    if kind == "missing":
+        del moments["exp_avg"]
+    else:
+        moments["exp_avg"] = wrong[kind](moments["exp_avg"])
+    torch.save(stored, run_folder / "ckpt.pt")
+    with pytest.raises(ModelError) as error:
+        train.main(tiny(init_from="resume", n_layer=1, n_embd=8, n_head=1))
+    assert "\n" not in str(error.value)
+
+
+def test_json_that_is_nested_too_deeply_is_one_line(run_folder, tiny):
+    for name in ("ckpt.pt", "best.pt", "model.safetensors"):
+        os.unlink(run_folder / name)
+    (run_folder / "config.json").write_text("[" * 100_000)
+    assert not is_training_folder(str(run_folder))
+    with pytest.raises(ModelError):
+        train.main(tiny(out_dir=str(run_folder / "new"), init_from=str(run_folder)))
+
+
+@pytest.mark.parametrize("lost", [1, 200])
+def test_a_shortened_log_is_said_and_its_lines_stay_whole(tiny, tmp_path, capsys, lost):
+    train.main(tiny(max_iters=4))
+    path = tmp_path / "run" / "log.jsonl"
+    path.write_bytes(path.read_bytes()[:-lost])
+    train.main(tiny(init_from="resume", max_iters=6))
+    assert f"{path} lacks {lost} bytes" in capsys.readouterr().out
+    assert [e["iter"] for e in read_log(tmp_path / "run") if "loss" in e][-2:] == [5, 6]

@@ -163,7 +163,10 @@ def test_resume_of_a_different_model_is_refused(tiny):
 @pytest.mark.parametrize("key, value", [
     ("rng", None), ("rng", [{}]), ("log_size", "x"), ("iter_num", "x"), ("iter_num", -3), ("batches", 3),
     ("optimizer", {}), ("model", {"a": 3}), ("model", {3: torch.ones(1)}), ("model_args", {"n_layer": "3"}),
-    ("model_args", {"dropout": 7.0}),
+    ("model_args", {"dropout": 7.0}), ("model_args", {3: 1}), ("rng", [{"cpu": torch.zeros(9, dtype=torch.uint8)}]),
+    ("rng", [{"cpu": torch.ones(9)}]), ("iter_num", 2.5), ("iter_num", math.inf), ("seconds", "x"), ("wandb_id", 3),
+    ("best_val_loss", [1]), ("config", 3), ("config", {"init_from": 3}), ("optimizer", []), ("optimizer", {"state": 3}),
+    ("optimizer", {"state": {0: {"step": 3}}, "param_groups": []}), ("log_size", None),
 ])  # fmt: skip
 def test_damaged_checkpoints_are_one_line(tiny, tmp_path, key, value):
     train.main(tiny(max_iters=1))
