@@ -25,13 +25,16 @@ import sys
 import time
 from dataclasses import dataclass
 
+if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of theirs
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from config import ConfigError, key
+from config import ConfigError, key, printable
 from data import Batches, DataError, Dataset, windows
 from model import (
     GPT,
@@ -581,7 +584,7 @@ def token_nats(model, x, y, scored, runtime, likeliest=None, among=None, each=No
 
 
 def print_scores(scores, label, seconds):
-    line = f"{label} {scores['split']}: {scores['loss']:.6f} nats a token, "
+    line = f"{printable(label)} {scores['split']}: {scores['loss']:.6f} nats a token, "
     if "accuracy" in scores:
         line += f"accuracy {scores['accuracy']:.6f}"
         if "labels" in scores:
@@ -600,11 +603,11 @@ def print_scores(scores, label, seconds):
 
 def print_labels(scores):
     """The scores of each label, and what its records were called, as a Markdown table."""
-    names = [row["label"] for row in scores["labels"]]
+    names = [printable(row["label"]) for row in scores["labels"]]
     print("| label | targets | precision | recall | F1 | " + " | ".join(f"called {name}" for name in names) + " |")
     print("|---" * (5 + len(names)) + "|")
-    for row, counts in zip(scores["labels"], scores["confusion"]):
-        cells = [row["label"], row["support"], *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1")), *counts]
+    for name, row, counts in zip(names, scores["labels"], scores["confusion"]):
+        cells = [name, row["support"], *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1")), *counts]
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
@@ -667,13 +670,19 @@ class Log:
         if len(kept) < (size or 0):
             print(f"{f.name} lacks {size - len(kept)} bytes that the checkpoint counts: lines are missing")
 
+    @contextlib.contextmanager
     def open(self):
         """The file, to be written at its end. It is open for a moment only: its folder may change."""
-        return open(os.path.join(self.folder, "log.jsonl"), "a+b")
+        path = os.path.join(self.folder, "log.jsonl")
+        try:
+            with open(path, "a+b") as f:
+                yield f
+        except OSError as error:
+            raise cannot_write(path, error) from None
 
     def write(self, **entry):
         with self.open() as f:
-            f.write((json.dumps(entry) + "\n").encode())
+            f.write((json.dumps(finite(entry), allow_nan=False) + "\n").encode())
         if self.wandb is not None:
             prefix = f"{entry['split']}/" if "split" in entry else "train/"
             numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, (int, float)) and k != "iter"}
@@ -691,6 +700,15 @@ class Log:
     def close(self, status):
         if self.wandb is not None:
             self.wandb.finish(exit_code=status)
+
+
+def finite(value):
+    """JSON has no NaN and no infinity: null in their place."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def start_wandb(cfg, progress, resolved):
@@ -728,12 +746,18 @@ def write_atomically(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a failed write in a RuntimeError
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        kept = "; the one before it is intact" if os.path.exists(path) else ""
-        raise TrainError(f"cannot write {path}: {reason}{kept}") from None
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path, error):
+    """The TrainError that says why. torch.save puts an error of its own over the system's."""
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    kept = "; the one before it is intact" if os.path.exists(path) and not path.endswith("log.jsonl") else ""
+    return TrainError(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}{kept}")
 
 
 def save_checkpoint(path, model, **extra):
@@ -752,6 +776,12 @@ def export(model, out_dir):
     model_args = json.dumps(dataclasses.asdict(model.config))
     metadata = {"model_args": model_args, "crc32": checksum(weights, model_args)}
     write_atomically(os.path.join(out_dir, "model.safetensors"), lambda f: f.write(save(weights, metadata)))
+
+
+def checksums(dataset):
+    """{split: those of its files}, by which a resumed run knows its data."""
+    splits = dataset.meta["splits"].items()
+    return {name: {k: v for k, v in info.items() if k.endswith("sha256")} for name, info in splits}
 
 
 def lock_folder(out_dir):
@@ -849,12 +879,14 @@ class Run:
         if self.progress.iter_num < 0:
             raise KeyError(f"iteration {self.progress.iter_num}")
         began = stored.get("config", {})
-        if not isinstance(began.get("init_from", ""), str):
-            raise TypeError(f"init_from is of {type(began['init_from'])}")
+        if not isinstance(began.get("init_from", ""), str) or not isinstance(began.get("seed", 0), int):
+            raise TypeError("init_from or seed")
         if began.get("teacher", "") != self.cfg.teacher:  # the best is by another measure
             self.progress.best_val_loss = math.inf
+        self.compare(stored, began)
         # what is on record is where the run began, not that it was resumed
-        self.cfg = dataclasses.replace(self.cfg, init_from=began.get("init_from", self.cfg.init_from))
+        same = {name: began.get(name, getattr(self.cfg, name)) for name in ("init_from", "seed")}
+        self.cfg = dataclasses.replace(self.cfg, **same)
         for optimizer, state in zip(self.optimizers, (stored.get("optimizer"), stored.get("muon"))):
             options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             needed = (
@@ -886,6 +918,23 @@ class Run:
             if self.runtime.device_type == "cuda" and "cuda" in rng:
                 torch.cuda.set_rng_state(rng["cuda"])
 
+    def compare(self, stored, began):
+        """Say what of the batches is not as it was; other data is another run."""
+        data = checksums(self.dataset)
+        before = stored.get("data", data)
+        changed = sorted(name for name in {*data, *before} if data.get(name) != before.get(name))
+        if changed:
+            how = f"--init_from={self.cfg.out_dir} with another --out_dir starts from its weights"
+            raise ModelError(f"{stored['path']}: {', '.join(changed)} of the data set changed since then; {how}")
+        was = began | {"processes": len(stored.get("rng", [0] * self.world.size))}
+        now = dataclasses.asdict(self.cfg) | {"processes": self.world.size}
+        names = ("batch_size", "gradient_accumulation_steps", "processes")
+        notes = [f"{name}={now[name]}, it was {was[name]}" for name in names if was.get(name, now[name]) != now[name]]
+        if was.get("seed", now["seed"]) != now["seed"]:
+            notes.append(f"the seed stays {was['seed']}")
+        if notes:
+            self.say(f"note: {'; '.join(notes)}")
+
     @property
     def folder(self):
         """Where the run's files are: the earlier run's are not touched before this one has a checkpoint."""
@@ -913,7 +962,7 @@ class Run:
 
     def say(self, text):
         if self.world.master:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def step(self):
         """One optimizer step. Returns its loss and parts, means over all its micro-batches, and the gradient norm."""
@@ -1036,6 +1085,7 @@ class Run:
             if len(self.optimizers) > 1:
                 extra["muon"] = self.optimizers[1].state_dict()
             extra |= {"config": dataclasses.asdict(self.cfg), "log_size": self.log.size()}
+            extra |= {"data": checksums(self.dataset)}
             save_checkpoint(os.path.join(self.folder, "ckpt.pt"), self.model, **extra)
             if self.is_new:
                 place_new_run(self.cfg.out_dir)
@@ -1206,7 +1256,7 @@ def work(model_config, cfg, given, world, runtime, dataset):
     teacher = load_teacher(cfg, model).to(runtime.device) if cfg.teacher else None
     torch.manual_seed(cfg.seed + 1 + world.rank)  # dropout differs between processes, initial weights do not
     if world.master:
-        print(f"{what}\n{runtime}\ndata: {dataset.meta['label']}", flush=True)
+        print(f"{printable(what)}\n{runtime}\ndata: {printable(dataset.meta['label'])}", flush=True)
     if cfg.eval_only:
         full_evaluation(model, dataset, cfg, runtime, world, teacher)
         export(model, cfg.out_dir) if cfg.export and world.master else None

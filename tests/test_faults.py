@@ -1,16 +1,25 @@
 """What a training run keeps when something goes wrong: kills, damaged files, full disks, lost peers."""
 
+import json
 import math
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from faults import cut, flip, read_damaged
-from test_train import read_log, weights_equal
+from test_train import poison, read_log, weights_equal
 
+import bench
+import config
+import data
 import train
 from model import GPT, ModelError, is_training_folder, read_checkpoint
 from train import TrainError
@@ -225,3 +234,108 @@ def test_a_shortened_log_is_said_and_its_lines_stay_whole(tiny, tmp_path, capsys
     train.main(tiny(init_from="resume", max_iters=6))
     assert f"{path} lacks {lost} bytes" in capsys.readouterr().out
     assert [e["iter"] for e in read_log(tmp_path / "run") if "loss" in e][-2:] == [5, 6]
+
+
+# what a resumed run is told
+
+
+def test_a_changed_data_set_is_refused_and_said_how_to_go_on(tiny, tmp_path, text_dataset):
+    folder = str(tmp_path / "text")
+    shutil.copytree(text_dataset, folder)
+    train.main(tiny(dataset=folder, max_iters=2))
+    moved = str(tmp_path / "elsewhere")
+    shutil.copytree(folder, moved)  # the same data in another place is the same
+    train.main(tiny(dataset=moved, max_iters=2, init_from="resume"))
+    before = files(tmp_path / "run")
+    codec, meta = data.BytesCodec(), json.loads(Path(folder, "meta.json").read_text())
+    meta["splits"]["train"] = data.write_split(folder, "train", [b"other words " * 99], codec)
+    for name in ("val", "test"):
+        shutil.copy(Path(folder, f"{name}.bin"), Path(folder, f"{name}.bin.part"))
+    data.write_meta(folder, codec, meta["splits"], source="test", sha256="", label="words")
+    with pytest.raises(ModelError, match="train of the data set changed since then; --init_from=.*run"):
+        train.main(tiny(dataset=folder, init_from="resume"))
+    assert files(tmp_path / "run") == before
+    assert train.main(tiny(dataset=folder, init_from=str(tmp_path / "run"), out_dir=moved, max_iters=1)) == 0
+
+
+def test_what_differs_from_the_checkpoint_is_said(tiny, tmp_path, capsys):
+    train.main(tiny(max_iters=2, seed=5))
+    capsys.readouterr()
+    train.main(tiny(max_iters=3, seed=6, batch_size=2, gradient_accumulation_steps=3, init_from="resume"))
+    note = "note: batch_size=2, it was 4; gradient_accumulation_steps=3, it was 1; the seed stays 5\n"
+    assert note in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["seed"] == 5
+    train.main(tiny(max_iters=3, seed=5, batch_size=2, gradient_accumulation_steps=3, init_from="resume"))
+    assert "note:" not in capsys.readouterr().out
+
+
+# what is written and printed
+
+
+def test_the_log_is_json_without_nan(tiny, tmp_path, monkeypatch):
+    poison(monkeypatch, {3, 4})
+    train.main(tiny(max_iters=8))
+    text = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert [e["iter"] for e in read_log(tmp_path / "run") if e.get("loss", 0) is None] == [4, 5]
+    bench.main(["--what=curves", f"--out_dir={tmp_path / 'run'}", f"--png={tmp_path / 'loss.png'}"])
+    assert train.finite({"a": [1.5, math.inf, [-math.inf]], "b": math.nan, "c": True}) == {
+        "a": [1.5, None, [None]], "b": None, "c": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt", "config.json", "log.jsonl"])
+def test_a_full_disk_is_named_with_the_file(tiny, tmp_path, monkeypatch, name):
+    folder, step = tmp_path / "run", train.Run.step
+    train.main(tiny(max_iters=2))
+    before, limits = files(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[name]) + 50, limits[1]))
+        return step(self)
+
+    if name == "log.jsonl":
+        reason = "File too large"
+        monkeypatch.setattr(train.Run, "step", limited)
+    else:
+        reason = "No space left on device"
+        (folder / f"{name}.tmp").symlink_to("/dev/full")
+    try:
+        with pytest.raises(TrainError) as error:
+            train.main(tiny(max_iters=12, init_from="resume"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"cannot write {folder / name}: {reason}" in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert files(folder)["ckpt.pt"] == before["ckpt.pt"]
+    assert train.main(tiny(max_iters=12, init_from="resume")) == 0
+
+
+def test_names_reach_a_terminal_without_control_characters(tiny, tmp_path, text_dataset, capsys, monkeypatch):
+    folder = tmp_path / "text"
+    shutil.copytree(text_dataset, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"label": "words\x1b[2J\u009b31m"}))
+    train.main(tiny(dataset=str(folder), max_iters=1))
+    train.main(tiny(dataset=str(folder), init_from="resume", eval_only=True))
+    out = capsys.readouterr().out
+    assert out.count("words\\x1b[2J\\x9b31m") == 4 and "\x1b" not in out and "\u009b" not in out
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out\x1b[2J_dir=3"])
+    with pytest.raises(SystemExit):
+        config.run(train.main)
+    error = capsys.readouterr().err
+    assert "\x1b" not in error and "\\x1b[2J" in error
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="looks in /proc for what is loaded")
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py"])
+def test_ctrl_c_while_modules_load_is_no_traceback(script):
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(ROOT, script), "--help"], stderr=subprocess.PIPE, text=True
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "libtorch" not in maps.read_text():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT and error.count("\n") <= 1 and "Traceback" not in error
