@@ -86,6 +86,27 @@ def test_a_new_run_touches_nothing_before_it_has_saved(tiny, tmp_path, monkeypat
     assert [e["iter"] for e in read_log(folder) if "loss" in e] == [1, 2, 3]
 
 
+def test_a_running_run_can_be_scored(tiny, tmp_path, capsys):
+    """Reading needs no lock, also where nothing can be written. An export is written, and needs it."""
+    train.main(tiny(max_iters=2))
+    scores = dict(init_from="resume", eval_only=True)
+    with train.lock_folder(str(tmp_path / "run")):
+        capsys.readouterr()
+        assert train.main(tiny(**scores)) == 0
+        assert "words val:" in capsys.readouterr().out
+        with pytest.raises(TrainError, match="another run"):
+            train.main(tiny(export=True, **scores))
+    (tmp_path / "run" / ".lock").unlink()
+    before = sorted(os.listdir(tmp_path / "run"))
+    assert train.main(tiny(**scores)) == 0 and sorted(os.listdir(tmp_path / "run")) == before
+    for place in (".new", ".placing"):  # where a kill left the checkpoint of a new run
+        (tmp_path / "run" / place).mkdir()
+        (tmp_path / "run" / "ckpt.pt").rename(tmp_path / "run" / place / "ckpt.pt")
+        capsys.readouterr()
+        assert train.main(tiny(**scores)) == 0 and f"{place}/ckpt.pt at iteration 2" in capsys.readouterr().out
+        (tmp_path / "run" / place / "ckpt.pt").rename(tmp_path / "run" / "ckpt.pt")
+
+
 # weights that are no good
 
 
