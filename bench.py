@@ -36,12 +36,16 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from unittest import mock
+
+if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of theirs
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -1638,7 +1642,7 @@ def read_log(folder):
     try:
         with open(path, encoding="utf-8") as f:
             entries = [json.loads(line) for line in f]
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError(f"{path} is damaged: a line is not JSON") from None
     if not all(isinstance(e, dict) and "iter" in e for e in entries):
         raise ConfigError(f"{path} is damaged: a line is not an entry of a run")

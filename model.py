@@ -1458,5 +1458,5 @@ def stored_config(stored, **overrides):
     pattern = (stored["model_args"] | overrides).get("attention_type", GPTConfig.attention_type)
     try:
         return build(GPTConfig, own_keys(stored["model_args"], pattern) | overrides)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # a TypeError: a key that is no text
         raise ModelError(f"{stored['path']}: {error}") from None

@@ -17,9 +17,13 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import textwrap
 from dataclasses import dataclass
+
+if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of theirs
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 

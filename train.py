@@ -7,7 +7,8 @@
 
 In out_dir: config.json, log.jsonl (a line for each logged iteration and each evaluation), ckpt.pt (the last state, to
 resume), best.pt (the weights with the lowest validation loss, once penalties have their full weight; of a student those
-with the lowest divergence and penalty after its first step). Ctrl-C or SIGTERM finishes the step and saves.
+with the lowest divergence and penalty after its first step). Ctrl-C or SIGTERM finishes the step and saves. A new run
+moves the files of an earlier one to out_dir/previous/, once it has a checkpoint of its own.
 """
 
 import contextlib
@@ -17,11 +18,15 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+
+if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of theirs
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist
@@ -29,14 +34,15 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from config import ConfigError, key
+from config import ConfigError, key, printable
 from data import Batches, DataError, Dataset, windows
 from data.scoring import evaluate, perplexity, print_scores, token_nats
 from kernels.divergence import kl_divergence
 from model import GPT, GPTConfig, cross_entropy, param_groups, stored_config
-from weights import ModelError, is_training_folder, load_weights, read_checkpoint
+from weights import ModelError, checksum, is_dense, is_training_folder, load_weights, read_checkpoint
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row that end a run
+RUN_FILES = ("config.json", "log.jsonl", "best.pt", "ckpt.pt", "model.safetensors")  # of one run in its folder
 
 
 class TrainError(RuntimeError):
@@ -294,7 +300,9 @@ def source_folder(cfg):
 
 
 def resume_model(cfg, explicit, given):
-    stored = read_checkpoint(cfg.out_dir, "ckpt.pt")
+    folders = [os.path.join(cfg.out_dir, name) for name in (".new", ".placing", "")]  # the first two after a kill
+    folder = next((f for f in folders if os.path.exists(os.path.join(f, "ckpt.pt"))), cfg.out_dir)
+    stored = read_checkpoint(folder, "ckpt.pt")
     model_config = stored_config(stored)
     for name, value in explicit.items():
         if name == "vocab_size" and value == 0:
@@ -456,7 +464,7 @@ def full_evaluation(model, dataset, cfg, runtime, world, teacher=None):
                 how = (context, stride, cfg.eval_batch_size, runtime, share, world.sum, bar)
                 rows.append(evaluate(model, split, *how))
             if world.master:
-                print_scores(rows[-1], dataset.meta["label"], time.perf_counter() - start)
+                print_scores(rows[-1], printable(dataset.meta["label"]), time.perf_counter() - start)
             if teacher is not None:
                 passes = windows(split, context, stride, cfg.eval_batch_size)
                 mine = (w for i, w in enumerate(passes) if i % world.size == world.rank)
@@ -480,19 +488,31 @@ def progress_bar(total, label, unit, world, initial=0):
 
 
 class Log:
-    """log.jsonl, and W&B when asked. On resume the file is cut where the checkpoint was written."""
+    """log.jsonl in `folder`, and W&B when asked. On resume the file is cut where the checkpoint was written."""
 
-    def __init__(self, cfg, progress, size, resolved):
+    def __init__(self, cfg, folder, progress, size, resolved):
         self.wandb = start_wandb(cfg, progress, resolved) if cfg.wandb_log else None
-        path = os.path.join(cfg.out_dir, "log.jsonl")
-        self.file = open(path, "r+b" if size is not None and os.path.exists(path) else "wb")
-        if size is not None:
-            self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
-            self.file.seek(0, os.SEEK_END)
+        self.folder = folder
+        with self.open() as f:
+            f.seek(0)
+            kept = f.read()[:size]
+            f.truncate(kept.rfind(b"\n") + 1)
+        if len(kept) < (size or 0):
+            print(f"{f.name} lacks {size - len(kept)} bytes that the checkpoint counts: lines are missing")
+
+    @contextlib.contextmanager
+    def open(self):
+        """The file, to be written at its end. It is open for a moment only: its folder may change."""
+        path = os.path.join(self.folder, "log.jsonl")
+        try:
+            with open(path, "a+b") as f:
+                yield f
+        except OSError as error:
+            raise cannot_write(path, error) from None
 
     def write(self, **entry):
-        self.file.write((json.dumps(entry) + "\n").encode())
-        self.file.flush()
+        with self.open() as f:
+            f.write((json.dumps(finite(entry), allow_nan=False) + "\n").encode())
         if self.wandb is not None:
             prefix = f"{entry['split']}/" if "split" in entry else "train/"
             numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, (int, float)) and k != "iter"}
@@ -503,13 +523,22 @@ class Log:
             self.wandb.log(numbers, step=entry["iter"])
 
     def size(self):
-        os.fsync(self.file.fileno())
-        return self.file.tell()
+        with self.open() as f:
+            os.fsync(f.fileno())
+            return f.tell()
 
     def close(self, status):
-        self.file.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=status)
+
+
+def finite(value):
+    """JSON has no NaN and no infinity: null in their place."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def start_wandb(cfg, progress, resolved):
@@ -547,12 +576,18 @@ def write_atomically(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a failed write in a RuntimeError
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        kept = "; the one before it is intact" if os.path.exists(path) else ""
-        raise TrainError(f"cannot write {path}: {reason}{kept}") from None
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path, error):
+    """The TrainError that says why. torch.save puts an error of its own over the system's."""
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    kept = "; the one before it is intact" if os.path.exists(path) and not path.endswith("log.jsonl") else ""
+    return TrainError(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}{kept}")
 
 
 def save_checkpoint(path, model, **extra):
@@ -562,21 +597,29 @@ def save_checkpoint(path, model, **extra):
 
 
 def export(model, out_dir):
-    """model.safetensors; a tied head is stored once, as the embedding."""
+    """model.safetensors, with its config and a checksum; a tied head is stored once, as the embedding."""
     from safetensors.torch import save
 
-    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
     if model.config.embedding == "tied":
         del weights["lm_head.weight"]
-    write_atomically(os.path.join(out_dir, "model.safetensors"), lambda f: f.write(save(weights)))
+    model_args = json.dumps(dataclasses.asdict(model.config))
+    metadata = {"model_args": model_args, "crc32": checksum(weights, model_args)}
+    write_atomically(os.path.join(out_dir, "model.safetensors"), lambda f: f.write(save(weights, metadata)))
+
+
+def checksums(dataset):
+    """{split: those of its files}, by which a resumed run knows its data."""
+    splits = dataset.meta["splits"].items()
+    return {name: {k: v for k, v in info.items() if k.endswith("sha256")} for name, info in splits}
 
 
 def lock_folder(out_dir):
-    """An open file that keeps a second run out of the folder; None where the system has no flock."""
+    """An open file that keeps a second run out of the folder, where the system has flock."""
     try:
         import fcntl
     except ImportError:
-        return None
+        return contextlib.nullcontext()
     lock = open(os.path.join(out_dir, ".lock"), "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -585,13 +628,31 @@ def lock_folder(out_dir):
     return lock
 
 
-def discard_earlier_run(out_dir):
-    """A new run in the folder of an old one replaces its checkpoints: none of them may be taken for the new run's."""
-    for name in ("ckpt.pt", "best.pt", "model.safetensors"):
-        path = os.path.join(out_dir, name)
-        if os.path.exists(path):
-            print(f"{path}, of an earlier run, is replaced (--init_from=resume would have gone on from it)")
-            os.unlink(path)
+def place_new_run(out_dir):
+    """Put a new run in the earlier one's place, once it has saved. A start and a save call this. What a kill leaves:
+
+    .new/ without ckpt.pt   the earlier run is whole; the new one has saved nothing
+    .new/ with ckpt.pt      the new run is whole; the earlier one's files are on their way to previous/
+    .placing/               the earlier run is whole in previous/; the new one's files are on their way to out_dir
+    none of them            the run in out_dir is whole
+    """
+    new, placing, previous = (os.path.join(out_dir, name) for name in (".new", ".placing", "previous"))
+    if os.path.exists(os.path.join(new, "ckpt.pt")):
+        aside = os.path.join(new, "previous")
+        for name in RUN_FILES:
+            if os.path.exists(os.path.join(out_dir, name)):
+                os.makedirs(aside, exist_ok=True)
+                os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
+        if os.path.exists(aside):
+            if os.path.exists(previous):
+                shutil.rmtree(previous)
+            os.rename(aside, previous)
+            print(f"the earlier run of {out_dir} is in {previous} now (--init_from=resume would have gone on from it)")
+        os.rename(new, placing)
+    if os.path.exists(placing):
+        for name in os.listdir(placing):
+            os.replace(os.path.join(placing, name), os.path.join(out_dir, name))
+        os.rmdir(placing)
 
 
 def git_commit():
@@ -617,6 +678,7 @@ class Run:
         self.masks, self.weights = groups["mask"], groups["matrix"] + groups["vector"]
         self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == "float16")
         self.progress = Progress()
+        self.is_new = stored is None  # until its first checkpoint
         self.log_size = None
         if stored is not None:
             self.restore(stored)
@@ -625,29 +687,44 @@ class Run:
         self.penalty = 0.0  # of the last step
         model.activation_checkpointing = cfg.activation_checkpointing
         self.teacher = teacher
-        self.objective = Objective(model, teacher, cfg.distill_temperature, cfg.distill_ce)
+        self.objective = self.plain_objective = Objective(model, teacher, cfg.distill_temperature, cfg.distill_ce)
         self.micro_steps = cfg.gradient_accumulation_steps // world.size
 
     def restore(self, stored):
         """All that a step depends on, so that a resumed run is the same run. nanoGPT's files have no generators."""
         try:
             self._restore(stored)
-        except (DataError, ModelError):
+        except (DataError, ModelError, torch.OutOfMemoryError):
             raise
-        except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise ModelError(f"{stored['path']}: damaged: {type(error).__name__}: {error}") from None
 
     def _restore(self, stored):
-        self.progress = Progress(**{k: type(v)(stored.get(k, v)) for k, v in dataclasses.asdict(Progress()).items()})
+        for name, first in dataclasses.asdict(Progress()).items():
+            value = stored.get(name, first)
+            value = value.item() if torch.is_tensor(value) else value  # nanoGPT's best_val_loss
+            if type(value) not in (type(first), *([int] if type(first) is float else [])):
+                raise TypeError(f"{name} is of {type(value)}")
+            setattr(self.progress, name, value)
         if self.progress.iter_num < 0:
             raise KeyError(f"iteration {self.progress.iter_num}")
         began = stored.get("config", {})
+        if not isinstance(began.get("init_from", ""), str) or not isinstance(began.get("seed", 0), int):
+            raise TypeError("init_from or seed")
         if began.get("teacher", "") != self.cfg.teacher:  # the best is by another measure
             self.progress.best_val_loss = math.inf
+        self.compare(stored, began)
         # what is on record is where the run began, not that it was resumed
-        self.cfg = dataclasses.replace(self.cfg, init_from=began.get("init_from", self.cfg.init_from))
+        same = {name: began.get(name, getattr(self.cfg, name)) for name in ("init_from", "seed")}
+        self.cfg = dataclasses.replace(self.cfg, **same)
         for optimizer, state in zip(self.optimizers, (stored.get("optimizer"), stored.get("muon"))):
             options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            needed = (
+                {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            )
+            for moments in (state or {}).get("state", {}).values():
+                if needed - moments.keys() or not all(is_dense(m) and m.is_floating_point() for m in moments.values()):
+                    raise KeyError("an optimizer state of another kind")
             try:
                 optimizer.load_state_dict(state)
             except (KeyError, TypeError, ValueError):
@@ -657,7 +734,7 @@ class Run:
             for group, ours in zip(optimizer.param_groups, options):  # rates and decay are the command's
                 group.update(ours)
             for p, moments in optimizer.state.items():
-                if any(m.dim() and m.shape != p.shape for m in moments.values() if torch.is_tensor(m)):
+                if any(m.dim() and (m.shape, m.stride()) != (p.shape, p.stride()) for m in moments.values()):
                     raise KeyError("an optimizer state of another shape")
         if "batches" not in stored:
             print("the checkpoint has no generator state: batches and dropout start afresh")
@@ -670,6 +747,33 @@ class Run:
             torch.set_rng_state(rng["cpu"])
             if self.runtime.device_type == "cuda" and "cuda" in rng:
                 torch.cuda.set_rng_state(rng["cuda"])
+
+    def compare(self, stored, began):
+        """Say what of the batches is not as it was; other data is another run."""
+        data = checksums(self.dataset)
+        before = stored.get("data", data)
+        changed = sorted(name for name in {*data, *before} if data.get(name) != before.get(name))
+        if changed:
+            how = f"--init_from={self.cfg.out_dir} with another --out_dir starts from its weights"
+            raise ModelError(f"{stored['path']}: {', '.join(changed)} of the data set changed since then; {how}")
+        was = began | {"processes": len(stored.get("rng", [0] * self.world.size))}
+        now = dataclasses.asdict(self.cfg) | {"processes": self.world.size}
+        names = ("batch_size", "gradient_accumulation_steps", "processes")
+        notes = [f"{name}={now[name]}, it was {was[name]}" for name in names if was.get(name, now[name]) != now[name]]
+        if was.get("seed", now["seed"]) != now["seed"]:
+            notes.append(f"the seed stays {was['seed']}")
+        if notes:
+            self.say(f"note: {'; '.join(notes)}")
+
+    @property
+    def folder(self):
+        """Where the run's files are: the earlier run's are not touched before this one has a checkpoint."""
+        return os.path.join(self.cfg.out_dir, ".new") if self.is_new else self.cfg.out_dir
+
+    @property
+    def matching(self):
+        """Whether the next step matches the teacher's attention."""
+        return self.cfg.distill == "attention" or self.progress.iter_num < self.cfg.distill_attention_iters
 
     def prepare(self, resolved):
         """Compile, wrap, open the log."""
@@ -684,16 +788,15 @@ class Run:
             self.objective = DistributedDataParallel(self.objective, device_ids=ids, find_unused_parameters=unused)
         self.log = None
         if self.world.master:
-            self.log = Log(self.cfg, self.progress, self.log_size, resolved)
+            self.log = Log(self.cfg, self.folder, self.progress, self.log_size, resolved)
 
     def say(self, text):
         if self.world.master:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def step(self):
         """One optimizer step on the mean loss over all scored targets, however they are split into micro-batches and
         processes. Returns the loss and its parts, and the gradient norm."""
-        matching = self.cfg.distill == "attention" or self.progress.iter_num < self.cfg.distill_attention_iters
         for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * lr_factor(self.cfg, self.progress.iter_num)
         self.model.redraw(self.progress.iter_num)
@@ -706,7 +809,7 @@ class Run:
             if self.world.size > 1:  # gradients are exchanged once, with the last micro-batch
                 self.objective.require_backward_grad_sync = micro == self.micro_steps - 1
             with self.runtime.autocast():
-                loss, parts = self.objective(batch, matching, share, weight)
+                loss, parts = self.objective(batch, self.matching, share, weight)
             self.scaler.scale(loss / self.micro_steps).backward()
             terms.append(torch.stack((loss, *parts.values())).detach())
         for optimizer in self.optimizers:
@@ -760,17 +863,12 @@ class Run:
             number = self.progress.iter_num + 1
             self.say(f"iteration {number}: loss {loss}, gradient norm {norm}: step skipped ({self.bad_steps} in a row)")
             if self.bad_steps >= MAX_BAD_STEPS:
-                path = os.path.join(self.cfg.out_dir, "ckpt.pt")
-                last = f"the last good checkpoint is {path}"
-                what = f"{MAX_BAD_STEPS} non-finite steps in a row up to iteration {number}"
-                raise TrainError(f"{what}; {last}; lower learning_rate")
+                self.fail(f"{MAX_BAD_STEPS} non-finite steps in a row up to iteration {number}")
 
     def evaluate(self):
         """The cheap estimate, logged; best.pt when validation improves, and while the penalty grows: what is best
         without it is not the run's result. Nor is a student as converted, which may be its teacher exactly."""
         losses = estimate_loss(self.model, self.batches, self.cfg, self.runtime, self.world)
-        if self.progress.iter_num == 0 and self.world.master:  # not before the new run is known to start
-            discard_earlier_run(self.cfg.out_dir)
         self.say(f"iteration {self.progress.iter_num}: " + ", ".join(f"{k} loss {v:.4f}" for k, v in losses.items()))
         comparison = {}
         if self.teacher is not None and "val" in losses:
@@ -786,7 +884,7 @@ class Run:
             self.progress.best_val_loss = math.inf if early else score
             if self.world.master:
                 extra = dict(iter_num=self.progress.iter_num, best_val_loss=score)
-                save_checkpoint(os.path.join(self.cfg.out_dir, "best.pt"), self.model, **extra)
+                save_checkpoint(os.path.join(self.folder, "best.pt"), self.model, **extra)
         for split, value in losses.items() if self.log else ():
             entry = {"iter": self.progress.iter_num, "split": split, f"{split}_loss": value}
             entry |= comparison if split == "val" else {}
@@ -795,6 +893,28 @@ class Run:
         stats = {f"{i}.{name}": value.tolist() for i, layer in stats.items() for name, value in layer.items()}
         if stats and self.log:  # what the masks are, from parameters alone
             self.log.write(iter=self.progress.iter_num, stats=stats)
+
+    @torch.no_grad()
+    def check_weights(self):
+        """Raise TrainError unless the weights are finite, and their loss on the next batch: no others are saved."""
+        position = self.batches.state_dict()
+        self.model.eval()  # no dropout: random numbers stay as they are
+        with self.runtime.autocast():
+            batch = tuple(t.to(self.runtime.device) for t in self.batches.batch("train"))
+            share = penalty_share(self.cfg, self.progress.iter_num)
+            loss = self.plain_objective(batch, self.matching, share)[0].item()
+        self.model.train()
+        self.batches.load_state_dict(position)
+        tensors = [t for t in self.model.state_dict().values() if t.is_floating_point()]
+        largest = nn.utils.get_total_norm(tensors, math.inf).item()
+        what = f"a loss of {loss}" if math.isfinite(largest) else "weights that are not finite"
+        if self.world.max([not math.isfinite(loss + largest)])[0]:
+            self.fail(f"iteration {self.progress.iter_num} left {what}")
+
+    def fail(self, what):
+        path = os.path.join(self.cfg.out_dir, "ckpt.pt")
+        last = "nothing was saved" if self.is_new else f"the last good checkpoint is {path}"
+        raise TrainError(f"{what}; {last}; lower learning_rate")
 
     def save(self):
         """ckpt.pt: all that `restore` reads."""
@@ -810,7 +930,12 @@ class Run:
             if len(self.optimizers) > 1:
                 extra["muon"] = self.optimizers[1].state_dict()
             extra |= {"config": dataclasses.asdict(self.cfg), "log_size": self.log.size()}
-            save_checkpoint(os.path.join(self.cfg.out_dir, "ckpt.pt"), self.model, **extra)
+            extra |= {"data": checksums(self.dataset)}
+            save_checkpoint(os.path.join(self.folder, "ckpt.pt"), self.model, **extra)
+            if self.is_new:
+                place_new_run(self.cfg.out_dir)
+                self.log.folder = self.cfg.out_dir
+        self.is_new = False
 
     def stop_reason(self):
         """0, or the signal that all processes have seen, or -1 when the time is used up."""
@@ -823,7 +948,8 @@ class Run:
         cfg, progress, stop = self.cfg, self.progress, 0
         tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * self.batches.length
         self.model.train()
-        if progress.iter_num == 0:
+        if self.is_new:
+            self.check_weights()
             self.evaluate()
             self.save()
         with progress_bar(cfg.max_iters, "train", "it", self.world, progress.iter_num) as bar:
@@ -844,10 +970,10 @@ class Run:
                     self.log_step(terms, ms, tokens_per_step, bar)
                     since, steps = time.perf_counter(), 0
                 at_end = progress.iter_num == cfg.max_iters or stop == -1
-                if progress.iter_num % cfg.eval_interval == 0 or at_end:
-                    self.evaluate()
-                    self.save()
-                elif stop or (cfg.checkpoint_interval and progress.iter_num % cfg.checkpoint_interval == 0):
+                evaluates = progress.iter_num % cfg.eval_interval == 0 or at_end
+                if evaluates or stop or (cfg.checkpoint_interval and progress.iter_num % cfg.checkpoint_interval == 0):
+                    self.check_weights()
+                    self.evaluate() if evaluates else None
                     self.save()
                 if progress.iter_num % cfg.eval_interval == 0:
                     since, steps = time.perf_counter(), 0
@@ -960,6 +1086,19 @@ def train(model_config, cfg, given, world, device):
             model_config = stored_config(read_checkpoint(source_folder(cfg)), **explicit)
         dry_run(model_config, cfg, dataset)
         return 0
+    with contextlib.ExitStack() as stack:
+        if world.master and (cfg.export or not cfg.eval_only):  # reading needs no lock
+            if cfg.init_from != "resume":
+                os.makedirs(cfg.out_dir, exist_ok=True)
+            if os.path.isdir(cfg.out_dir):
+                stack.enter_context(lock_folder(cfg.out_dir))
+                place_new_run(cfg.out_dir)
+        world.max([0])  # the other processes read what is in order now
+        return work(model_config, cfg, given, world, runtime, dataset)
+
+
+def work(model_config, cfg, given, world, runtime, dataset):
+    """Make the model, then score or train it. Returns the exit status."""
     torch.manual_seed(cfg.seed)
     model, stored, what = make_model(cfg, model_config, given, dataset)
     if model.config.vocab_size < dataset.vocab_size:
@@ -971,11 +1110,9 @@ def train(model_config, cfg, given, world, device):
     teacher = load_teacher(cfg, model).to(runtime.device) if cfg.teacher else None
     torch.manual_seed(cfg.seed + 1 + world.rank)  # dropout differs between processes, initial weights do not
     if world.master:
-        print(f"{what}\n{runtime}\ndata: {dataset.meta['label']}", flush=True)
+        print(f"{printable(what)}\n{runtime}\ndata: {printable(dataset.meta['label'])}", flush=True)
         if unaware := model.config.without_positions():
             print(f"note: {', '.join(unaware)}: no positions there, pos_emb=rope does not reach them", flush=True)
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    lock = lock_folder(cfg.out_dir) if world.master else None  # held until the process ends
     if cfg.eval_only:
         full_evaluation(model, dataset, cfg, runtime, world, teacher)
         export(model, cfg.out_dir) if cfg.export and world.master else None
@@ -984,9 +1121,11 @@ def train(model_config, cfg, given, world, device):
     resolved = {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(run.cfg)}
     resolved |= {"data": dataset.meta, "commit": git_commit(), "torch": torch.__version__}
     if world.master:
-        write_atomically(
-            os.path.join(cfg.out_dir, "config.json"), lambda f: f.write(json.dumps(resolved, indent=1).encode())
-        )
+        if run.is_new:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            os.mkdir(run.folder)
+        path, text = os.path.join(run.folder, "config.json"), json.dumps(resolved, indent=1)
+        write_atomically(path, lambda f: f.write(text.encode()))
     run.prepare(resolved)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, frame: setattr(run, "signal", received))
@@ -996,8 +1135,6 @@ def train(model_config, cfg, given, world, device):
     finally:
         if run.log is not None:
             run.log.close(status)
-        if lock is not None:
-            lock.close()
     if cfg.export and world.master and status == 0:
         export(model, cfg.out_dir)
     return status

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import warnings
+import zipfile
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +26,7 @@ def is_training_folder(folder):
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             resolved = json.load(f)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(resolved, dict) and "train" in resolved
 
@@ -40,28 +42,58 @@ def read_checkpoint(out_dir, name=None):
         if path.endswith(".safetensors"):
             stored = _read_export(path)
         else:
+            check_archive(path)
             with warnings.catch_warnings():  # of pickle modules that a foreign file names
                 warnings.simplefilter("ignore")
                 stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive, a pickle with code in it, another library's format
         if isinstance(error, OSError) and error.filename:
             raise
-        raise ModelError(f"{path}: not a readable checkpoint (truncated, or not tensors and plain values)") from None
+        raise ModelError(f"{path}: not a readable checkpoint (damaged, or not tensors and plain values)") from None
     if not isinstance(stored, dict) or not all(isinstance(stored.get(k), dict) for k in ("model", "model_args")):
         raise ModelError(f"{path}: not a checkpoint of this repository or of nanoGPT (no model and model_args)")
-    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in stored["model"].items()):
-        raise ModelError(f"{path}: damaged: its model is not tensors by name")
+    if not all(isinstance(k, str) and is_dense(v) for k, v in stored["model"].items()):
+        raise ModelError(f"{path}: damaged: its model is not dense tensors by name")
     prefix = "_orig_mod."  # nanoGPT saves the compiled module, whose names carry it
     stored["model"] = {k.removeprefix(prefix): v for k, v in stored["model"].items()}
     stored["path"] = path
     return stored
 
 
-def _read_export(path):
-    from safetensors.torch import load_file
+def check_archive(path):
+    """Raise ValueError where what torch.load would read has changed: it does not look at the checksums that torch.save
+    writes, and reads zeros where a record is marked as a folder. Files older than the archives have none."""
+    with open(path, "rb") as f:
+        if f.read(4) == b"PK\x03\x04":
+            with zipfile.ZipFile(f) as archive:
+                if archive.testzip() or any(record.external_attr & 0x10 for record in archive.infolist()):
+                    raise ValueError("a checksum does not fit")
 
-    with open(os.path.join(os.path.dirname(path), "config.json"), encoding="utf-8") as f:
-        return {"model": load_file(path), "model_args": json.load(f)["model"]}
+
+def is_dense(value):
+    return torch.is_tensor(value) and value.layout == torch.strided and value.is_cpu and not value.is_quantized
+
+
+def checksum(weights, text):
+    """Of tensors by name and of a text. safetensors files have none of their own."""
+    crc = zlib.crc32(text.encode())
+    for name, w in sorted(weights.items()):
+        crc = zlib.crc32(f"{name} {w.dtype} {tuple(w.shape)}".encode(), crc)
+        crc = zlib.crc32(w.reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def _read_export(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as f:
+        metadata, weights = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    if metadata.get("crc32", "") not in ("", checksum(weights, metadata.get("model_args", ""))):
+        raise ValueError("the checksum does not fit")
+    if "model_args" in metadata:
+        return {"model": weights, "model_args": json.loads(metadata["model_args"])}
+    with open(os.path.join(os.path.dirname(path), "config.json"), encoding="utf-8") as f:  # another program's, or older
+        return {"model": weights, "model_args": json.load(f)["model"]}
 
 
 # -----------------------------------------------------------------------------
@@ -105,6 +137,8 @@ def load_weights(model, weights, source):
     for name, value in weights.items():
         module, _, parameter = name.rpartition(".")
         layer = module.removesuffix(".c_attn")
+        if name in own and value.is_floating_point() != own[name].is_floating_point():
+            raise ModelError(f"{name} is of {value.dtype}, in a model it is of {own[name].dtype}: damaged weights")
         if name not in own:
             left.append(name)
         elif layer != module and not same_rows(own[name], ours[layer], value, theirs.get(layer)):

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import os
+import signal
 import sys
 import types
 import typing
@@ -245,6 +246,8 @@ def run(main, *errors):
     """Run a script's `main(argv)`. A user's mistake ends in one line on stderr: exit status 2 for a wrong config, 1 for
     `errors` and for files that cannot be read or written, 130 after Ctrl-C. Anything else is a bug: a traceback."""
     name = os.path.basename(sys.argv[0])
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # while modules loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main(sys.argv[1:]))
     except ConfigError as caught:
@@ -260,8 +263,13 @@ def run(main, *errors):
         error, status = "out of memory: take a smaller batch_size, block_size or model (--dry_run adds them up)", 1
     except KeyboardInterrupt:
         error, status = "interrupted", 130
-    print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{name}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     sys.exit(status)
+
+
+def printable(text):
+    """`text` with escapes in place of control characters, which command a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @dataclasses.dataclass(frozen=True)

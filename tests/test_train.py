@@ -165,7 +165,10 @@ def test_resume_of_a_different_model_is_refused(tiny):
 @pytest.mark.parametrize("key, value", [
     ("rng", None), ("rng", [{}]), ("log_size", "x"), ("iter_num", "x"), ("iter_num", -3), ("batches", 3),
     ("optimizer", {}), ("model", {"a": 3}), ("model", {3: torch.ones(1)}), ("model_args", {"n_layer": "3"}),
-    ("model_args", {"dropout": 7.0}),
+    ("model_args", {"dropout": 7.0}), ("model_args", {3: 1}), ("rng", [{"cpu": torch.zeros(9, dtype=torch.uint8)}]),
+    ("rng", [{"cpu": torch.ones(9)}]), ("iter_num", 2.5), ("iter_num", math.inf), ("seconds", "x"), ("wandb_id", 3),
+    ("best_val_loss", [1]), ("config", 3), ("config", {"init_from": 3}), ("optimizer", []), ("optimizer", {"state": 3}),
+    ("optimizer", {"state": {0: {"step": 3}}, "param_groups": []}), ("log_size", None),
 ])  # fmt: skip
 def test_damaged_checkpoints_are_one_line(tiny, tmp_path, key, value):
     train.main(tiny(max_iters=1))
@@ -205,8 +208,9 @@ def poison(monkeypatch, steps):
 
     def poisoned(self, *args):
         loss, parts = forward(self, *args)
-        calls[0] += 1
-        return loss * (math.nan if calls[0] - 1 in steps else 1.0), parts
+        calls[0] += torch.is_grad_enabled()  # the look at weights that are to be saved is no step
+        bad = torch.is_grad_enabled() and calls[0] - 1 in steps
+        return loss * (math.nan if bad else 1.0), parts
 
     monkeypatch.setattr(Objective, "forward", poisoned)
 
@@ -691,11 +695,19 @@ def test_folder_of_a_run(tiny, tmp_path, text_dataset):
     assert torch.equal(last(idx)[0], exported(idx)[0]) and exported.loaded.new == []
 
 
-def test_a_new_run_does_not_keep_the_old_ones_checkpoints(tiny, tmp_path, capsys):
-    train.main(tiny())
-    train.main(tiny(max_iters=1, n_embd=16))
-    assert "is replaced" in capsys.readouterr().out
-    assert GPT.from_checkpoint(str(tmp_path / "run")).config.n_embd == 16
+def test_a_new_run_moves_the_earlier_one_aside(tiny, tmp_path, capsys):
+    """Whole, and over the one before it; what else is in the folder stays."""
+    folder, previous = tmp_path / "run", tmp_path / "run" / "previous"
+    for n_embd, export in ((8, True), (16, False), (32, True), (64, False)):
+        before = {name: (folder / name).read_bytes() for name in train.RUN_FILES if (folder / name).exists()}
+        train.main(tiny(max_iters=1, n_embd=n_embd, export=export))
+        assert GPT.from_checkpoint(str(folder)).config.n_embd == n_embd
+        assert (folder / "model.safetensors").exists() == export
+        if before:
+            assert f"the earlier run of {folder} is in {previous} now" in capsys.readouterr().out
+            assert {path.name: path.read_bytes() for path in previous.iterdir()} == before
+        (folder / "notes.txt").touch()
+    assert {*os.listdir(folder)} == {*train.RUN_FILES, ".lock", "notes.txt", "previous"} - {"model.safetensors"}
 
 
 def test_init_from_a_folder_with_another_attention(tiny, tmp_path, capsys):
