@@ -719,15 +719,16 @@ class Run:
         self.cfg = dataclasses.replace(self.cfg, **same)
         for optimizer, state in zip(self.optimizers, (stored.get("optimizer"), stored.get("muon"))):
             options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            needed = (
-                {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
-            )
-            for moments in (state or {}).get("state", {}).values():
-                if needed - moments.keys() or not all(is_dense(m) and m.is_floating_point() for m in moments.values()):
-                    raise KeyError("an optimizer state of another kind")
+            needed = {"exp_avg", "exp_avg_sq", "step"}
+            needed = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else needed
             try:
+                for moments in state["state"].values():
+                    if needed - moments.keys() or not all(
+                        is_dense(m) and m.is_floating_point() for m in moments.values()
+                    ):
+                        raise KeyError("of another kind")
                 optimizer.load_state_dict(state)
-            except (KeyError, TypeError, ValueError):
+            except (AttributeError, KeyError, TypeError, ValueError):
                 why = f"its optimizer state is not of optimizer={self.cfg.optimizer}, train_only={self.cfg.train_only}"
                 how = "--init_from=FOLDER with another --out_dir starts from its weights alone"
                 raise ModelError(f"{stored['path']}: {why}; {how}") from None
