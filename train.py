@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -40,6 +39,12 @@ from data.scoring import evaluate, perplexity, print_scores, token_nats
 from kernels.divergence import kl_divergence
 from model import GPT, GPTConfig, cross_entropy, param_groups, stored_config
 from weights import ModelError, checksum, is_dense, is_training_folder, load_weights, read_checkpoint
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither
+    fcntl = resource = None
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row that end a run
 RUN_FILES = ("config.json", "log.jsonl", "best.pt", "ckpt.pt", "model.safetensors")  # of one run in its folder
@@ -558,9 +563,11 @@ def start_wandb(cfg, progress, resolved):
 
 
 def memory(device_type):
-    """Peak resident memory of the process and peak CUDA memory, in MB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    entry = {"rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)}
+    """Peak resident memory of the process, but on Windows, and peak CUDA memory, in MB."""
+    entry = {}
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+        entry["rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
     if device_type == "cuda":
         entry["cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
     return entry
@@ -615,17 +622,18 @@ def checksums(dataset):
 
 
 def lock_folder(out_dir):
-    """An open file that keeps a second run out of the folder, where the system has flock."""
+    """An open file that keeps a second run out of the folder."""
+    path = os.path.join(out_dir, ".lock")
+    lock = open(path, "w") if fcntl is not None else None
     try:
-        import fcntl
-    except ImportError:
-        return contextlib.nullcontext()
-    lock = open(os.path.join(out_dir, ".lock"), "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        if os.path.exists(path):
+            os.unlink(path)  # Windows removes no file that another run holds open
+        return open(path, "x")
     except OSError:
         raise TrainError(f"{out_dir}: another run is writing there; take another --out_dir") from None
-    return lock
 
 
 def place_new_run(out_dir):
