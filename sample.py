@@ -28,7 +28,7 @@ if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of their
 import torch
 
 import config
-from config import ConfigError, key
+from config import ConfigError, key, printable
 from data import DataError, Dataset, get_codec
 from model import GPT
 from weights import ModelError, is_training_folder
@@ -196,8 +196,10 @@ def main(argv):
         codec = get_codec(meta)
         model.to(runtime.device).eval()
         if meta.get("labels"):
-            ids = encode(model, codec, read_prompt(cfg.start))
+            text = read_prompt(cfg.start)
+            ids = encode(model, codec, text.strip() if meta.get("stripped") else text)
             answer = label_probabilities(model, ids, meta["record_len"], meta["labels"], runtime)
+            answer = {printable(label): p for label, p in answer.items()}
             print(next(iter(answer)) + "\n" + "\n".join(f"  {label:16} {p:.4f}" for label, p in answer.items()))
             return 0
         prompt, tokens = stream(cfg, model, codec, read_prompt(cfg.start), runtime)

@@ -242,6 +242,11 @@ def print_help(records, hints):
         print()
 
 
+def printable(text):
+    """`text` with escapes in place of what a terminal obeys or does not show: control characters, line breaks, ..."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def run(main, *errors):
     """Run a script's `main(argv)`. A user's mistake ends in one line on stderr: exit status 2 for a wrong config, 1 for
     `errors` and for files that cannot be read or written, 130 after Ctrl-C. Anything else is a bug: a traceback."""

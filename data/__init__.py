@@ -8,27 +8,37 @@ A data set is a folder with meta.json and up to three files of little-endian tok
 
 "bytes" and "words" count the raw text of a split, so that every perplexity can say what it is divided by.
 "first_bytes" (optional) is the length of the first token's text. Nothing is ever unpickled.
+A split whose entry has a "sha256" is compared with it before it is used, once for each state of the file: .verified, in
+the same folder if that can be written, says which states have been.
 
 A data set may be records instead of running text. meta.json then has "record_len": L, each split is whole records of L
 tokens, and <split>.targets.bin holds for each token, as int32, what the model is to say there: an id of the vocabulary
 (no shift is applied), or -1 where nothing is scored. A split says {"tokens": n, "scored": n, "sha256": of the .bin,
-"targets_sha256": of the .targets.bin}. With "labels": {name: id, ...} every target is one of these classes.
+"targets_sha256": of the .targets.bin}. With "labels": {name: id, ...} every target is one of these classes;
+"stripped": true says that records are texts without the whitespace around them.
 """
 
 import argparse
 import contextlib
 import difflib
+import gzip
 import hashlib
 import http.client
 import json
 import os
+import re
+import reprlib
+import stat
 import sys
 import time
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from config import printable
 
 FORMAT = 1
 ROOT = Path(__file__).resolve().parent
@@ -36,6 +46,12 @@ SPLITS = ("train", "val", "test")
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}
 TARGET = np.dtype("<i4")
 CHUNK = 1 << 20  # bytes or tokens held at once by every streaming pass
+LINE = 1 << 20  # bytes of the longest line of text
+KEPT = 1 << 23  # bytes of a .bin file that is small enough to stay in memory
+JSON = 1 << 24  # bytes of the largest meta.json; that of 65,536 symbols has some 1 MB
+COUNT = 1 << 48  # beyond any number of tokens, bytes or words
+SETTLED = 2 * 10**9  # ns after which a file's next change gets another time on every file system
+ZIP = b"PK\x03\x04"  # how a zip archive begins
 WHITESPACE = b" \t\n\r\x0b\x0c"  # what bytes.split() splits at
 
 
@@ -73,6 +89,7 @@ class GPT2Codec:
     """GPT-2's byte-level BPE by tiktoken. The BPE files are fetched at first use, not before."""
 
     vocab_size = 50257
+    longest_blank = 400_000  # tiktoken panics, past any except clause, at a run of a million
     _bpe = None
 
     def _encoding(self):
@@ -89,6 +106,9 @@ class GPT2Codec:
         return GPT2Codec._bpe
 
     def encode(self, text):
+        n = self.longest_blank
+        if any(text[i : i + n].isspace() for i in range(0, len(text) - n + 1, n)):
+            raise DataError(f"the text has {n} characters of whitespace in a row, too many for GPT-2's BPE")
         return self._encoding().encode_ordinary(text)
 
     def encode_bytes(self, raw):
@@ -110,8 +130,8 @@ class SymbolsCodec:
 
     def __init__(self, symbols):
         self.symbols = list(symbols)
-        if not all(isinstance(s, str) and s.split() == [s] for s in self.symbols):
-            raise DataError("meta.json: a symbol must be a string without whitespace: prepare the data again")
+        if not all(isinstance(s, str) and s.split() == [s] and s.isprintable() for s in self.symbols):
+            raise DataError("meta.json: a symbol must be printable text without whitespace: prepare the data again")
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         if len(self.ids) != len(self.symbols) or not self.symbols:
             raise DataError("meta.json: symbols must be there and differ from each other: prepare the data again")
@@ -147,7 +167,7 @@ def get_codec(meta):
     if name == "symbols":
         symbols = meta.get("symbols")
         return SymbolsCodec(symbols if isinstance(symbols, list) else [])
-    raise DataError(f"unknown codec {name!r}: known are bytes, gpt2, symbols")
+    raise DataError(f"unknown codec {reprlib.repr(name)}: known are bytes, gpt2, symbols")
 
 
 def _check_ids(ids, vocab_size):
@@ -163,7 +183,7 @@ def _check_ids(ids, vocab_size):
 
 
 class Dataset:
-    """A prepared data set: meta.json and its splits as read-only memmaps.
+    """A prepared data set: meta.json and its splits, which are read from their files in rows.
 
     name: a folder of data/ ("enwik8"), or the path of a folder that holds meta.json.
     Raises DataError if it is missing, foreign or inconsistent. Split files are opened and checked by split().
@@ -210,9 +230,7 @@ class Dataset:
         if name not in self._splits:
             if name not in self.meta["splits"]:
                 raise DataError(f"{self._where} has no {name!r} split: it has {', '.join(self.meta['splits'])}")
-            split = Split(self, name)
-            self._check(split)
-            self._splits[name] = split
+            self._splits[name] = Split(self, name)
         return self._splits[name]
 
     def _foreign(self, why):
@@ -220,20 +238,21 @@ class Dataset:
 
     def _read_meta(self):
         try:
-            meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+            meta = _read_json(self.path / "meta.json")
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"no prepared data in {self._where}: {self._hint}") from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             self._foreign(f"not readable ({_reason(error)})")
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             found = meta.get("format") if isinstance(meta, dict) else None
-            self._foreign(f"format {found!r} is not the known {FORMAT}")
+            self._foreign(f"format {reprlib.repr(found)} is not the known {FORMAT}")
         if meta.get("dtype") not in list(DTYPES):
-            self._foreign(f"dtype {meta.get('dtype')!r} is not one of {', '.join(DTYPES)}")
+            self._foreign(f"dtype {reprlib.repr(meta.get('dtype'))} is not one of {', '.join(DTYPES)}")
         if not _is_count(meta.get("vocab_size")):
-            self._foreign(f"vocab_size {meta.get('vocab_size')!r} is not a number of tokens")
+            self._foreign(f"vocab_size {reprlib.repr(meta.get('vocab_size'))} is not a number of tokens")
         if not isinstance(meta.get("label"), str):
             self._foreign("it has no label")
+        meta["label"] = printable(meta["label"])
         splits = meta.get("splits")
         if not isinstance(splits, dict) or not splits or not set(splits) <= set(SPLITS):
             self._foreign(f"splits must be some of {', '.join(SPLITS)}")
@@ -241,8 +260,12 @@ class Dataset:
             counts = ("tokens", "bytes" if meta.get("record_len") is None else "scored")
             if not isinstance(info, dict) or not all(_is_count(info.get(key)) for key in counts):
                 self._foreign(f"split {name} does not say its {counts[0]} and {counts[1]}")
-            if info.get("words") is not None and not _is_count(info["words"]):
-                self._foreign(f"split {name} has {info['words']!r} words")
+            for key in ("words", "first_bytes"):
+                if info.get(key) is not None and not _is_count(info[key]):
+                    self._foreign(f"split {name} has {reprlib.repr(info[key])} {key}")
+            for key in ("sha256", "targets_sha256"):
+                if info.get(key) is not None and not _is_sha256(info[key]):
+                    self._foreign(f"split {name} has {reprlib.repr(info[key])} for a {key}")
         self._check_records(meta)
         return meta
 
@@ -250,7 +273,7 @@ class Dataset:
         length, labels = meta.get("record_len"), meta.get("labels")
         if length is not None:
             if not _is_count(length) or length == 0:
-                self._foreign(f"record_len {length!r} is not a number of tokens")
+                self._foreign(f"record_len {reprlib.repr(length)} is not a number of tokens")
             for name, info in meta["splits"].items():
                 if info["tokens"] % length:
                     self._foreign(f"split {name} has {info['tokens']} tokens, no whole records of {length}")
@@ -261,97 +284,174 @@ class Dataset:
             if len(set(ids)) < len(ids) or not all(name.strip() and name.isprintable() for name in labels):
                 self._foreign("labels must differ from each other, names as ids, and names be printable")
 
-    def _check(self, split):
-        file, n = f"{self._where}/{split.name}.bin", split.n_tokens
-        self._check_size(split.file, n * split.dtype.itemsize)
-        if n == 0:
-            raise DataError(f"{file} is empty: {self._hint} again")
-        if self.record_len is not None:
-            self._check_targets(split)
-        if self.vocab_size > np.iinfo(split.dtype).max:
-            return  # no id can be beyond the vocabulary
-        tokens = split.tokens
-        largest = max(int(tokens[i : i + CHUNK].max()) for i in range(0, n, CHUNK))
-        if largest >= self.vocab_size:
-            raise DataError(
-                f"{file} holds id {largest}, beyond its vocabulary of {self.vocab_size}: {self._hint} again"
-            )
 
-    def _check_size(self, path, expected):
+class Numbers:
+    """The file that holds the tokens of a split, or its targets: `count` little-endian numbers, read in rows.
+
+    It is not mapped: a process dies when a file is cut under its map, and what it has read of it stays in memory. A
+    file of at most KEPT bytes is read once. What has been checked stays checked: if the file is not as it was (its
+    size, times and inode), the next reading checks it again.
+    look: called with the blocks (n,) of a pass over the file, in order; raises DataError where they are not sound. A
+    block has a multiple of `whole` numbers. None where nothing can be wrong.
+    """
+
+    def __init__(self, dataset, name, dtype, count, sha256, look=None, whole=1):
+        self.path, self.where, self._hint = dataset.path / name, f"{dataset._where}/{name}", dataset._hint
+        self.dtype, self.count, self.sha256 = dtype, count, sha256
+        self._look, self._step = look, max(1, CHUNK // whole) * whole
+        self._state, self._small = None, None
+        self.check()
+
+    def rows(self, starts, length):
+        """(len(starts), length): the numbers from each of `starts`, an int array, on."""
+        if self._read_state() != self._state:
+            self.check()
+        if self._small is not None:
+            return self._small[starts[:, None] + np.arange(length)]
+        return self._read(starts, length)
+
+    def all(self):
+        """The numbers of the whole file, (count,)."""
+        return np.concatenate(list(self._blocks()))
+
+    def check(self):
+        """Raise DataError unless the file is sound, and the one whose size and sha256 are in meta.json."""
+        state, expected = self._read_state(), self.count * self.dtype.itemsize
+        if state[0] != expected:
+            what = "truncated" if state[0] < expected else "too long"
+            self._fail(f"is {what}: {state[0]} bytes, meta.json says {expected}")
+        if not self.count:
+            self._fail("is empty")
+        known = self.sha256 is None or _read_verified(self.path).get(self.path.name) == [*state, self.sha256]
+        digest = None if known else hashlib.sha256()
+        blocks = self._blocks(digest)
+        if self._look is not None:
+            self._look(self, blocks)
+        if digest is not None:
+            for _ in blocks:
+                pass
+            if digest.hexdigest() != self.sha256:
+                self._fail(f"is not what was prepared: its sha256 is {digest.hexdigest()}, not {self.sha256}")
+            _write_verified(self.path, [*state, self.sha256])
+        self._state, self._small = state, self.all() if expected <= KEPT else None
+
+    def _fail(self, why):
+        raise DataError(f"{self.where} {why}: {self._hint} again")
+
+    def _read_state(self):
+        """(size, times of the last modification and change in ns, inode)."""
         try:
-            size = path.stat().st_size
+            found = os.stat(self.path)
         except OSError:
-            raise DataError(f"no prepared data in {self._where}: {path.name} is missing: {self._hint}") from None
-        if size != expected:
-            state, file = "truncated" if size < expected else "too long", f"{self._where}/{path.name}"
-            raise DataError(f"{file} is {state}: {size} bytes, meta.json says {expected}: {self._hint} again")
+            folder, name = os.path.split(self.where)
+            raise DataError(f"no prepared data in {folder}: {name} is missing: {self._hint}") from None
+        return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
-    def _check_targets(self, split):
-        """Each target is -1, or an id of the vocabulary or of the labels; each record to train on scores something."""
-        file = f"{self._where}/{split.targets_file.name}"
-        self._check_size(split.targets_file, split.n_tokens * TARGET.itemsize)
-        known, scored = np.zeros(self.vocab_size, bool), 0
-        known[list(self.labels.values()) if self.labels else slice(None)] = True
-        targets, step = split.targets, max(1, CHUNK // self.record_len) * self.record_len
-        for first in range(0, split.n_tokens, step):
-            block = np.asarray(targets[first : first + step])
-            low, high = int(block.min()), int(block.max())
-            if low < -1 or high >= self.vocab_size or not known[block[block >= 0]].all():
-                wrong = next(int(t) for t in block if not (t == -1 or (0 <= t < self.vocab_size and known[t])))
-                what = "one of its labels" if self.labels else f"an id below its vocabulary of {self.vocab_size}"
-                raise DataError(f"{file} holds target {wrong}, neither -1 nor {what}: {self._hint} again")
-            scored += int((block >= 0).sum())
-            if split.name == "train" and not (block.reshape(-1, self.record_len) >= 0).any(1).all():
-                raise DataError(f"{file} has a record without a target, nothing to train on: {self._hint} again")
-        if scored != split.n_scored or scored == 0:
-            raise DataError(f"{file} has {scored} targets, meta.json says {split.n_scored}: {self._hint} again")
+    def _blocks(self, digest=None):
+        for first in range(0, self.count, self._step):
+            block = self._read(np.array([first]), min(self._step, self.count - first))[0]
+            if digest is not None:
+                digest.update(block)
+            yield block
+
+    def _read(self, starts, length):
+        out = np.empty((len(starts), length), self.dtype)
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                for row, start in zip(out, starts.tolist()):
+                    file.seek(start * self.dtype.itemsize)
+                    if file.readinto(row) != row.nbytes:
+                        self._fail("became shorter while it was read")
+        except OSError as error:
+            self._fail(f"cannot be read ({_reason(error)})")
+        return out
+
+
+def _read_verified(path):
+    """{file: [state, sha256]} of the .bin files beside `path` that had this sha256 in this state."""
+    try:
+        found = _read_json(path.with_name(".verified"))
+    except (ValueError, OSError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_verified(path, entry):
+    """Note a verified file, unless the folder cannot be written, or the file is so new that it could change once more
+    and keep its time."""
+    if time.time_ns() - max(entry[1:3]) > SETTLED:
+        with contextlib.suppress(OSError):
+            path.with_name(".verified").write_text(json.dumps(_read_verified(path) | {path.name: entry}))
 
 
 class Split:
-    """One split of a Dataset; made by Dataset.split.
+    """One split of a Dataset; made, and checked, by Dataset.split.
 
     name; n_tokens; n_scored: the targets of a full pass (in running text nothing predicts token 0). Of running text:
     n_bytes; n_words (None where they are not counted); scored_bytes: the bytes of tokens 1..N-1. Of records:
-    record_len and labels (None where there are none), and the targets.
+    record_len and labels (None where there are none). tokens, and of records targets: the whole split, (N,).
     """
 
     def __init__(self, dataset, name):
         info = dataset.meta["splits"][name]
         self.name = name
         self.where = f"{dataset._where}: {name}"
-        self.file = dataset.path / f"{name}.bin"
-        self.dtype = DTYPES[dataset.meta["dtype"]]
         self.record_len, self.labels = dataset.record_len, dataset.labels
         self.n_tokens, self.n_bytes, self.n_words = info["tokens"], info.get("bytes"), info.get("words")
         self.n_scored = info["tokens"] - 1 if self.record_len is None else info["scored"]
-        self.targets_file = dataset.path / f"{name}.targets.bin"
-        self._codec, self._first_bytes = dataset.codec, info.get("first_bytes")
+        self._vocab_size, self._codec, self._first_bytes = dataset.vocab_size, dataset.codec, info.get("first_bytes")
+        dtype = DTYPES[dataset.meta["dtype"]]
+        look = self._look_at_tokens if self._vocab_size <= np.iinfo(dtype).max else None
+        self._tokens = Numbers(dataset, f"{name}.bin", dtype, self.n_tokens, info.get("sha256"), look)
+        self._targets = None
+        if self.record_len is not None:
+            targets = f"{name}.targets.bin", TARGET, self.n_tokens, info.get("targets_sha256")
+            self._targets = Numbers(dataset, *targets, self._look_at_targets, self.record_len)
 
     @property
     def tokens(self):
-        """A read-only np.memmap (N,), opened anew at each access.
-
-        Pages that were read stay in the resident set of a process for as long as their map lives, so that one map
-        kept for a whole run grows to the size of the file. Take it once per batch or pass, and let it go.
-        """
-        return self._map(self.file, self.dtype)
+        return self._tokens.all()
 
     @property
     def targets(self):
-        """A read-only np.memmap (N,) of int32, opened anew as well."""
-        return self._map(self.targets_file, TARGET)
+        return self._targets.all()
 
-    def _map(self, file, dtype):
-        try:
-            return np.memmap(file, dtype=dtype, mode="r", shape=(self.n_tokens,))
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {self.where}: {_reason(error)}: prepare the data again") from None
+    def pairs(self, starts, length):
+        """x, y int64 (len(starts), length), from the first positions of x: y is x shifted by one; of records the
+        targets of x."""
+        if self._targets is not None:
+            x, y = self._tokens.rows(starts, length), self._targets.rows(starts, length)
+        else:
+            both = self._tokens.rows(starts, length + 1)
+            x, y = both[:, :-1], both[:, 1:]
+        return torch.from_numpy(x.astype(np.int64)), torch.from_numpy(y.astype(np.int64))
 
     @property
     def scored_bytes(self):
         if self._first_bytes is None:
-            self._first_bytes = len(self._codec.decode_bytes(self.tokens[:1]))
+            self._first_bytes = len(self._codec.decode_bytes(self._tokens.rows(np.array([0]), 1)[0]))
         return self.n_bytes - self._first_bytes
+
+    def _look_at_tokens(self, file, blocks):
+        largest = max(int(block.max()) for block in blocks)
+        if largest >= self._vocab_size:
+            file._fail(f"holds id {largest}, beyond its vocabulary of {self._vocab_size}")
+
+    def _look_at_targets(self, file, blocks):
+        """Each target is -1, or an id of the vocabulary or of the labels; each record to train on scores something."""
+        known, scored = np.zeros(self._vocab_size, bool), 0
+        known[list(self.labels.values()) if self.labels else slice(None)] = True
+        for block in blocks:
+            low, high = int(block.min()), int(block.max())
+            if low < -1 or high >= self._vocab_size or not known[block[block >= 0]].all():
+                wrong = next(int(t) for t in block if not (t == -1 or (0 <= t < self._vocab_size and known[t])))
+                what = "one of its labels" if self.labels else f"an id below its vocabulary of {self._vocab_size}"
+                file._fail(f"holds target {wrong}, neither -1 nor {what}")
+            scored += int((block >= 0).sum())
+            if self.name == "train" and not (block.reshape(-1, self.record_len) >= 0).any(1).all():
+                file._fail("has a record without a target, nothing to train on")
+        if scored != self.n_scored or scored == 0:
+            file._fail(f"has {scored} targets, meta.json says {self.n_scored}")
 
 
 class Batches:
@@ -376,14 +476,16 @@ class Batches:
         self.dataset, self.length, self.batch_size = dataset, dataset.record_len or block_size, batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.generator = torch.Generator().manual_seed(seed)
+        for name in dataset.meta["splits"]:
+            dataset.split(name)  # a bad file shows now, not after hours
         if "train" in dataset.meta["splits"]:
-            self._split("train")  # a bad file shows now, not after the model has been built
+            self._split("train")
 
     def batch(self, split):
         """(x, y), int64 CPU tensors (batch_size, length); y is x shifted by one, or a record's targets."""
         split, n = self._split(split), self.batch_size
         starts = self._starts(split, self.world_size * n, self.generator)
-        return self._rows(split, starts[self.rank * n : (self.rank + 1) * n])
+        return split.pairs(starts[self.rank * n : (self.rank + 1) * n], self.length)
 
     def fixed(self, split, n):
         """Yield this process's share of n batches, every world_size-th one. The n are the same at every call and for
@@ -394,7 +496,7 @@ class Batches:
         for i in range(n):
             starts = self._starts(split, self.batch_size, generator)
             if i % self.world_size == self.rank:
-                yield self._rows(split, starts)
+                yield split.pairs(starts, self.length)
 
     def state_dict(self):
         """{"generator": uint8 tensor, "seed": int}: it suits any number of processes and any batch size."""
@@ -422,13 +524,6 @@ class Batches:
             return torch.randint(split.n_tokens // self.length, (n,), generator=generator).numpy() * self.length
         return torch.randint(split.n_tokens - self.length, (n,), generator=generator).numpy()
 
-    def _rows(self, split, starts):
-        # split.tokens is a new map for each batch, dropped on return: opening it costs some 50 us, and keeps the
-        # resident set at one batch instead of the file.
-        if split.record_len is not None:
-            return _gather_records(split, starts)
-        return _gather(split.tokens, starts, self.length)
-
 
 def windows(split, context, stride, batch_size=1):
     """Yield (x, y, scored) of one deterministic full pass: each of tokens 1..N-1 is scored exactly once.
@@ -451,7 +546,8 @@ def windows(split, context, stride, batch_size=1):
             raise DataError(f"{split.where}: a context of {context} does not hold its records of {split.record_len}")
         step = batch_size * split.record_len
         for first in range(0, split.n_tokens, step):
-            x, y = _gather_records(split, np.arange(first, min(first + step, split.n_tokens), split.record_len))
+            starts = np.arange(first, min(first + step, split.n_tokens), split.record_len)
+            x, y = split.pairs(starts, split.record_len)
             yield x, y, y >= 0
         return
     targets = split.n_tokens - 1
@@ -461,32 +557,44 @@ def windows(split, context, stride, batch_size=1):
     done = 0  # targets scored so far
     for first in range(0, full, batch_size):
         starts = np.arange(first, min(first + batch_size, full)) * stride
-        # A new map for each batch, for the same reason as in Batches.
-        x, y = _gather(split.tokens, starts, context)
+        x, y = split.pairs(starts, context)
         ends = starts + context
         fresh = np.maximum(np.concatenate(([done], ends[:-1])) - starts, 0)  # first position that this window scores
         yield x, y, torch.from_numpy(np.arange(context) >= fresh[:, None])
         done = int(ends[-1])
     if done < targets:
         start = full * stride
-        x, y = _gather(split.tokens, np.array([start]), targets - start)
+        x, y = split.pairs(np.array([start]), targets - start)
         yield x, y, torch.arange(targets - start)[None] >= done - start
 
 
-def _gather(tokens, starts, length):
-    """x, y int64 (len(starts), length), from a memmap of tokens and the windows' first positions."""
-    rows = np.asarray(tokens)[starts[:, None] + np.arange(length + 1)]
-    return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
-
-
-def _gather_records(split, starts):
-    """x and their targets y, int64 (len(starts), record_len), from the records' first positions."""
-    rows = starts[:, None] + np.arange(split.record_len)
-    return tuple(torch.from_numpy(np.asarray(a)[rows].astype(np.int64)) for a in (split.tokens, split.targets))
-
-
 def _is_count(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < COUNT
+
+
+def _is_sha256(value):
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _read_json(path):
+    """What a small JSON file holds. Raises ValueError, OSError or RecursionError."""
+    with open(path, "rb") as file:
+        raw = file.read(JSON + 1)
+    if len(raw) > JSON:
+        raise ValueError(f"it has more than {JSON} bytes")
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    found = json.loads(raw.decode("utf-8"), parse_constant=refuse)
+    if _depth(found) > 20:  # json.dumps takes less depth than json.loads
+        raise ValueError("it is nested too deep")
+    return found
+
+
+def _depth(value):
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def _reason(error):
@@ -513,26 +621,96 @@ def arguments(description, folder, source=True):
 
 
 def run_prepare(main):
-    """Run a prepare.py's main(); return the exit status. Expected failures are one line on stderr, not a traceback."""
+    """Run a prepare.py's main(); return the exit status. Expected failures are one line on stderr, not a traceback, and
+    whatever ends it early, no unfinished file stays."""
     try:
         main()
+        return 0
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing half-prepared is left to be read, run it again", file=sys.stderr)
-        return 130
+        status, message = 130, "\ninterrupted: nothing half-prepared is left to be read, run it again"
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {_reason(error)}", file=sys.stderr)
-        return 1
-    return 0
+        status, message = 1, f"error: {printable(str(error))}"
+    except (OSError, MemoryError) as error:
+        status, message = 1, f"error: {printable(_reason(error))}"
+    finally:
+        for part in _unfinished:
+            part.unlink(missing_ok=True)
+        _unfinished.clear()
+    print(message, file=sys.stderr)
+    return status
 
 
-def download(urls, path, sha256=None):
+@contextlib.contextmanager
+def reading(path, what, limit):
+    """A source file, open. Whatever goes wrong with it is a DataError that names it: it cannot be read, is damaged, or
+    has more than `limit` bytes, which no file of what it should be has."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DataError(f"{path} is not a file")
+        with open(path, "rb") as file:
+            _check_limit(path, what, os.fstat(file.fileno()).st_size, limit)
+            yield file
+    except DataError:
+        raise
+    except Exception as error:  # decompressors and parsers let errors of many kinds through
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+        raise DataError(f"{path} is damaged ({_reason(error)}): get it again") from None
+
+
+def _check_limit(path, what, size, limit):
+    if size > limit:
+        raise DataError(f"{path} is not {what}: it has {size} bytes, more than {limit}")
+
+
+def read(path, what, limit):
+    """Yield the bytes of a source file in chunks."""
+    with reading(path, what, limit) as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def unpack(path, what, limit, choose):
+    """Yield the unpacked bytes of a plain file, a gzip file or a zip archive in chunks, `limit` of them at most.
+    choose: a function that picks the member of an archive from the list of their names."""
+    with reading(path, what, limit) as file:
+        magic, size = file.read(4), 0
+        file.seek(0)
+        stream = file
+        if magic[:2] == b"\x1f\x8b":
+            stream = gzip.GzipFile(fileobj=file)
+        elif magic == ZIP:
+            archive = zipfile.ZipFile(file)
+            member = archive.getinfo(choose(archive.namelist()))
+            # Other methods unpack what they like at once, and passwords are not asked for.
+            if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise DataError(f"{path} is encrypted, or packed otherwise than by deflate: pass it unpacked")
+            _check_limit(path, what, member.file_size, limit)
+            stream = archive.open(member)
+        while chunk := stream.read(CHUNK):
+            size += len(chunk)
+            _check_limit(path, what, size, limit)
+            yield chunk
+
+
+def lines(chunks, path):
+    """Yield the lines of a source's chunks, each with its newline."""
+    rest = b""
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from (line + b"\n" for line in whole)
+        if len(rest) > LINE:
+            raise DataError(f"{path} has a line of more than {LINE} bytes: no text has, get it again")
+    if rest:
+        yield rest
+
+
+def download(urls, path, sha256=None, limit=2**31):
     """Fetch one file from the first of several sources that delivers it, and return path.
 
-    The file is written beside its place and renamed when it is whole and its checksum fits. A file that is already
-    there and has this checksum is used as it is. Memory: 1 MB. Raises DataError with each source and its reason.
+    The file is written beside its place and renamed when it is whole and its checksum fits; what is longer than `limit`
+    bytes is not it. A file that is already there and has this checksum is used as it is. Memory: 1 MB. Raises DataError
+    with each source and its reason.
     """
     path = Path(path)
     if sha256 and path.is_file() and _sha256(path) == sha256:
@@ -551,13 +729,15 @@ def download(urls, path, sha256=None):
                 length = response.headers.get("Content-Length")
                 total = int(length) if length and length.isdigit() else None
                 with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, leave=False, disable=None) as bar:
-                    while chunk := response.read(CHUNK):
+                    while out.tell() <= limit and (chunk := response.read(CHUNK)):
                         out.write(chunk)
                         digest.update(chunk)
                         bar.update(len(chunk))
                 size = out.tell()
                 _sync(out)
-            if total is not None and size != total:
+            if size > limit:
+                reason = f"more than {limit} bytes"
+            elif total is not None and size != total:
                 reason = f"ended after {size} of {total} bytes"
             elif sha256 and digest.hexdigest() != sha256:
                 reason = f"wrong checksum (sha256 {digest.hexdigest()}, not {sha256})"
@@ -569,44 +749,65 @@ def download(urls, path, sha256=None):
         finally:
             part.unlink(missing_ok=True)
         reasons.append(f"{url}: {reason}")
-    raise DataError(f"cannot download {path.name} ({'; '.join(reasons)}): get it another way and pass --source PATH")
+    raise DataError(f"cannot download {path} ({'; '.join(reasons)}): get it another way and pass --source PATH")
 
 
-def write_split(out_dir, name, pieces, codec, digest=None, words=True):
+_unfinished = set()  # .part files that run_prepare takes away unless write_meta has put them in their places
+
+
+@contextlib.contextmanager
+def _writing(*paths):
+    """New files, each path with .part added, open for writing, and synced at the end. If it fails, they go, and an
+    OSError of writing, as of a full disk, is a DataError that names them."""
+    parts = [path.with_name(path.name + ".part") for path in paths]
+    _unfinished.update(parts)
+    try:
+        parts[0].parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(part, "wb")) for part in parts]
+            yield files
+            for file in files:
+                _sync(file)
+    except BaseException as error:
+        for part in parts:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        _unfinished.difference_update(parts)
+        if isinstance(error, OSError):
+            raise DataError(f"cannot write {paths[0]}: {error.strerror or error}") from None
+        raise
+
+
+def write_split(out_dir, name, pieces, codec, digest=None, words=True, source="the source"):
     """Encode pieces of text into OUT_DIR/<name>.bin.part and return the split's entry for meta.json.
 
     pieces: an iterable of bytes, whose concatenation is the raw text; each is encoded by itself, so they must be cut
     where the codec may be cut. digest: a hashlib object that is fed the text. words: count whitespace-separated words.
-    Memory: one piece. The file gets its name only from write_meta.
+    source: what to name in errors. Memory: one piece. The file gets its name only from write_meta.
     """
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    part = out_dir / f"{name}.bin.part"
     dtype = _dtype(codec)
     sha, info, in_word = hashlib.sha256(), {"tokens": 0, "bytes": 0, "words": 0 if words else None}, False
-    try:
-        with open(part, "wb") as out:
-            for piece in pieces:
+    with _writing(Path(out_dir) / f"{name}.bin") as (out,):
+        for piece in pieces:
+            try:
                 ids = codec.encode_bytes(piece)
-                if not info["tokens"] and len(ids):
-                    info["first_bytes"] = len(codec.decode_bytes(ids[:1]))
-                binary = np.ascontiguousarray(ids, dtype=DTYPES[dtype]).tobytes()
-                out.write(binary)
-                sha.update(binary)
-                if digest is not None:
-                    digest.update(piece)
-                info["tokens"] += len(ids)
-                info["bytes"] += len(piece)
-                if words and piece:
-                    # A word that goes on across the border of two pieces was counted with the first of them.
-                    info["words"] += len(piece.split()) - (in_word and piece[0] not in WHITESPACE)
-                    in_word = piece[-1] not in WHITESPACE
-            _sync(out)
+            except DataError as error:
+                raise DataError(f"{source}: {error}") from None
+            if not info["tokens"] and len(ids):
+                info["first_bytes"] = len(codec.decode_bytes(ids[:1]))
+            binary = np.ascontiguousarray(ids, dtype=DTYPES[dtype]).tobytes()
+            out.write(binary)
+            sha.update(binary)
+            if digest is not None:
+                digest.update(piece)
+            info["tokens"] += len(ids)
+            info["bytes"] += len(piece)
+            if words and piece:
+                # A word that goes on across the border of two pieces was counted with the first of them.
+                info["words"] += len(piece.split()) - (in_word and piece[0] not in WHITESPACE)
+                in_word = piece[-1] not in WHITESPACE
         if info["tokens"] < 2:
-            raise DataError(f"the source leaves {info['tokens']} tokens for the {name} split: give a larger one")
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+            raise DataError(f"{source} leaves {info['tokens']} tokens for the {name} split: give a larger one")
     info["sha256"] = sha.hexdigest()
     return info
 
@@ -617,40 +818,31 @@ def write_records(out_dir, name, blocks, codec, digest=None):
     blocks: an iterable of (tokens, targets), arrays (records, record_len) each. digest: a hashlib object that is fed
     both. Memory: one block. The files get their names only from write_meta, which is told record_len.
     """
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    parts = [out_dir / f"{name}.bin.part", out_dir / f"{name}.targets.bin.part"]
     dtypes, shas = (DTYPES[_dtype(codec)], TARGET), (hashlib.sha256(), hashlib.sha256())
     info = {"tokens": 0, "scored": 0}
-    try:
-        with open(parts[0], "wb") as tokens_out, open(parts[1], "wb") as targets_out:
-            for block in blocks:
-                for array, dtype, out, sha in zip(block, dtypes, (tokens_out, targets_out), shas):
-                    binary = np.ascontiguousarray(array, dtype=dtype).tobytes()
-                    out.write(binary)
-                    sha.update(binary)
-                    if digest is not None:
-                        digest.update(binary)
-                info["tokens"] += block[0].size
-                info["scored"] += int((block[1] >= 0).sum())
-            _sync(tokens_out)
-            _sync(targets_out)
+    with _writing(Path(out_dir) / f"{name}.bin", Path(out_dir) / f"{name}.targets.bin") as files:
+        for block in blocks:
+            for array, dtype, out, sha in zip(block, dtypes, files, shas):
+                binary = np.ascontiguousarray(array, dtype=dtype).tobytes()
+                out.write(binary)
+                sha.update(binary)
+                if digest is not None:
+                    digest.update(binary)
+            info["tokens"] += block[0].size
+            info["scored"] += int((block[1] >= 0).sum())
         if not info["scored"]:
             raise DataError(f"nothing is scored in the {name} split: give more of it")
-    except BaseException:
-        for part in parts:
-            part.unlink(missing_ok=True)
-        raise
     info["sha256"], info["targets_sha256"] = (sha.hexdigest() for sha in shas)
     return info
 
 
-def write_meta(out_dir, codec, splits, source, sha256, label, record_len=None, labels=None):
+def write_meta(out_dir, codec, splits, source, sha256, label, record_len=None, labels=None, stripped=False):
     """Put the split files in their places, then meta.json, and return meta.
 
     codec: its object; splits: {name: what write_split or write_records returned}, the latter with the record_len of all
-    and, for classes, labels {name: id}. An interruption before this call leaves an earlier
-    preparation as it was; one during it leaves no meta.json, so that nothing half-prepared can be taken for whole.
+    and, for classes, labels {name: id}; stripped: records are texts without the whitespace around them. An interruption
+    before this call leaves an earlier preparation as it was; one during it leaves no meta.json, so that nothing
+    half-prepared can be taken for whole.
     """
     out_dir = Path(out_dir)
     name = {BytesCodec: "bytes", GPT2Codec: "gpt2", SymbolsCodec: "symbols"}[type(codec)]
@@ -661,11 +853,11 @@ def write_meta(out_dir, codec, splits, source, sha256, label, record_len=None, l
         meta["record_len"] = record_len
     if labels is not None:
         meta["labels"] = labels
-    meta.update(splits=splits, source=source, sha256=sha256, label=label)
-    part = out_dir / "meta.json.part"
-    with open(part, "w", encoding="utf-8", newline="\n") as out:
-        out.write(json.dumps(meta, indent=1) + "\n")
-        _sync(out)
+    if stripped:
+        meta["stripped"] = True
+    meta.update(splits=splits, source=printable(source), sha256=sha256, label=printable(label))
+    with _writing(out_dir / "meta.json") as (out,):
+        out.write((json.dumps(meta, indent=1) + "\n").encode())
     (out_dir / "meta.json").unlink(missing_ok=True)
     for split in SPLITS:
         for file, made in ((f"{split}.bin", True), (f"{split}.targets.bin", record_len is not None)):
@@ -673,13 +865,14 @@ def write_meta(out_dir, codec, splits, source, sha256, label, record_len=None, l
                 _replace(out_dir / f"{file}.part", out_dir / file)
             else:  # of an earlier preparation that had this file
                 (out_dir / file).unlink(missing_ok=True)
-    _replace(part, out_dir / "meta.json")
+    _replace(out_dir / "meta.json.part", out_dir / "meta.json")
+    _unfinished.clear()
     return meta
 
 
 def print_summary(meta, out_dir):
     """Say on stdout what was prepared: label, then what each split counts, and its sha256."""
-    print(f"{meta['label']}: codec {meta['codec']}, vocabulary {meta['vocab_size']}, in {out_dir}")
+    print(f"{meta['label']}: codec {meta['codec']}, vocabulary {meta['vocab_size']}, in {printable(str(out_dir))}")
     for name, info in meta["splits"].items():
         if "record_len" in meta:
             counted = f"{info['tokens'] // meta['record_len']:>12,} records {info['scored']:>12,} targets"

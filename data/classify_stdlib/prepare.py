@@ -41,6 +41,7 @@ GROUPS = {  # folders and modules at the top of the library; not every Python ha
 }
 SHARE = {"test": 0.15, "val": 0.15}  # of a group's bytes, at most; the rest is train
 LEAST = 16  # records of a group in each split
+LARGEST = 10**8  # bytes of a group: all of them have 6 MB
 
 
 def deal(files):
@@ -48,6 +49,8 @@ def deal(files):
     files = sorted(files, key=lambda f: hashlib.sha256(f[0].encode("utf-8", errors="surrogateescape")).digest())
     sizes = {name: path.stat().st_size for name, path in files}
     dealt, filled, total = {name: [] for name in data.SPLITS}, dict.fromkeys(SHARE, 0), sum(sizes.values())
+    if total > LARGEST:
+        raise data.DataError(f"{files[0][1].parent} and others have {total} bytes, more than any Python library")
     for name, path in files:
         fits = (split for split in SHARE if filled[split] + sizes[name] <= SHARE[split] * total)
         split = next(fits, "train")

@@ -8,11 +8,8 @@ check it and once more to write it; 10 MB of memory are enough, whatever its siz
 safe.
 """
 
-import gzip
 import hashlib
 import sys
-import zipfile
-import zlib
 from pathlib import Path
 
 # Run as a script, Python looks for modules beside this file, not in the repository's root.
@@ -25,6 +22,7 @@ URLS = [
     "http://mattmahoney.net/dc/enwik8.zip",
     "https://data.deepai.org/enwik8.zip",
 ]
+ZIP_SIZE = 36_445_475
 ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
 SIZE = 10**8
 SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"  # of the 10^8 bytes
@@ -42,30 +40,20 @@ def find(path):
             return path / name
     found = sorted(p.name for p in path.glob("enwik8*") if p.is_file())
     if len(found) != 1:
-        raise data.DataError(f"--source {path} must hold one enwik8 file, it holds {', '.join(found) or 'none'}")
+        raise data.DataError(f"--source {path} must hold one enwik8 file, it holds {', '.join(found[:3]) or 'none'}")
     return path / found[0]
 
 
 def read(path):
-    """Yield the unpacked bytes of a plain, gzip or zip file in chunks. Raises DataError if it is damaged."""
-    with open(path, "rb") as file:
-        magic = file.read(4)
-        file.seek(0)
-        try:
-            if magic[:2] == b"\x1f\x8b":
-                stream = gzip.GzipFile(fileobj=file)
-            elif magic == b"PK\x03\x04":
-                archive = zipfile.ZipFile(file)
-                members = [m for m in archive.namelist() if Path(m).name.startswith("enwik8")]
-                if len(members) != 1:
-                    raise data.DataError(f"{path} holds {len(members)} members called enwik8, not one")
-                stream = archive.open(members[0])
-            else:
-                stream = file
-            while chunk := stream.read(data.CHUNK):
-                yield chunk
-        except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as error:
-            raise data.DataError(f"{path} is damaged ({error}): get it again") from None
+    """Yield the unpacked bytes of a plain, gzip or zip file in chunks. Raises DataError if it is damaged or larger."""
+
+    def choose(names):
+        members = [name for name in names if Path(name).name.startswith("enwik8")]
+        if len(members) != 1:
+            raise data.DataError(f"{path} holds {len(members)} members called enwik8, not one")
+        return members[0]
+
+    return data.unpack(path, "enwik8", SIZE, choose)
 
 
 def part_of(path, start, stop):
@@ -83,18 +71,18 @@ def part_of(path, start, stop):
 def main(argv=None):
     args = data.arguments(__doc__, Path(__file__).resolve().parent).parse_args(argv)
     if args.source is None:
-        path = data.download(URLS, args.out_dir / "enwik8.zip", ZIP_SHA256)
+        path = data.download(URLS, args.out_dir / "enwik8.zip", ZIP_SHA256, ZIP_SIZE)
     else:
         path = find(args.source)
     size, sha, start = 0, hashlib.sha256(), b""
     for chunk in read(path):
         start = (start + chunk)[: len(START)]
+        if not START.startswith(start):
+            break
         size += len(chunk)
         sha.update(chunk)
     if start != START:
         raise data.DataError(f"{path} is not enwik8: it does not begin with {START.decode()}")
-    if size > SIZE:
-        raise data.DataError(f"{path} is not enwik8: it has {size} bytes, more than {SIZE}")
     if size == SIZE and sha.hexdigest() != SHA256:
         raise data.DataError(f"{path} is not enwik8: wrong checksum (sha256 {sha.hexdigest()}, not {SHA256})")
 
@@ -103,7 +91,7 @@ def main(argv=None):
     borders["test"] = (size - held_out, size)
     codec, written = data.BytesCodec(), hashlib.sha256()
     splits = {
-        name: data.write_split(args.out_dir, name, part_of(path, *border), codec, written)
+        name: data.write_split(args.out_dir, name, part_of(path, *border), codec, written, source=path)
         for name, border in borders.items()
     }
     if written.digest() != sha.digest():

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data
 
 SIZES = {"train": 100_000, "val": 10_000, "test": 100_000}
+LARGEST = 5 * 10**7  # tokens of a split
 LEAST = {"train": 1000, "val": 100, "test": 100}  # scored trigrams of each B
 
 
@@ -91,11 +92,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.trigrams < 1 or args.positions < 4 or args.seed < 0:
         raise data.DataError("--trigrams must be at least 1, --positions 4 (BOS A B C) and --seed 0")
+    if args.trigrams > 30_000:
+        raise data.DataError(f"--trigrams must be at most 30000, not {args.trigrams}: ids have 16 bits")
     codec, digest, splits = data.SymbolsCodec(symbols(args.trigrams)), hashlib.sha256(), {}
     for number, name in enumerate(data.SPLITS):
         samples = getattr(args, name)
         if samples < 1:
             raise data.DataError(f"--{name} must be at least 1")
+        if samples * args.positions > LARGEST:
+            raise data.DataError(
+                f"--{name} sequences of --positions symbols must be at most {LARGEST} symbols together"
+            )
         rng = np.random.default_rng((args.seed, number))
         tokens, found = generate(rng, samples, args.trigrams, args.positions)
         check(name, tokens, found, args.trigrams)

@@ -9,9 +9,10 @@ expected at the sentence's last byte: there the target is the label's id, which 
 has. The published test split keeps its labels secret: it is left out. Memory: a split, about 100 MB.
 """
 
-import csv
+import collections
 import hashlib
 import json
+import reprlib
 import sys
 from pathlib import Path
 
@@ -27,28 +28,29 @@ REVISION = "8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb"  # pinned: data of the sam
 FILES = {"train": ("train",), "val": ("validation", "dev"), "test": ("test",)}
 ROWS = {"train": 67349, "val": 872}  # of the complete splits
 NAMES = ["negative", "positive"]
+MOST, LARGEST = 200_000, 16 * 10**6  # rows of a split, and bytes of its files: the largest are 67,349 and 7 MB
 
 
 def rows_of_hub(split):
-    """[(sentence, 0, 1 or -1)] of a split."""
+    """[(text, 0, 1 or -1)] of a split."""
     try:
         import datasets
 
-        rows = datasets.load_dataset(HUB, split=FILES[split][0], revision=REVISION)
-        return [(row["sentence"], row["label"]) for row in rows]
+        rows = list(datasets.load_dataset(HUB, split=FILES[split][0], revision=REVISION))
     except Exception as error:  # datasets lets errors of the network, of the disk and of its own through
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise data.DataError(
             f"cannot get {HUB} from the hub ({reason}): get its data/*.parquet files another way, for instance from a "
             "mirror of the hub, and pass --source PATH"
         ) from None
+    return [checked(row, f"{HUB}, {split}, row {i}") for i, row in enumerate(rows, 1)]
 
 
 def local_files(source):
     """{split: paths} in a folder; a split may be in several files."""
     found = {}
     for split, names in FILES.items():
-        for suffix in (".parquet", ".jsonl", ".tsv"):
+        for suffix in KINDS:
             paths = [p for name in names for place in ("", "data/") for p in source.glob(f"{place}{name}*{suffix}")]
             if paths and split not in found:
                 found[split] = sorted(paths)
@@ -59,45 +61,93 @@ def local_files(source):
 
 def rows_of_files(paths):
     """The same of local files."""
-    rows = []
+    rows, size = [], 0
     for path in paths:
-        try:
-            if path.suffix == ".parquet":
-                import pyarrow.parquet
-
-                table = pyarrow.parquet.read_table(path, columns=["sentence", "label"]).to_pylist()
-            elif path.suffix == ".jsonl":
-                table = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            else:
-                with open(path, encoding="utf-8", newline="") as file:
-                    table = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-            rows += [(row["sentence"], int(row.get("label", -1))) for row in table]
-        except (KeyError, TypeError, ValueError, OSError) as error:  # pyarrow's errors are ValueErrors and OSErrors
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-            raise data.DataError(f"{path} is not a table of sentence and label ({reason})") from None
+        for number, row in enumerate(KINDS[path.suffix](path), 1):
+            rows.append(checked(row, f"{path}, row {number}"))
+            size += len(rows[-1][0])
+            if len(rows) > MOST or size > LARGEST:
+                raise data.DataError(
+                    f"{path} is not SST-2: it has more than {MOST} sentences, or {LARGEST} bytes of text"
+                )
     return rows
 
 
+def rows_of_parquet(path):
+    import pyarrow.parquet
+
+    with data.reading(path, "SST-2", LARGEST) as file:
+        table = pyarrow.parquet.ParquetFile(file)
+        about = table.metadata
+        unpacked = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        if about.num_rows > MOST or unpacked > LARGEST:
+            raise data.DataError(f"{path} is not SST-2: it has {about.num_rows} rows of {unpacked} bytes")
+        columns = [name for name in ("sentence", "label") if name in table.schema_arrow.names]
+        for batch in table.iter_batches(batch_size=32, columns=columns):  # a dictionary may hold a long text only once
+            yield from batch.to_pylist()
+
+
+def rows_of_jsonl(path):
+    for line in lines(path):
+        try:
+            yield json.loads(line) if line.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise data.DataError(f"{path} is not JSON lines: {error}, in {line[:40]!r}") from None
+
+
+def rows_of_tsv(path):
+    header = None
+    for line in lines(path):
+        cells = line.split("\t")
+        if header is not None:
+            yield dict(zip(header, cells))
+        header = header or cells
+
+
+KINDS = {".parquet": rows_of_parquet, ".jsonl": rows_of_jsonl, ".tsv": rows_of_tsv}
+
+
+def lines(path):
+    """The lines of a file that are not blank, as text without their ends."""
+    for line in data.lines(data.read(path, "SST-2", LARGEST), path):
+        try:
+            line = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise data.DataError(f"{path} is not UTF-8 text: {line[:40]!r}") from None
+        if line.strip():
+            yield line
+
+
+def checked(row, where):
+    """(text, label) of a row: UTF-8 without the whitespace around it; 0 or 1, -1 if it has no label."""
+    sentence, label = (row.get("sentence"), row.get("label", -1)) if isinstance(row, dict) else (row, None)
+    label = {"-1": -1, "0": 0, "1": 1}.get(label, label) if isinstance(label, str) else label
+    text = sentence.strip() if isinstance(sentence, str) else ""
+    if not text or not isinstance(label, (int, float)) or label not in (-1, 0, 1):
+        found = f"sentence {reprlib.repr(sentence)}, label {reprlib.repr(label)}"
+        raise data.DataError(f"{where}: {found}: it must have text, and 0 or 1 (-1 or nothing in test)")
+    try:
+        return text.encode("utf-8"), int(label)
+    except UnicodeEncodeError:
+        raise data.DataError(f"{where}: sentence {reprlib.repr(sentence)} holds half a character") from None
+
+
 def records(rows, length, labels):
-    """tokens and targets (n, length) of [(sentence, label)], and how many sentences were cut."""
-    tokens, targets, cut = np.zeros((len(rows), length), np.uint8), np.full((len(rows), length), -1), 0
-    for i, (sentence, label) in enumerate(rows):
-        text = sentence.strip().encode("utf-8")
-        if not text or label not in (0, 1):
-            raise data.DataError(f"sentence {i + 1} ({sentence[:40]!r}) has label {label}, or no text: neither 0 nor 1")
-        cut += len(text) > length
+    """tokens and targets (n, length) of [(text, label)]."""
+    tokens, targets = np.zeros((len(rows), length), np.uint8), np.full((len(rows), length), -1, np.int32)
+    for i, (text, label) in enumerate(rows):
         text = text[:length]
         tokens[i, : len(text)] = np.frombuffer(text, np.uint8)
         targets[i, len(text) - 1] = labels[NAMES[label]]
-    return tokens, targets, cut
+    return tokens, targets
 
 
 def main(argv=None):
     parser = data.arguments(__doc__, Path(__file__).resolve().parent)
     parser.add_argument("--record_len", type=int, default=256, metavar="N", help="bytes of a record (default: 256)")
     args = parser.parse_args(argv)
-    if args.record_len < 1:
-        raise data.DataError(f"--record_len must be at least 1, not {args.record_len}")
+    if not 1 <= args.record_len <= 1000:
+        raise data.DataError(f"--record_len must be from 1 to 1000, not {args.record_len}")
     if args.source is not None and not args.source.is_dir():
         raise data.DataError(f"--source {args.source} is not a folder")
     local = args.source and local_files(args.source)
@@ -106,24 +156,30 @@ def main(argv=None):
         if local and name not in local:
             continue
         rows = rows_of_files(local[name]) if local else rows_of_hub(name)
-        if all(label == -1 for _, label in rows):
+        each = collections.Counter(label for _, label in rows)
+        if each[-1] == len(rows):
             print(f"note: {name} is left out: it has no labels")
             continue
-        tokens, targets, cut = records(rows, args.record_len, labels)
-        splits[name] = data.write_records(args.out_dir, name, [(tokens, targets)], codec, digest)
-        data.print_labels(name, {label: int((targets == i).sum()) for label, i in labels.items()})
-        if cut:
+        if each[-1]:
+            where = local[name][0].parent if local else HUB
+            raise data.DataError(f"{where}: {each[-1]} of {len(rows)} sentences of {name} have no label")
+        block = records(rows, args.record_len, labels)
+        splits[name] = data.write_records(args.out_dir, name, [block], codec, digest)
+        data.print_labels(name, {label: each[i] for i, label in enumerate(NAMES)})
+        if cut := sum(len(text) > args.record_len for text, _ in rows):
             print(f"note: {name}: {cut} of {len(rows)} sentences are cut to {args.record_len} bytes")
         if len(rows) != ROWS.get(name, len(rows)):
             partial.append(f"{name} {len(rows)} of {ROWS[name]} sentences")
     if not splits:
-        raise data.DataError("no split has labels")
+        raise data.DataError(f"no split of {args.source or HUB} has labels")
     if partial and not local:
         raise data.DataError(f"the hub's copy is not complete ({', '.join(partial)}): pass --source PATH")
     label = "SST-2" + (f", {', '.join(partial)}" if partial else "")
     source = f"{HUB}{' from local files' if local else ' at ' + REVISION[:10]}"
     length = args.record_len
-    meta = data.write_meta(args.out_dir, codec, splits, source, digest.hexdigest(), label, length, labels)
+    meta = data.write_meta(
+        args.out_dir, codec, splits, source, digest.hexdigest(), label, length, labels, stripped=True
+    )
     data.print_summary(meta, args.out_dir)
 
 

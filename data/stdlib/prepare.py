@@ -5,7 +5,7 @@
 
 Whole files are dealt out, about 90/5/5, by a checksum of their path, so that a file keeps its split from version to
 version. The text is raw bytes with newlines as \\n; files come in the order of their paths. Memory: a few times the
-largest file, which has 1 MB. Interrupting and running again is safe.
+largest file, which has 1 MB; one of more than 16 MB is refused. Interrupting and running again is safe.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ import data
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 # Written when Python was built or installed: they hold paths of that machine.
 SKIPPED_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize")
+LARGEST = 16 * 10**6
 
 
 def find(folder):
@@ -49,7 +50,7 @@ def read(paths):
     """Yield the bytes of each file, UTF-8 or not, ended by a newline."""
     for path in paths:
         # Python's installer for Windows writes \r\n; without this the same version would be other data there.
-        text = path.read_bytes().replace(b"\r\n", b"\n")
+        text = b"".join(data.read(path, "Python source text", LARGEST)).replace(b"\r\n", b"\n")
         if text:
             yield text if text.endswith(b"\n") else text + b"\n"
 
@@ -63,7 +64,7 @@ def main(argv=None):
     codec, digest, splits = data.BytesCodec(), hashlib.sha256(), {}
     for name in data.SPLITS:
         paths = [path for relative, path in files if split_of(relative) == name]
-        splits[name] = data.write_split(args.out_dir, name, read(paths), codec, digest)
+        splits[name] = data.write_split(args.out_dir, name, read(paths), codec, digest, source=folder)
     if args.source is None:
         label = f"stdlib of Python {platform.python_version()}"
     else:

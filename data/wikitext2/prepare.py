@@ -6,14 +6,13 @@
 
 A split is the text of its file, every newline kept; words are counted on that text and bytes are its UTF-8 length. A
 source may hold only some of the splits. Newlines of a Windows copy (\\r\\n) are read as \\n. The text is encoded
-1 MB at a time, in about 30 MB of memory, besides what datasets needs. Interrupting and running again is safe.
+1 MB at a time, in about 30 MB of memory, besides what datasets needs. A file of more than 16 MB is refused: the
+largest one has 11. Interrupting and running again is safe.
 """
 
-import contextlib
 import hashlib
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 # Run as a script, Python looks for modules beside this file, not in the repository's root.
@@ -26,6 +25,7 @@ REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"  # pinned: data of the sam
 CONFIGS = {"raw": "wikitext-2-raw-v1", "tokens": "wikitext-2-v1"}
 FILES = {"train": "train", "val": "valid", "test": "test"}
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
+LARGEST = 16 * 10**6  # bytes of a file or an archive
 WORDS = {"train": 2051910, "val": 213886, "test": 241211}  # of the complete splits; the same in both variants
 
 
@@ -54,21 +54,18 @@ class Local:
 
     def __init__(self, path, variant):
         self.path = path
-        try:
-            if path.is_dir():
-                names = {p.relative_to(path).as_posix() for g in ("wiki.*", "*/wiki.*") for p in path.glob(g)}
-            elif zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    names = set(archive.namelist())
-            else:
-                raise data.DataError(f"--source {path} is neither a folder nor a zip archive of wiki.*.{variant} files")
-        except zipfile.BadZipFile as error:
-            raise data.DataError(f"{path} is damaged ({error}): get it again") from None
+        if path.is_dir():
+            names = {p.relative_to(path).as_posix() for g in ("wiki.*", "*/wiki.*") for p in path.glob(g)}
+        else:
+            with data.reading(path, "WikiText-2", LARGEST) as file:
+                if file.read(4) != data.ZIP:
+                    raise data.DataError(f"--source {path} is neither a folder nor a zip archive of wiki.*.{variant}")
+                names = set(zipfile.ZipFile(file).namelist())
         self.files = {}
         for split, name in FILES.items():
             found = sorted((n for n in names if n.rsplit("/", 1)[-1] == f"wiki.{name}.{variant}"), key=len)
             if len(found) > 1 and "/" in found[0]:
-                raise data.DataError(f"--source {path} holds {' and '.join(found)}: pass the folder of one of them")
+                raise data.DataError(f"--source {path} holds {' and '.join(found[:3])}: pass the folder of one of them")
             if found:
                 self.files[split] = found[0]
         if not self.files:
@@ -78,17 +75,14 @@ class Local:
 
     def lines(self, split):
         """Yield the lines of a split as bytes, each with its newline."""
-        try:
-            with contextlib.ExitStack() as stack:
-                if self.path.is_dir():
-                    file = stack.enter_context(open(self.path / self.files[split], "rb"))
-                else:
-                    archive = stack.enter_context(zipfile.ZipFile(self.path))
-                    file = stack.enter_context(archive.open(self.files[split]))
-                for line in file:
-                    yield line[:-2] + b"\n" if line.endswith(b"\r\n") else line
-        except (EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise data.DataError(f"{self.path} is damaged ({error}): get it again") from None
+        name, path = self.files[split], self.path
+        if path.is_dir():
+            path = path / name
+            chunks = data.read(path, "WikiText-2", LARGEST)
+        else:
+            chunks = data.unpack(path, "WikiText-2", LARGEST, lambda names: name)
+        for line in data.lines(chunks, path):
+            yield line[:-2] + b"\n" if line.endswith(b"\r\n") else line
 
 
 def pieces(lines, size=data.CHUNK):
@@ -138,7 +132,8 @@ def main(argv=None):
         if local and name not in local.files:
             continue
         lines = local.lines(name) if local else lines_of_hub(args.variant, name)
-        splits[name] = data.write_split(args.out_dir, name, pieces(lines), codec, digest)
+        source = args.source / local.files[name] if local else HUB
+        splits[name] = data.write_split(args.out_dir, name, pieces(lines), codec, digest, source=source)
         if not local and splits[name]["words"] != WORDS[name]:
             raise data.DataError(
                 f"the hub's {name} split has {splits[name]['words']} words, not {WORDS[name]}: it is damaged or has "
