@@ -272,11 +272,6 @@ def run(main, *errors):
     sys.exit(status)
 
 
-def printable(text):
-    """`text` with escapes in place of control characters, which command a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 @dataclasses.dataclass(frozen=True)
 class Runtime:
     """Where and in what precision a script computes, resolved from `device`, `dtype` and `compile`."""
