@@ -1,4 +1,5 @@
-"""Run the README's ```bash commands as written, with sizes added that make each take seconds, in a copy of the tree.
+"""Run the ```bash commands of the README and of docs/ as written, with sizes added that make each take seconds, and the
+```python blocks that begin with an import, in a copy of the tree.
 
 Data sets that a user downloads are prepared from small local text. Blocks marked ```shell need a network, hours or a
 choice, and are not run.
@@ -44,27 +45,39 @@ def prepare_small_data(folder):
     shown([sys.executable, "data/wikitext2/prepare.py", "--source", "source", "--codec", "bytes"], folder)
 
 
+def run_block(language, block, folder):
+    """Run one block; the number of its commands."""
+    if language == "python":
+        shown([sys.executable, "-c", block], folder)
+        return 1
+    lines = block.replace("\\\n", "").strip().splitlines()
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        script = next(word for word in words if word.endswith(".py"))
+        given = [word.split("=")[0] for word in words]
+        given += SHAPE if "skip_trigrams" in line else []  # the vocabulary decides it
+        extra = [f"--{key}" for key in SMALL.get(script, []) if f"--{key.split('=')[0]}" not in given]
+        if words[0] == "python":
+            words[0] = sys.executable
+        elif words[0] == "torchrun":
+            words[:1] = [sys.executable, "-m", "torch.distributed.run"]
+        shown(words + extra, folder)
+    return len(lines)
+
+
 def main():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", readme, re.S) for line in block.splitlines() if line]
-    assert len(lines) >= 8, "the README's commands were not found"
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary) / "copy"
         built = shutil.ignore_patterns(".venv", ".git", "out", "*.bin", "meta.json", "__pycache__")
         shutil.copytree(ROOT, folder, ignore=built)
         prepare_small_data(folder)
-        for line in lines:
-            words = shlex.split(line, comments=True)
-            script = next(word for word in words if word.endswith(".py"))
-            given = [word.split("=")[0] for word in words]
-            given += SHAPE if "skip_trigrams" in line else []  # the vocabulary decides it
-            extra = [f"--{key}" for key in SMALL.get(script, []) if f"--{key.split('=')[0]}" not in given]
-            if words[0] == "python":
-                words[0] = sys.executable
-            elif words[0] == "torchrun":
-                words[:1] = [sys.executable, "-m", "torch.distributed.run"]
-            shown(words + extra, folder)
-    print(f"{len(lines)} commands of the README ran")
+        for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+            text = page.read_text(encoding="utf-8")
+            blocks = re.findall(r"```(bash|python)\n(.*?)```", text, re.S)
+            n = sum(
+                run_block(*block, folder) for block in blocks if block[0] == "bash" or block[1].startswith("import")
+            )
+            print(f"{n} commands of {page.name} ran", flush=True)
 
 
 if __name__ == "__main__":

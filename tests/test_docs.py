@@ -1,0 +1,97 @@
+"""What README.md and docs/ say, beside what was measured and what runs."""
+
+import importlib.util
+import json
+import pathlib
+import re
+
+import pytest
+import test_attention
+
+import bench
+import model
+
+ROOT = pathlib.Path(bench.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def figures():
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measured(name, page):
+    """A committed JSON file of bench.py, of a commit without changes of its own, which the page names."""
+    found = json.loads((ROOT / "docs" / name).read_text())
+    assert found["commit"] and not found["commit"].endswith("-dirty") and found["machine"]["processor"]
+    assert found["commit"][:7] in page
+    return found
+
+
+def test_results_show_the_committed_costs():
+    sweep = measured("bench.json", RESULTS)["tables"]["sweep"]["rows"]
+    tables = bench.summary(sweep, "", "")
+    assert len(tables) == 2 and "(bench.png)" in RESULTS
+    for table in tables:
+        assert "\n".join(table.lines()) in RESULTS, f"paste the table {table.name!r} of bench.py into docs/results.md"
+    assert {row["attention"] for row in tables[0].rows} <= set(model.ATTENTION)
+
+
+def test_results_show_the_committed_scores():
+    """Each type's parameters, seeds, mean and deviation."""
+    found = measured("compare.json", RESULTS)
+    for row in found["tables"]["over seeds"]["rows"]:
+        mean, deviation = row["mean (bits/byte)"], row["standard deviation (bits/byte)"]
+        cells = f"{row['parameters (count)']:,} | {row['seeds (count)']} | {mean:.3f} ± {deviation:.3f}"
+        assert cells in RESULTS, f"{row['attention']}: {cells} is not in docs/results.md"
+
+
+def test_toys_show_the_committed_heads():
+    measured("superposition.json", (ROOT / "docs" / "toys.md").read_text(encoding="utf-8"))
+
+
+def test_the_first_table_shows_each_type(figures):
+    costs, scores = figures.costs(), figures.scores()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.M))
+    for name, row in costs.items():
+        cells = rows[name].split(" | ")  # idea, paper, cost, state, bits, time, positions
+        assert cells[3:6] == list(figures.cells(scores.get(name), row[max(row)])), name
+    assert set(costs) <= set(model.ATTENTION)
+
+
+def test_pictures_are_there():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for path in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / path).read_bytes()[:4] == b"\x89PNG", path
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+        for path, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+            target = page.parent / path if path else page
+            assert target.is_file(), f"{page.name}: {path}"
+            if anchor:
+                heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+                anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+                assert anchor in anchors, f"{page.name}: #{anchor}"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 230 and len(README.encode()) <= 16_000
+
+
+def test_the_readmes_own_attention_obeys_the_protocol(monkeypatch, fresh_rng):
+    """The class that the README adds, as printed there."""
+    code = re.search(r"```python\n(class DecayAttention.*?)```", README, re.S)[1]
+    names = dict(vars(model))
+    exec(code, names)
+    monkeypatch.setitem(model.ATTENTION, "decay", names["DecayAttention"])
+    test_attention.test_step_equals_forward_over_any_split("decay", "none", fresh_rng)
+    test_attention.test_strictly_causal_and_rows_apart("decay", "none", fresh_rng)
+    test_attention.test_gradients_reach_every_parameter("decay", fresh_rng)
+    test_attention.test_operations_are_counted("decay")
