@@ -1676,8 +1676,9 @@ def draw_trajectories(folder, name, stats, kind, panel, runs):
 
 
 def draw_bars(key, label, panel, runs):
-    """The last value of each run's steps."""
-    for i, (name, (steps, _)) in enumerate(runs.items()):
+    """The last value of each run's steps, where it was measured."""
+    runs = {name: steps for name, (steps, _) in runs.items() if key in steps[-1]}
+    for i, (name, steps) in enumerate(runs.items()):
         panel.barh(i, steps[-1][key], color=COLOURS[i % len(COLOURS)], alpha=0.5)
         panel.annotate(f" {name}: {steps[-1][key]:,.0f}", (0, i), va="center")
     panel.set(xlabel=label, yticks=[])

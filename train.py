@@ -16,7 +16,6 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -42,6 +41,12 @@ from model import (
     read_checkpoint,
     stored_config,
 )  # fmt: skip
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither
+    fcntl = resource = None
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row that end a run
 
@@ -697,9 +702,11 @@ def start_wandb(cfg, progress, resolved):
 
 
 def memory(device_type):
-    """Peak resident memory of the process and peak CUDA memory, in MB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    entry = {"rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)}
+    """Peak resident memory of the process, but on Windows, and peak CUDA memory, in MB."""
+    entry = {}
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+        entry["rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
     if device_type == "cuda":
         entry["cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
     return entry
@@ -740,17 +747,18 @@ def export(model, out_dir):
 
 
 def lock_folder(out_dir):
-    """An open file that keeps a second run out of the folder; None where the system has no flock."""
+    """An open file that keeps a second run out of the folder."""
+    path = os.path.join(out_dir, ".lock")
+    lock = open(path, "w") if fcntl is not None else None
     try:
-        import fcntl
-    except ImportError:
-        return None
-    lock = open(os.path.join(out_dir, ".lock"), "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        if os.path.exists(path):
+            os.unlink(path)  # Windows removes no file that another run holds open
+        return open(path, "x")
     except OSError:
         raise TrainError(f"{out_dir}: another run is writing there; take another --out_dir") from None
-    return lock
 
 
 def discard_earlier_run(out_dir):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from . import interpreting, jit, tl, triton, warn_once
-from .gla import Workspace, compute_dtype
+from .gla import LOG2E, Workspace, compute_dtype
 
 SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
     128: (8, 4, 8, 4, 16),
@@ -479,8 +479,6 @@ def window_backward(q, k, v, do, scale, window):
 #
 # The selected branch in the tiles of the form above: ROWS rows are pairs of one block, each with its G heads, so the
 # matrix units are full however small the group. A query's parts are merged by the logs of their sums. Logs base 2.
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @jit
