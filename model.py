@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from config import build, key
 from kernels.distance import distance, paths
 from kernels.gated import executed_pairs as gated_pairs
-from kernels.gated import gated
+from kernels.gated import gated, gated_map
 from kernels.gla import gla
 from kernels.gsa import gsa
 from kernels.nsa import nsa_compressed, nsa_pairs, nsa_selected, nsa_sizes, nsa_window
@@ -374,15 +374,13 @@ class GatedAttention(SoftmaxAttention):
         return q, k, torch.cat((v, b.to(v.dtype)), -1)  # (B, H, T, D + 1)
 
     def _read(self, x, q, k, v, mask):
-        return self._gated_map(x, q, k, v, mask)[0] @ v[..., :-1]
+        return self._gated_map(x, q, k, v, mask)[0].to(v.dtype) @ v[..., :-1]
 
     def _gated_map(self, x, q, k, v, mask):
         """gamma p and gamma, (B, H, t, S)."""
         if mask is None:
             mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - q.size(2))
-        p = (q @ k.mT / math.sqrt(self.d_head)).masked_fill(~mask, -math.inf).softmax(-1)
-        gamma = (self._gates(x)[0].transpose(1, 2).unsqueeze(-1) * v[..., -1].unsqueeze(-2)).clamp(0, 1)
-        return gamma.to(p.dtype) * p, gamma
+        return gated_map(q, k, self._gates(x)[0].transpose(1, 2), v[..., -1], mask)
 
     def flops(self, T):
         """Scores, values and gates of all pairs, and of those that the blocks of a training step hold."""
@@ -690,12 +688,12 @@ class MaskMix(DistanceAttention):
         shape = {"offset": lambda k: x == k, "window": lambda k: x < k, "every": lambda k: x % k == 0}
         shape |= {"full": lambda k: x >= 0, "first": lambda k: x < 0}
         masks = torch.stack([shape[kind](k) for kind, k in self.candidates]) & (x < self.block_size)
-        u = w @ masks.to(w.dtype)  # (H or 1, T)
+        u = (w.unsqueeze(-1) * masks).sum(1)  # (H or 1, T); autocast would round a matrix product
         if not self.n_first:
             return log_or_drop(u), None
         s = torch.arange(self.n_first, device=x.device)
         first = torch.stack([(s < k) if kind == "first" else (s < 0) for kind, k in self.candidates])
-        f = w @ first.to(w.dtype)  # (H or 1, P), P = n_first
+        f = (w.unsqueeze(-1) * first).sum(1)  # (H or 1, P), P = n_first
         return log_or_drop(u), log_or_drop(u[:, None] + f[:, :, None])
 
     def penalty(self):

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
+from . import for_products, op, outside_autocast
+
 SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
 CALLS = 2**13  # scores that take the time of a segment's calls
 BLOCKS = (16, 32, 64, 128)  # queries a block
@@ -36,6 +38,7 @@ def compute_dtype(dtype):
 # ----------------------------------------------------------------------------- oracle
 
 
+@outside_autocast
 def distance_dense(q, k, v, table, prefix, scale):
     """All T x T scores, in fp64 for fp64 inputs and fp32 otherwise. Differentiable."""
     (_, T, H, _), dtype = q.shape, compute_dtype(q.dtype)
@@ -435,10 +438,9 @@ def flash_backward(do, q, k, v, o, lse, scale):
     return backward(do, q, k, v, o, lse, 0.0, True, scale=scale)
 
 
-@torch.library.custom_op(
-    "nanoattention::distance",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, float scale) -> (Tensor, Tensor)",
+@op(
+    "distance",
+    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, float scale) -> (Tensor, Tensor)",
 )
 def distance_op(q, k, v, table, prefix, scale):
     return banded_forward(q, k, v, table, prefix, scale)
@@ -450,10 +452,9 @@ def _(q, k, v, table, prefix, scale):
     return v.new_empty(v.shape), q.new_empty(B, H, T, dtype=compute_dtype(q.dtype))
 
 
-@torch.library.custom_op(
-    "nanoattention::distance_backward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, Tensor o, Tensor lse, Tensor do, float scale)"
+@op(
+    "distance_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, Tensor o, Tensor lse, Tensor do, float scale)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def distance_backward_op(q, k, v, table, prefix, o, lse, do, scale):
@@ -499,10 +500,12 @@ def seen_tiles(table, prefix):
     return seen & (far >= 0)
 
 
+@outside_autocast
 def distance_flex(q, k, v, table, prefix, scale):
     """One fused kernel over the seen tiles, for each head its own. The tiles are made of the table on its device, so
     that a change of the kept set is a change of data: nothing waits for the GPU, nothing is compiled again."""
     T, H, shared, P = q.shape[1], q.shape[2], len(table) == 1, prefix.shape[1]
+    table, prefix = (x.to(compute_dtype(q.dtype)) for x in (table, prefix))
     table = torch.where(is_one(table), 0.0, table)
     kept, kept_first = table > -math.inf, prefix > -math.inf
     bias, first = table.clamp(min=HIDDEN), prefix.clamp(min=HIDDEN)
@@ -532,6 +535,7 @@ def compiled_flex():
     return torch.compile(distance_flex, dynamic=False)
 
 
+@outside_autocast
 def fused(*inputs):
     """`distance_flex` compiled, for each shape once: past dynamo's usual limit of 8 it would hold all T x T scores."""
     with torch._dynamo.config.patch(recompile_limit=256):
@@ -561,9 +565,7 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto"):
     causal attention.
     """
     check(q, k, v, table, prefix, backend)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)  # of the products; the mask keeps its precision
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = for_products(q, k, v)  # the mask keeps its precision
     prefix = table.new_empty(table.shape[0], 0, table.shape[1]) if prefix is None else prefix
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if backend == "dense":

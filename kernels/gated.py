@@ -12,8 +12,11 @@ With r = do . v_s and delta = do . o the gradients of a pair are dgamma = p r an
 divides by gamma or takes its logarithm, so a gate of exactly 0, the usual state, is harmless.
 """
 
+import math
+
 import torch
 
+from . import for_products, op, outside_autocast
 from .gla import compute_dtype
 
 POWER = 0.6  # of the penalty: below 1 it wants one open head for a pair, not several half open
@@ -24,6 +27,7 @@ SEGMENT = {"cpu": 2**17, "cuda": 2**25}  # pairs, over all heads, that are worke
 # ----------------------------------------------------------------------------- dense
 
 
+@outside_autocast
 def gated_dense(q, k, v, a, b, scale, penalise=True):
     """All pairs at once, in fp64 for fp64 inputs and fp32 otherwise. Differentiable by autograd: the oracle."""
     dtype, out_dtype = compute_dtype(q.dtype), v.dtype
@@ -37,6 +41,17 @@ def gated_dense(q, k, v, a, b, scale, penalise=True):
         return o.to(out_dtype), o.new_zeros(())
     shared = gamma.clamp(min=FLOOR).pow(POWER).sum(1).pow(1 / POWER)  # (B, T, T)
     return o.to(out_dtype), shared[:, causal].mean()
+
+
+@outside_autocast
+def gated_map(q, k, a, b, mask):
+    """gamma p and gamma (B, H, t, S) of a few queries, as decoding reads them: q (B, H, t, D), k (B, H, S, D),
+    a (B, H, t), b (B, H, S), mask (t, S), True where a key is seen."""
+    dtype = compute_dtype(q.dtype)
+    q, k, a, b = (x.to(dtype) for x in (q, k, a, b))
+    p = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -torch.inf).softmax(-1)
+    gamma = (a.unsqueeze(-1) * b.unsqueeze(-2)).clamp(0, 1)
+    return gamma * p, gamma
 
 
 # ----------------------------------------------------------------------------- blocks of query rows
@@ -63,8 +78,9 @@ def executed_pairs(T, H):
 
 
 def by_head(*xs):
-    """(B, T, H, D) -> (B, H, T, D), and (B, T, H) -> (B, H, T), in the precision of the computation."""
-    return [x.to(compute_dtype(x.dtype)).transpose(1, 2).contiguous() for x in xs]
+    """(B, T, H, D) -> (B, H, T, D), and (B, T, H) -> (B, H, T), in the precision that the first asks for."""
+    dtype = compute_dtype(xs[0].dtype)
+    return [x.to(dtype).transpose(1, 2).contiguous() for x in xs]
 
 
 def product(x, y):
@@ -87,8 +103,8 @@ def powers(gamma):
 
 def block_forward(q, k, v, a, b, scale, penalise):
     """o (B, T, H, V), the penalty, and the logarithm of each softmax's denominator (B, H, T)."""
-    q, k, v, a, b = by_head(q * scale, k, v, a, b)
-    B, H, T, _ = q.shape
+    q, k, v, a, b = by_head(q, k, v, a, b)
+    (B, H, T, _), q = q.shape, q * scale
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     o, penalty, lse = torch.empty_like(v), v.new_zeros(()), v.new_empty(B, H, T, 1)
     for rows, lo, hi in blocks(B, T, H, q.device.type):
@@ -108,8 +124,8 @@ def block_forward(q, k, v, a, b, scale, penalise):
 def block_backward(q, k, v, a, b, o, lse, do, dpenalty, scale, penalise):
     """The gradients of q, k, v, a and b."""
     like = q, k, v, a, b
-    q, k, v, a, b, o, do = by_head(q * scale, k, v, a, b, o, do)
-    (B, H, T, _), lse = q.shape, lse.unsqueeze(-1)
+    q, k, v, a, b, o, do = by_head(q, k, v, a, b, o, do)
+    (B, H, T, _), q, lse = q.shape, q * scale, lse.unsqueeze(-1)
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     dq, da = torch.empty_like(q), torch.empty_like(a)
     dk, dv, db = (torch.zeros_like(x) for x in (k, v, b))
@@ -142,10 +158,9 @@ def block_backward(q, k, v, a, b, o, lse, do, dpenalty, scale, penalise):
 # ----------------------------------------------------------------------------- op
 
 
-@torch.library.custom_op(
-    "nanoattention::gated",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, float scale, bool penalise) -> (Tensor, Tensor, Tensor)",
+@op(
+    "gated",
+    "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, float scale, bool penalise) -> (Tensor, Tensor, Tensor)",
 )
 def gated_op(q, k, v, a, b, scale, penalise):
     o, penalty, lse = block_forward(q, k, v, a, b, scale, penalise)
@@ -154,14 +169,13 @@ def gated_op(q, k, v, a, b, scale, penalise):
 
 @gated_op.register_fake
 def _(q, k, v, a, b, scale, penalise):
-    (B, T, H, _), dtype = v.shape, compute_dtype(v.dtype)
+    (B, T, H, _), dtype = q.shape, compute_dtype(q.dtype)
     return v.new_empty(v.shape), v.new_empty((), dtype=dtype), v.new_empty((B, H, T), dtype=dtype)
 
 
-@torch.library.custom_op(
-    "nanoattention::gated_backward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor o, Tensor lse, Tensor do,"
+@op(
+    "gated_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor o, Tensor lse, Tensor do,"
     " Tensor dpenalty, float scale, bool penalise) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def gated_backward_op(q, k, v, a, b, o, lse, do, dpenalty, scale, penalise):
@@ -182,7 +196,7 @@ def setup_context(ctx, inputs, output):
 def backward(ctx, do, dpenalty, _):
     *tensors, o, lse = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    dpenalty = o.new_zeros((), dtype=compute_dtype(o.dtype)) if dpenalty is None else dpenalty
+    dpenalty = o.new_zeros(()) if dpenalty is None else dpenalty
     return *gated_backward_op(*tensors, o, lse, do, dpenalty, ctx.scale, ctx.penalise), None, None
 
 
@@ -200,6 +214,7 @@ def gated(q, k, v, a, b, scale=None, penalise=True, backend="auto"):
     scale=None is D^-1/2.  backend: auto | torch | dense.
     """
     check(q, k, v, a, b, backend)
+    q, k, v = for_products(q, k, v)  # gates keep their precision
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "dense":
         return gated_dense(q, k, v, a, b, scale, penalise)

@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import interpreting, jit, tl, triton, warn_once
+from . import for_products, interpreting, jit, op, outside_autocast, tl, triton, warn_once
 
 CHUNK = 64  # tokens a chunk, in every backend
 SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its tensors stay in cache
@@ -27,10 +27,11 @@ def compute_dtype(dtype):
 # ----------------------------------------------------------------------------- oracle
 
 
+@outside_autocast
 def gla_recurrent(q, k, v, g=None, scale=None, gate_min=None, initial_state=None):
     """Token by token, in fp64 for fp64 inputs and fp32 otherwise. Differentiable; also the decoding step."""
     B, T, H, K = q.shape
-    dtype, out_dtype = compute_dtype(q.dtype), q.dtype
+    dtype, out_dtype = compute_dtype(q.dtype), v.dtype
     q, k, v = q.to(dtype) * (K**-0.5 if scale is None else scale), k.to(dtype), v.to(dtype)
     if g is not None:
         decay = (g.to(dtype) if gate_min is None else g.to(dtype).clamp(min=gate_min)).exp()
@@ -232,8 +233,9 @@ def store(out, segment, chunk, write):
 def prepare(q, k, g, segment, chunk, gate_min, new):
     """q, k, g (n, B, H, C, K), and the form of their products."""
     q, k, g = (chunked(x, segment, chunk) for x in (q, k, g))
-    gates = new(*g.shape)
-    gates.copy_(g) if gate_min is None else torch.clamp(g, min=gate_min, out=gates)
+    gates = new(*g.shape).copy_(g)
+    if gate_min is not None:
+        gates.clamp_(min=gate_min)
     form = Factorised if is_factorised(gate_min, chunk) else Tree
     return q, k, g, form(q, k, gates.flatten(0, 2), new)
 
@@ -332,7 +334,7 @@ def where_open(dg, g, gate_min, place):
     if gate_min is None:
         place.copy_(dg)
     else:
-        torch.mul(dg, g >= gate_min, out=place)
+        torch.mul(dg, g.to(dg.dtype) >= gate_min, out=place)
 
 
 def decay_gradient(S, dS, dstate, out):
@@ -660,7 +662,7 @@ def dense(*xs):
 def gla_fwd(q, k, v, g, state, scale, gate_min):
     """o and the last state, in two launches."""
     dtype = v.dtype
-    q, k, v, g = dense(q, k, v, g)
+    q, k, v, g = *dense(q, k, v), g.contiguous()
     states, last = scan_launch(k, v, g, state.contiguous(), q.dtype, 1.0, floor(gate_min), False)
     return read_launch(q, k, v, g, states, scale, gate_min, False).to(dtype), last
 
@@ -668,7 +670,7 @@ def gla_fwd(q, k, v, g, state, scale, gate_min):
 def gla_bwd(q, k, v, g, state, do, dstate, scale, gate_min):
     """dq, dk, dv, dg and the initial state's gradient, in four launches."""
     dtypes = [x.dtype for x in (q, k, v, g)]
-    q, k, v, g, do = dense(q, k, v, g, do)
+    q, k, v, do, g = *dense(q, k, v, do), g.contiguous()
     states, _ = scan_launch(k, v, g, state.contiguous(), torch.float32, 1.0, floor(gate_min), False)
     dstates, first = scan_launch(q, do, g, dstate.contiguous(), torch.float32, scale, floor(gate_min), True)
     dv = read_launch(k, q, do, g, dstates, scale, gate_min, True)
@@ -719,10 +721,9 @@ def states_kept(q, state, backend, chunk=CHUNK):
     return (0,) if backend == "triton" else (B * H * -(-T // chunk), *state.shape[2:])
 
 
-@torch.library.custom_op(
-    "nanoattention::gla",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor state, float scale, float? gate_min, str backend)"
+@op(
+    "gla",
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor state, float scale, float? gate_min, str backend)"
     " -> (Tensor, Tensor, Tensor)",
 )
 def gla_op(q, k, v, g, state, scale, gate_min, backend):
@@ -736,10 +737,9 @@ def _(q, k, v, g, state, scale, gate_min, backend):
     return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(states_kept(q, state, backend))
 
 
-@torch.library.custom_op(
-    "nanoattention::gla_backward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor state, Tensor states, Tensor do, Tensor dstate,"
+@op(
+    "gla_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor state, Tensor states, Tensor do, Tensor dstate,"
     " float scale, float? gate_min, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def gla_backward_op(q, k, v, g, state, states, do, dstate, scale, gate_min, backend):
@@ -783,9 +783,7 @@ def gla(
     """
     check(q, k, v, g, gate_min, initial_state, backend)
     (B, _, H, K), V = q.shape, v.shape[3]
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)  # of the products; gates and states keep their precision
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = for_products(q, k, v)  # gates and states keep their precision
     scale = K**-0.5 if scale is None else scale
     if backend == "recurrent":
         o, state = gla_recurrent(q, k, v, g, scale, gate_min, initial_state)

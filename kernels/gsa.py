@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import interpreting, jit, tl, triton, warn_once
+from . import for_products, interpreting, jit, op, outside_autocast, tl, triton, warn_once
 from .gla import LOG2E, double_sums, tree_level
 
 CHUNK = 64  # tokens a chunk, in every backend
@@ -25,6 +25,7 @@ FACTOR_SUM = -60.0
 # ----------------------------------------------------------------------------- oracle
 
 
+@outside_autocast
 def gsa_recurrent(q, k, v, s, g, scale=None, initial_state=None):
     """One token at a time, in fp64 for fp64 inputs and fp32 otherwise; what every other form is tested against."""
     B, T, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
@@ -192,8 +193,12 @@ def chunk_fwd(q, k, v, s, g, hk, hv, scale):
         p = torch.softmax(zc.addcmul_(own, sc), -1)
         oc = torch.bmm(decay.scores(p), kv[..., K:])
         store(o[:, here], oc.baddbmm_(p.mul_(decay.head), S[..., K:]))
-    last = borders[-1].view(B, H, M, K + V)
-    return o, last[..., :K].mT.contiguous(), last[..., K:].contiguous(), z, borders
+    return o, *parted(borders[-1].view(B, H, M, K + V), K), z, borders
+
+
+def parted(S, K):
+    """(B, H, M, K + V) -> (B, H, K, M), (B, H, M, V): copies, because no two outputs of an op may share memory."""
+    return [x.clone(memory_format=torch.contiguous_format) for x in (S[..., :K].mT, S[..., K:])]
 
 
 def borders_shape(q, v, s):
@@ -229,8 +234,7 @@ def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale):
         parts[0].mul_(scale)
         for grad, part in zip(grads, parts):
             store(grad[:, here], part)
-    dS = dS.view(B, H, M, K + V)
-    return *grads, dS[..., :K].mT.contiguous(), dS[..., K:].contiguous()
+    return *grads, *parted(dS.view(B, H, M, K + V), K)
 
 
 def segment_bwd(q, kv, s, g, z, do, S, last):
@@ -779,16 +783,14 @@ def aot_specs():
 # ----------------------------------------------------------------------------- operator
 
 
-@torch.library.custom_op(
-    "nanoattention::gsa",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor s, Tensor g, Tensor? hk, Tensor? hv, float scale, str backend)"
+@op(
+    "gsa",
+    "(Tensor q, Tensor k, Tensor v, Tensor s, Tensor g, Tensor? hk, Tensor? hv, float scale, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def fwd_op(q, k, v, s, g, hk, hv, scale, backend):
-    with torch.autocast(q.device.type, enabled=False):
-        run = gsa_fwd if backend == "triton" else chunk_fwd
-        return run(q, k, v, s, g, hk, hv, scale)
+    run = gsa_fwd if backend == "triton" else chunk_fwd
+    return run(q, k, v, s, g, hk, hv, scale)
 
 
 @fwd_op.register_fake
@@ -805,18 +807,16 @@ def _(q, k, v, s, g, hk, hv, scale, backend):
     )
 
 
-@torch.library.custom_op(
-    "nanoattention::gsa_backward",
-    mutates_args=(),
-    schema="(Tensor do, Tensor? dhk, Tensor? dhv, Tensor q, Tensor k, Tensor v, Tensor s, Tensor g, Tensor? hk,"
+@op(
+    "gsa_backward",
+    "(Tensor do, Tensor? dhk, Tensor? dhv, Tensor q, Tensor k, Tensor v, Tensor s, Tensor g, Tensor? hk,"
     " Tensor? hv, Tensor z, Tensor borders, float scale, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def bwd_op(do, dhk, dhv, q, k, v, s, g, hk, hv, z, borders, scale, backend):
-    with torch.autocast(q.device.type, enabled=False):
-        if backend == "triton":
-            return gsa_bwd(do, dhk, dhv, q, k, v, s, g, hk, hv, z, scale)
-        return chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale)
+    if backend == "triton":
+        return gsa_bwd(do, dhk, dhv, q, k, v, s, g, hk, hv, z, scale)
+    return chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale)
 
 
 @bwd_op.register_fake
@@ -857,9 +857,7 @@ def gsa(q, k, v, s, g, scale=None, initial_state=None, output_final_state=False,
     """
     hk, hv = initial_state if initial_state is not None else (None, None)
     check(q, k, v, s, g, hk, hv, backend)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)  # of products; gates and states stay fp32
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = for_products(q, k, v)  # gates and states keep their precision
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend == "recurrent":
         o, state = gsa_recurrent(q, k, v, s, g, scale, initial_state)

@@ -18,7 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import interpreting, jit, tl, triton, warn_once
+from . import for_products, interpreting, jit, op, outside_autocast, tl, triton, warn_once
 from .gla import LOG2E, Workspace, compute_dtype
 
 SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
@@ -58,6 +58,7 @@ def nsa_pairs(T, sizes, G=1):
 # ----------------------------------------------------------------------------- oracle
 
 
+@outside_autocast
 def dense(q, k, v, mask, scale=None):
     """Softmax attention under a mask (B or 1, H or 1, T, S): o (B, T, H, D), p (B, H, T, S); nothing seen gives 0."""
     G = q.shape[2] // k.shape[2]
@@ -106,6 +107,7 @@ def nsa_window_dense(q, k, v, window, scale=None):
     return dense(q, k, v, (distance >= 0) & (distance < window), scale)[0]
 
 
+@outside_autocast
 def selected_gathered(q, k, v, index, select_block, scale):
     """The tokens of the chosen blocks gathered for each query: what decoding reads, (B, T, Hk, n l', D)."""
     (B, T, H, D), (S, Hk), dtype = q.shape, k.shape[1:3], compute_dtype(q.dtype)
@@ -733,10 +735,6 @@ def new_like(*xs):
     return tuple(x.new_empty(x.shape) for x in xs)
 
 
-def op(name, schema):
-    return torch.library.custom_op(f"nanoattention::{name}", mutates_args=(), schema=schema)
-
-
 @op(
     "nsa_compressed",
     "(Tensor q, Tensor k, Tensor v, float scale, int block, int stride, int select_block, int select_count, int offset)"
@@ -878,6 +876,7 @@ def nsa_compressed(q, k, v, block, stride, select_block, select_count, offset=0,
     seen = max(0, (offset + q.shape[1] - block) // stride + 1)
     if k.shape[1] != seen:
         raise ValueError(f"nsa_compressed: k must hold the {seen} complete blocks, got {k.shape[1]}")
+    q, k, v = for_products(q, k, v)
     return compressed_op(q, k, v, scaling(q, scale), block, stride, select_block, select_count, offset)
 
 
@@ -894,6 +893,7 @@ def nsa_selected(q, k, v, index, select_block, scale=None, backend="auto"):
         raise ValueError(f"nsa_selected: index must be int64 {wanted} and n, got {index.dtype} {tuple(index.shape)}")
     if backend not in ("auto", "triton", "torch", "gather"):
         raise ValueError(f"nsa_selected: backend must be auto, triton, torch or gather, got {backend!r}")
+    q, k, v = for_products(q, k, v)
     if backend == "gather":
         return selected_gathered(q, k, v, index, select_block, scaling(q, scale))
     by_triton = takes_triton(backend, q, k.shape[2], select_block)
@@ -905,6 +905,7 @@ def nsa_window(q, k, v, window, scale=None):
     check("nsa_window", q, k, v, longer=True)
     if window < 1:
         raise ValueError(f"nsa_window: window must be at least 1, got {window}")
+    q, k, v = for_products(q, k, v)
     return window_op(q, k, v, scaling(q, scale), window)
 
 

@@ -15,7 +15,7 @@ width, C tokens a chunk, N chunks in flight. Between forward and backward featur
 import torch
 import torch.nn.functional as F
 
-from . import interpreting, jit, tl, triton, warn_once
+from . import for_products, interpreting, jit, op, outside_autocast, tl, triton, warn_once
 from .gla import CHUNK, Workspace, block, chunked, compute_dtype, gla_recurrent, load, store
 
 SEGMENT = 2**18  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
@@ -26,6 +26,7 @@ MAX_WIDTH = 256
 # ----------------------------------------------------------------------------- features
 
 
+@outside_autocast
 def feature_map(x, w, features):
     """phi(x) (B, T, H, M) of x (B, T, H, D), w (H, M, D). Differentiable."""
     z = torch.einsum("bthd,hmd->bthm", x, w)
@@ -51,6 +52,7 @@ def through_features(dphi, phi, features):
 # ----------------------------------------------------------------------------- oracle
 
 
+@outside_autocast
 def performer_recurrent(q, k, v, wq, wk, features="softmax", state=None):
     """Token by token, in fp64 for fp64 inputs and fp32 otherwise. Differentiable; also the decoding step."""
     dtype, out_dtype = compute_dtype(q.dtype), v.dtype
@@ -412,10 +414,9 @@ def aot_specs():
 # Custom ops return tensors only and no input among them: `starts` is empty where a backend keeps none.
 
 
-@torch.library.custom_op(
-    "nanoattention::performer",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor wq, Tensor wk, Tensor state, str features, str backend)"
+@op(
+    "performer",
+    "(Tensor q, Tensor k, Tensor v, Tensor wq, Tensor wk, Tensor state, str features, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def performer_op(q, k, v, wq, wk, state, features, backend):
@@ -430,10 +431,9 @@ def _(q, k, v, wq, wk, state, features, backend):
     return v.new_empty(v.shape), *(state.new_empty(shape) for shape in (inverse, state.shape, starts))
 
 
-@torch.library.custom_op(
-    "nanoattention::performer_backward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor wq, Tensor wk, Tensor state, Tensor o, Tensor inverse,"
+@op(
+    "performer_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor wq, Tensor wk, Tensor state, Tensor o, Tensor inverse,"
     " Tensor starts, Tensor do, Tensor dstate, str features, bool weights, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -483,8 +483,7 @@ def performer(
     """
     check(q, k, v, wq, wk, features, initial_state, backend)
     (B, _, H, _), M, V, dtype = q.shape, wq.shape[1], v.shape[3], compute_dtype(q.dtype)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        v = v.to(torch.get_autocast_dtype(q.device.type))  # of the products; exponents and states keep their precision
+    (v,) = for_products(v)  # exponents and states keep their precision
     wq, wk = wq.to(dtype), wk.to(dtype)
     if backend == "recurrent":
         o, state = performer_recurrent(q, k, v, wq, wk, features, initial_state)
