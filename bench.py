@@ -1369,7 +1369,8 @@ def mask_costs(folder, layers, c, bench, runtime, report):
         for i, attn in layers.items():
             mask = [m if m is None else m.detach().requires_grad_() for m in attn.log_mask(T)]
             inputs = [q, k, v] + [m for m in mask if m is not None]
-            ours = functools.partial(operator_step, functools.partial(distance, q, k, v, *mask), inputs)
+            masked = functools.partial(distance, q, k, v, *mask, constant_ones=attn.constant_ones)
+            ours = functools.partial(operator_step, masked, inputs)
             plain = functools.partial(operator_step, functools.partial(sdpa, q, k, v), [q, k, v])
             times = interleaved({"ours": ours, "plain": plain}, bench.rounds, bench.seconds / 4, runtime, f"layer {i}")
             ours, ratio = times["ours"], [a / b for a, b in zip(*times.values())]

@@ -457,13 +457,15 @@ class DistanceAttention(SoftmaxAttention):
     Distances with m = 0 are not computed, in training either, and decoding reads only the others. A type of this family
     has `log_mask` and `penalty`. Dropout acts on the residual, not on p."""
 
+    constant_ones = False  # whether a mask of ones has no gradient
+
     def __init__(self, config):
         super().__init__(config)
         self.block_size = config.block_size
 
     def forward(self, x):
         q, k, v = (t.transpose(1, 2) for t in self._qkv(x, 0))  # (B, T, H, D)
-        y = distance(q, k, v, *self.log_mask(x.size(1)))
+        y = distance(q, k, v, *self.log_mask(x.size(1)), constant_ones=self.constant_ones)
         penalty = self.penalty().float() if self.training else torch.zeros((), device=x.device)
         return self._project(y.transpose(1, 2), x), penalty
 
@@ -596,6 +598,7 @@ class AdaptiveSpan(DistanceAttention):
     the share of distances in the wave's support, the mean over heads: the keys that a query needs."""
 
     mask_parameters = ("span", "period", "ratio")
+    constant_ones = True  # it is clamped
 
     def __init__(self, config):
         super().__init__(config)

@@ -43,8 +43,7 @@ def distance_dense(q, k, v, table, prefix, scale):
     """All T x T scores, in fp64 for fp64 inputs and fp32 otherwise. Differentiable."""
     (_, T, H, _), dtype = q.shape, compute_dtype(q.dtype)
     far = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)  # (T, T)
-    table = torch.where(is_one(table), 0.0, table.to(dtype))
-    mask = table[:, far.clamp(min=0)].expand(H, T, T)
+    mask = table.to(dtype)[:, far.clamp(min=0)].expand(H, T, T)
     if P := min(prefix.shape[1], T):
         first = prefix[:, torch.arange(P, device=q.device), far[:, :P].clamp(min=0)].to(dtype).expand(H, T, P)
         mask = torch.cat((first, mask[:, :, P:]), 2)
@@ -56,8 +55,8 @@ def distance_dense(q, k, v, table, prefix, scale):
 
 
 def is_one(table):
-    """Rows that mask nothing, (H, 1). A mask of ones is a constant: its row has no gradient."""
-    return (table == 0).all(1, keepdim=True)
+    """Rows that mask nothing, (H,)."""
+    return (table == 0).all(1)
 
 
 # ----------------------------------------------------------------------------- the plan
@@ -83,7 +82,7 @@ def plans(table, prefix, sdpa=True):
     """A Plan for each row of the table; sdpa: may be PyTorch's kernel where nothing is masked. Neighbours get one plan
     for what either keeps where the calls that this saves are worth the scores that it adds: then `pieces` computes them
     together. A wide head stays apart from narrow ones."""
-    kept, plain = (table > -math.inf).cpu().numpy(), is_one(table)[:, 0].tolist()
+    kept, plain = (table > -math.inf).cpu().numpy(), is_one(table).tolist()
     T, P, groups = table.shape[1], prefix.shape[1], []  # (what any row keeps, rows, plan)
     for row, full in zip(kept, plain):
         new = row, 1, make_plan(row.tobytes(), full and sdpa, P)
@@ -308,10 +307,10 @@ def row_groups(x, heads, band):
             yield slice(i, i + b), slice(heads.start + j, heads.start + min(H, j + h))
 
 
-def pieces(q, v, table, prefix):
+def pieces(q, v, table, prefix, sdpa=True):
     """(rows of the table, heads, plan, band, tokens) of all that is computed apart; one row serves all heads."""
     (_, T, H, _), i = q.shape, 0
-    found = plans(table, prefix, sdpa=q.device.type == "cpu" and q.shape == v.shape)
+    found = plans(table, prefix, sdpa and q.device.type == "cpu" and q.shape == v.shape)
     for plan, same in itertools.groupby(found):
         end = i + len(list(same))
         apart = not plan.block or not (plan.runs or plan.prefix)
@@ -351,7 +350,7 @@ def banded_forward(q, k, v, table, prefix, scale):
     for _, heads, plan, band, time in pieces(q, v, table, prefix):
         if not plan.block:
             xs = (x[:, :, heads].transpose(1, 2) for x in (q, k, v))
-            y, lse[:, heads] = flash(*xs, scale)
+            y, lse[:, heads] = flash(*xs, scale=scale)
             o[:, :, heads] = y.transpose(1, 2)
         elif band is None:
             o[:, :, heads] = 0
@@ -368,8 +367,9 @@ def banded_forward(q, k, v, table, prefix, scale):
     return o.masked_fill_(blind.T[None, :, :, None], 0.0) if blind.any() else o, lse
 
 
-def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
-    """Gradients of q, k, v, table and prefix."""
+def banded_backward(q, k, v, table, prefix, o, lse, do, scale, ones):
+    """Gradients of q, k, v, table and prefix. PyTorch's kernel has none for a table: rows of ones whose gradient is
+    wanted (`ones`) are computed in blocks."""
     dtype, shapes = compute_dtype(q.dtype), (table, prefix)
     table, prefix = table.to(dtype), prefix.to(dtype)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
@@ -377,10 +377,10 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
     blind = blind_queries(table, prefix)
     do = do.masked_fill(blind.T[None, :, :, None], 0.0) if blind.any() else do
     new = Workspace(q, dtype)
-    for i, heads, plan, band, time in pieces(q, v, table, prefix):
+    for i, heads, plan, band, time in pieces(q, v, table, prefix, sdpa=not ones):
         if not plan.block:
             xs = (x[:, :, heads].transpose(1, 2) for x in (do, q, k, v, o))
-            for into, grad in zip((dq, dk, dv), flash_backward(*xs, lse[:, heads], scale)):
+            for into, grad in zip((dq, dk, dv), flash_backward(*xs, lse=lse[:, heads], scale=scale)):
                 into[:, :, heads] = grad.transpose(1, 2)
         elif band is None:
             for into in (dq, dk, dv):
@@ -404,7 +404,6 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale):
         if band.P:
             dfirst[:, band.T :] = 0
             dprefix[i] = torch.zeros_like(prefix[i]).mT.scatter_add(1, band.far, dfirst).mT
-    dtable.masked_fill_(is_one(table), 0.0)
     return dq, dk, dv, dtable.to(shapes[0].dtype), dprefix.to(shapes[1].dtype)
 
 
@@ -428,51 +427,58 @@ def segment_backward(band, part, q, do, dq, ks, vs, dks, dvs, sums, dfirst, scal
         dfirst[:, a : a + n * band.C] += ds.view(-1, band.m, n * band.C, ds.shape[2])[..., : band.P].sum(0)
 
 
-def flash(q, k, v, scale):
-    """Causal SDPA of (B, H, T, D) and its log-sum-exp."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+def flash(*xs, scale):
+    """Causal SDPA of q, k, v (B, H, T, D) and its log-sum-exp."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*map(in_rows, xs), 0.0, True, scale=scale)
 
 
-def flash_backward(do, q, k, v, o, lse, scale):
+def flash_backward(*xs, lse, scale):
+    """Gradients of q, k, v from do, q, k, v, o (B, H, T, D)."""
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return backward(do, q, k, v, o, lse, 0.0, True, scale=scale)
+    return backward(*map(in_rows, xs), lse, 0.0, True, scale=scale)
+
+
+def in_rows(x):
+    """x with the numbers of a vector side by side, as PyTorch's kernel reads them without a check."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @op(
     "distance",
-    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, float scale) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, float scale, bool constant_ones) -> (Tensor, Tensor)",
 )
-def distance_op(q, k, v, table, prefix, scale):
+def distance_op(q, k, v, table, prefix, scale, constant_ones):
     return banded_forward(q, k, v, table, prefix, scale)
 
 
 @distance_op.register_fake
-def _(q, k, v, table, prefix, scale):
+def _(q, k, v, table, prefix, scale, constant_ones):
     B, T, H, _ = q.shape
     return v.new_empty(v.shape), q.new_empty(B, H, T, dtype=compute_dtype(q.dtype))
 
 
 @op(
     "distance_backward",
-    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, Tensor o, Tensor lse, Tensor do, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, Tensor o, Tensor lse, Tensor do, float scale,"
+    " bool ones) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def distance_backward_op(q, k, v, table, prefix, o, lse, do, scale):
-    return banded_backward(q, k, v, table, prefix, o, lse, do, scale)
+def distance_backward_op(q, k, v, table, prefix, o, lse, do, scale, ones):
+    return banded_backward(q, k, v, table, prefix, o, lse, do, scale, ones)
 
 
 @distance_backward_op.register_fake
-def _(q, k, v, table, prefix, o, lse, do, scale):
+def _(q, k, v, table, prefix, o, lse, do, scale, ones):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, table, prefix))
 
 
 def setup_context(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.constant_ones = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def backward(ctx, do, _):
-    return *distance_backward_op(*ctx.saved_tensors, do, ctx.scale), None
+    ones = ctx.needs_input_grad[3] and not ctx.constant_ones
+    return *distance_backward_op(*ctx.saved_tensors, do, ctx.scale, ones), None, None
 
 
 distance_op.register_autograd(backward, setup_context=setup_context)
@@ -506,7 +512,6 @@ def distance_flex(q, k, v, table, prefix, scale):
     that a change of the kept set is a change of data: nothing waits for the GPU, nothing is compiled again."""
     T, H, shared, P = q.shape[1], q.shape[2], len(table) == 1, prefix.shape[1]
     table, prefix = (x.to(compute_dtype(q.dtype)) for x in (table, prefix))
-    table = torch.where(is_one(table), 0.0, table)
     kept, kept_first = table > -math.inf, prefix > -math.inf
     bias, first = table.clamp(min=HIDDEN), prefix.clamp(min=HIDDEN)
 
@@ -555,14 +560,15 @@ def paths(table, prefix, width):
     return [(f"FlexAttention, {m} of {n * (n + 1) // 2} blocks of {TILE}", m * TILE**2) for m in tiles]
 
 
-def distance(q, k, v, table, prefix=None, scale=None, backend="auto"):
+def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_ones=False):
     """Attention under a log-mask by distance. Returns o (B, T, H, V).
 
     q, k (B, T, H, D)   v (B, T, H, V)   table (H or 1, T) log-mask of distances 0 .. T-1, -inf drops one
     prefix (H or 1, P, T) log-mask of the first P keys by distance, in place of the table   scale: D^-1/2 unless given
     backend: auto (flex on a GPU where `flex_fits`, else banded) | banded | flex | dense. Dropped distances are not
-    computed, and have gradient 0. So has a table row of zeros: it is the constant mask of 1 and, on a CPU, PyTorch's
-    causal attention.
+    computed, and have gradient 0. A table row of zeros, the mask of 1, is PyTorch's causal attention on a CPU, whose
+    backward pass has no gradient for the row: where the table needs one, it is the banded form's. constant_ones: the
+    caller has no use for the gradient of such rows, and the faster pass may leave it 0.
     """
     check(q, k, v, table, prefix, backend)
     q, k, v = for_products(q, k, v)  # the mask keeps its precision
@@ -573,7 +579,7 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto"):
     if backend == "flex" or (backend == "auto" and flex_fits(q, q.shape[1], min(q.shape[3], v.shape[3]))):
         flex = fused if q.is_cuda and not torch.compiler.is_compiling() else distance_flex
         return flex(q, k, v, table, prefix, scale)
-    return distance_op(q, k, v, table, prefix, scale)[0]
+    return distance_op(q, k, v, table, prefix, scale, constant_ones)[0]
 
 
 def check(q, k, v, table, prefix, backend):

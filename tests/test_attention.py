@@ -121,6 +121,19 @@ def test_bf16_autocast_is_close(name, fresh_rng):
     assert (y.float() - exact).norm() <= 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("name", ["gla", "gsa", "performer"])
+def test_autocast_leaves_recurrent_steps_alone(name, fresh_rng):
+    """The states' arithmetic is in fp32 in either form: all that may differ is a rounding of the projections."""
+    attn = make(name, torch.float32)
+    x = torch.randn(2, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state, steps = attn(x)[0].float(), attn.init_state(2, 64), []
+        for token in x.split(1, 1):
+            z, state = attn.step(token, state)
+            steps.append(z)
+    assert (torch.cat(steps, 1).float() - y).norm() <= 1e-3 * y.norm()
+
+
 def previous_token_loss(name, steps=300):
     """Train a one-layer model to name the token before the present one; returns its last loss in nats."""
     torch.manual_seed(0)
