@@ -716,7 +716,7 @@ def random_dataset(folder, vocab_size, n=200_000):
 
 
 def our_step(model, cfg, runtime, folder):
-    dataset = random_dataset(folder, model.config.vocab_size)
+    dataset = random_dataset(tempfile.mkdtemp(dir=folder), model.config.vocab_size)
     run = Run(cfg, runtime, World(0, 1, 0), dataset, model.to(runtime.device), None)
     if runtime.compile:
         run.objective = torch.compile(run.objective)

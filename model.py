@@ -21,10 +21,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import build, key, stray_key
-from kernels import leave_autocast
 from kernels.distance import BandCache, distance, paths
 from kernels.gated import executed_pairs as gated_pairs
-from kernels.gated import gated
+from kernels.gated import gated, gated_map
 from kernels.gla import gla, gla_products
 from kernels.gsa import gsa, gsa_products
 from kernels.nsa import nsa_compressed, nsa_pairs, nsa_selected, nsa_sizes, nsa_window
@@ -427,16 +426,13 @@ class GatedAttention(SoftmaxAttention):
         return q, k, torch.cat((v, b.to(v.dtype)), -1)  # (B, T, H, D + 1)
 
     def _read(self, x, q, k, v, mask):
-        return self._gated_map(x, q, k, v, mask)[0] @ v[..., :-1]
+        return self._gated_map(x, q, k, v, mask)[0].to(v.dtype) @ v[..., :-1]
 
     def _gated_map(self, x, q, k, v, mask):
         """gamma p and gamma, (B, H, t, S)."""
         if mask is None:
             mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - q.size(2))
-        gamma = (self._gates(x)[0].transpose(1, 2).unsqueeze(-1) * v[..., -1].unsqueeze(-2)).clamp(0, 1)
-        with leave_autocast(q):
-            logits = q.to(gamma.dtype) @ k.to(gamma.dtype).mT / math.sqrt(self.d_head)
-        return gamma * logits.masked_fill(~mask, -math.inf).softmax(-1), gamma
+        return gated_map(q, k, self._gates(x)[0].transpose(1, 2), v[..., -1], mask)
 
     def flops(self, T):
         """Scores, values and gates of all pairs, and of those that the blocks of a training step hold."""

@@ -517,6 +517,7 @@ def distance_flex(q, k, v, table, prefix, scale, constant_ones):
     """One fused kernel over the seen tiles, for each head its own. The tiles are made of the table on its device, so
     that a change of the kept set is a change of data: nothing waits for the GPU, nothing is compiled again."""
     T, H, shared, P = q.shape[1], q.shape[2], len(table) == 1, prefix.shape[1]
+    table, prefix = (x.to(compute_dtype(q.dtype)) for x in (table, prefix))
     table = drop_ones(table) if constant_ones else table
     kept, kept_first = table > -math.inf, prefix > -math.inf
     bias, first = table.clamp(min=HIDDEN), prefix.clamp(min=HIDDEN)

@@ -12,6 +12,8 @@ With r = do . v_s and delta = do . o the gradients of a pair are dgamma = p r an
 divides by gamma or takes its logarithm, so a gate of exactly 0, the usual state, is harmless.
 """
 
+import math
+
 import torch
 
 from . import in_autocast, leave_autocast, operator
@@ -38,6 +40,17 @@ def gated_dense(q, k, v, a, b, scale, penalise=True):
         return o.to(out_dtype), o.new_zeros(())
     shared = gamma.clamp(min=FLOOR).pow(POWER).sum(1).pow(1 / POWER)  # (B, T, T)
     return o.to(out_dtype), shared[:, causal].mean()
+
+
+def gated_map(q, k, a, b, mask):
+    """gamma p and gamma (B, H, t, S) of a few queries, as decoding reads them: q (B, H, t, D), k (B, H, S, D),
+    a (B, H, t), b (B, H, S), mask (t, S), True where a key is seen."""
+    dtype = compute_dtype(q.dtype)
+    q, k, a, b = (x.to(dtype) for x in (q, k, a, b))
+    with leave_autocast(q):
+        p = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -torch.inf).softmax(-1)
+    gamma = (a.unsqueeze(-1) * b.unsqueeze(-2)).clamp(0, 1)
+    return gamma * p, gamma
 
 
 # ----------------------------------------------------------------------------- blocks of query rows

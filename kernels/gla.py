@@ -30,7 +30,7 @@ def compute_dtype(dtype):
 def gla_recurrent(q, k, v, g=None, scale=None, gate_min=None, initial_state=None):
     """Token by token, in fp64 for fp64 inputs and fp32 otherwise. Differentiable; also the decoding step."""
     B, T, H, K = q.shape
-    dtype, out_dtype = compute_dtype(q.dtype), q.dtype
+    dtype, out_dtype = compute_dtype(q.dtype), v.dtype
     q, k, v = q.to(dtype) * (K**-0.5 if scale is None else scale), k.to(dtype), v.to(dtype)
     if g is not None:
         decay = (g.to(dtype) if gate_min is None else g.to(dtype).clamp(min=gate_min)).exp()
@@ -340,7 +340,7 @@ def where_open(dg, g, gate_min, place):
     if gate_min is None:
         place.copy_(dg)
     else:
-        torch.mul(dg, g >= gate_min, out=place)
+        torch.mul(dg, g.to(dg.dtype) >= gate_min, out=place)
 
 
 def decay_gradient(S, dS, dstate, out):
@@ -668,7 +668,7 @@ def dense(*xs):
 def gla_fwd(q, k, v, g, state, scale, gate_min):
     """o and the last state, in two launches."""
     dtype = v.dtype
-    q, k, v, g = dense(q, k, v, g)
+    q, k, v, g = *dense(q, k, v), g.contiguous()
     states, last = scan_launch(k, v, g, state.contiguous(), q.dtype, 1.0, floor(gate_min), False)
     return read_launch(q, k, v, g, states, scale, gate_min, False).to(dtype), last
 
@@ -676,7 +676,7 @@ def gla_fwd(q, k, v, g, state, scale, gate_min):
 def gla_bwd(q, k, v, g, state, do, dstate, scale, gate_min):
     """dq, dk, dv, dg and the initial state's gradient, in four launches."""
     dtypes = [x.dtype for x in (q, k, v, g)]
-    q, k, v, g, do = dense(q, k, v, g, do)
+    q, k, v, do, g = *dense(q, k, v, do), g.contiguous()
     states, _ = scan_launch(k, v, g, state.contiguous(), torch.float32, 1.0, floor(gate_min), False)
     dstates, first = scan_launch(q, do, g, dstate.contiguous(), torch.float32, scale, floor(gate_min), True)
     dv = read_launch(k, q, do, g, dstates, scale, gate_min, True)

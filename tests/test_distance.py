@@ -135,6 +135,49 @@ def test_full_mask_is_causal_attention(fresh_rng):
         torch.testing.assert_close(distance(q, k, v, table * 0 - 1.5, backend=backend), wanted.transpose(1, 2))
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("T, K, V", [(1, 8, 8), (70, 8, 8), (70, 8, 12), (300, 16, 16)])
+def test_a_row_of_ones_has_a_gradient(T, K, V, shared, fresh_rng):
+    """It is a row like any other to whoever learns it: alone, beside other rows, and with masks of the first keys."""
+    for kind, P in (("full", 0), ("full", min(2, T)), ("mixed", 0)):
+        inputs = draw(2, T, 3, K, V, kind, P, fresh_rng, shared)
+        compare(inputs)
+        weights = run(inputs, torch.float64, "auto")[4]
+        assert T == 1 or (weights.abs().amax(1) > 1e-3).all()
+
+
+def test_ones_of_no_interest(fresh_rng):
+    """constant_ones: the same output and gradients of q, k and v, at the cost of PyTorch's causal attention; of the
+    rows' own gradient nothing is said. Where the table needs none, that is so without asking."""
+    inputs = draw(2, 70, 3, 8, 8, "mixed", 0, fresh_rng)
+    wanted = run(inputs, torch.float64, "dense")
+    q, k, v, table, _, do = inputs
+    for learned in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        own = table.clone().requires_grad_(learned)
+        o = distance(*leaves, own, constant_ones=learned)
+        with torch.autograd.profiler.profile() as profile:
+            grads = torch.autograd.grad(o, [*leaves, own] if learned else leaves, do)
+        assert any("flash_attention_for_cpu_backward" in event.name for event in profile.function_events)
+        agree([o.detach(), *grads[:3]], wanted[:4], (1e-10,) * 4)
+    assert D.is_one(table)[:, 0].tolist() == [False, True, False]
+
+
+def test_numbers_of_a_vector_apart(fresh_rng):
+    """Inputs and gradients whose last dimension is not contiguous, for rows of ones and for others."""
+    for kind in ("full", "mixed", "span"):
+        *tensors, table, prefix, do = draw(2, 40, 3, 2, 2, kind, 0, fresh_rng)
+        wanted = run((*tensors, table, prefix, do), torch.float64, "dense")
+        for layout in ((0, 1, 3, 2), (3, 0, 1, 2), (3, 2, 1, 0)):
+            back = torch.tensor(layout).argsort().tolist()
+            apart = [x.permute(layout).contiguous().permute(back) for x in (*tensors, do)]
+            assert apart[0].stride(-1) != 1 and torch.equal(apart[0], tensors[0])
+            leaves = [x.requires_grad_() for x in apart[:3]]
+            o = distance(*leaves, table)
+            grads = torch.autograd.grad(o, leaves, apart[3])
+            agree([o.detach(), *grads], wanted[:4], TOLERANCES[torch.float64])
+
+
 def test_bf16_computes_in_fp32(fresh_rng):
     for kind in ("span", "full"):
         q, k, v, table, _, do = draw(2, 100, 2, 16, 16, kind, 0, fresh_rng)
@@ -161,8 +204,10 @@ def test_non_contiguous(fresh_rng):
 def test_opcheck(fresh_rng):
     q, k, v, table, _, _ = draw(1, 40, 2, 8, 8, "span", 0, fresh_rng)
     tensors = [x.float().requires_grad_() for x in (q, k, v, table.clamp(min=-50))]
-    arguments = (*tensors, tensors[3].new_empty(2, 0, 40), 0.3, False)
-    torch.library.opcheck(D.distance_op, arguments)
+    tensors.append(tensors[3].new_empty(2, 0, 40))
+    for table in (tensors[3], torch.zeros(2, 40, requires_grad=True)):
+        for constant_ones in (False, True):
+            torch.library.opcheck(D.distance_op, (*tensors[:3], table, tensors[4], 0.3, constant_ones))
 
 
 # ----------------------------------------------------------------------------- FlexAttention
@@ -393,6 +438,41 @@ def test_types_by_their_definition(name, pos_emb, fresh_rng):
     attn = make(name, pos_emb=pos_emb, bias=True)
     x = torch.randn(2, 40, 24, dtype=torch.float64)
     torch.testing.assert_close(attn(x)[0], by_definition(attn, x), rtol=0, atol=1e-9)
+
+
+def test_heads_of_two_channels_with_rotary_positions(fresh_rng):
+    """Rotated vectors lie apart in memory."""
+    attn = make("span", pos_emb="rope", head_dim=2, softness_span_mask=1.0, span_init=1.0)
+    attn.span.data.fill_(20.0)  # a mask of ones: all of the span
+    x = torch.randn(2, 40, 24, dtype=torch.float64)
+    torch.testing.assert_close(attn(x)[0], by_definition(attn, x), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_autocast_does_not_round_masks(name, fresh_rng):
+    """Nor their gradients, also where the backward pass runs inside it."""
+    attn, found = make(name, torch.float32), []
+    parameters = [p for n, p in attn.named_parameters() if n in attn.mask_parameters and p.requires_grad]
+    weight = torch.randn(64)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            masks = [x for x in attn.log_mask(64) if x is not None]
+            loss = sum((x.exp() * weight).sum() for x in masks)
+            found.append((*masks, *torch.autograd.grad(loss, parameters)))
+    assert all(map(torch.equal, *found))
+
+
+def test_a_mixture_of_ones_learns(fresh_rng):
+    """Weights that sum to 1 at each distance, beside first keys of their own: a gradient as of any other mask."""
+    attn = make("first", mask_mix_candidates="full,window_64,first_2").train()
+    attn.alpha.data.zero_()
+    x, weight = torch.randn(2, 2, 64, 24, dtype=torch.float64)
+    found = []
+    for alpha in (attn.alpha, attn.alpha + 1e-9):  # as good as the same, but no row of zeros
+        attn.weights = alpha.sigmoid
+        found.append(torch.autograd.grad((attn(x)[0] * weight).sum(), attn.alpha)[0])
+    assert found[0].abs().min() > 1e-3
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("pos_emb", ["none", "rope"])

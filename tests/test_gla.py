@@ -462,6 +462,23 @@ def test_interpreted_tiles(monkeypatch):
 
 
 @INTERPRETED
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_interpreted_types_of_gates(dtype):
+    """A gate near 0 of any type keeps its digits."""
+    *inputs, dstate = draw(1, 40, 1, 16, 16, "weak")
+    inputs[3] = inputs[3].to(dtype).double()
+    wanted = run([*inputs, dstate], torch.float64, "recurrent", gate_min=-1.25)
+    q, k, v, _, h0 = (x.float().requires_grad_() for x in inputs[:5])
+    g = inputs[3].to(dtype).requires_grad_()
+    o, state = gla(q, k, v, g, None, -1.25, h0, True, "triton")
+    grads = torch.autograd.grad((o, state), (q, k, v, g, h0), (inputs[5].float(), dstate.float()))
+    assert grads[3].dtype == dtype
+    tolerances = list(TRITON_FP32)
+    tolerances[5] = {torch.bfloat16: 1e-2, torch.float16: 1e-3}.get(dtype, tolerances[5])
+    agree([x.detach().double() for x in (o, state, *grads)], wanted, tolerances)
+
+
+@INTERPRETED
 def test_interpreted_launches(monkeypatch):
     """Forward and backward together launch six kernels."""
     count, launch = [], G.launch
