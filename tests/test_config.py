@@ -434,6 +434,7 @@ def test_build_and_override():
     "error, status, line",
     [
         (ConfigError("a wrong\n  key"), 2, "run.py: a wrong key"), (ModelError("m"), 1, "run.py: m"),
+        (ModelError("caf\u00e9 \x1b[2J\u202e"), 1, "run.py: caf\u00e9 \\x1b[2J\\u202e"),
         (OSError(2, "No such file", "f"), 1, "run.py: [Errno 2] No such file: 'f'"),
         (KeyboardInterrupt(), 130, "run.py: interrupted"),
     ],

@@ -1,5 +1,6 @@
 """data/: codecs, reader, batches, windows, and every prepare.py on small sources. No network."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -156,6 +157,27 @@ def test_gpt2_codec():
     one_line(error, "UTF-8")
 
 
+@pytest.fixture
+def bpe_of_bytes(monkeypatch):
+    """GPT-2's pattern and no merges, in the place of its BPE."""
+    import tiktoken
+
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding("bytes", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(data.GPT2Codec, "_bpe", encoding)
+
+
+def test_gpt2_codec_of_endless_whitespace(bpe_of_bytes):
+    """tiktoken panics at a run of a million; one that is nearly as long as it may be is encoded."""
+    codec = data.GPT2Codec()
+    assert len(codec.encode("a" + " \n" * 199_999 + "b")) == 400_000
+    for blank in (" ", "\n", "\u3000 "):
+        with pytest.raises(data.DataError) as error:
+            codec.encode("a" + blank * 1_000_001 + "b")
+        one_line(error, "400000 characters of whitespace")
+
+
 def test_gpt2_codec_without_its_files(monkeypatch):
     def get_encoding(name):
         raise OSError("no route to host\nsecond line")
@@ -247,6 +269,14 @@ def test_unprepared_and_unknown(tmp_path, monkeypatch):
         ({"splits": {"val": {"tokens": 3}}}, "split val"),
         ({"splits": {"val": {"tokens": 3, "bytes": 3, "words": 1.5}}}, "1.5 words"),
         ({"splits": {"val": 3}}, "split val"),
+        ({"splits": {"val": {"tokens": 10**400, "bytes": 3}}}, "split val"),
+        ({"splits": {"val": {"tokens": 3, "bytes": 3, "first_bytes": [1]}}}, "[1] first_bytes"),
+        ({"splits": {"val": {"tokens": 3, "bytes": 3, "sha256": 7}}}, "7 for a sha256"),
+        ({"codec": ["\x1b[2J"] * 1000}, "codec ['\\x1b[2J', "),
+        ({"codec": "symbols", "symbols": ["\x1b"]}, "printable"),
+        ({"codec": "symbols", "symbols": ["\ud800"]}, "printable"),
+        ({"more": eval("[" * 90 + "]" * 90)}, "nested too deep"),
+        ({"more": float("nan")}, "NaN is not JSON"),
     ],
 )
 def test_foreign_meta(tmp_path, changes, part):
@@ -256,7 +286,7 @@ def test_foreign_meta(tmp_path, changes, part):
     one_line(error, str(tmp_path), part)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", "\x00"])
+@pytest.mark.parametrize("text", ["", "[1]", "{", "\x00", "[" * 10**5, "1" * 5000, " " * (1 << 25)])
 def test_unreadable_meta(tmp_path, text):
     write(tmp_path, b"abc")
     (tmp_path / "meta.json").write_text(text, encoding="utf-8")
@@ -276,6 +306,108 @@ def test_wrong_size(tmp_path, size, part):
     with pytest.raises(data.DataError) as error:
         dataset.split("val")
     one_line(error, part, "again")
+
+
+def test_labels_reach_a_terminal_as_text(tmp_path, capsys):
+    meta = data.write_meta(tmp_path, data.BytesCodec(), {}, "a\nb", "0" * 64, "bell \a\x1b[2J caf\u00e9")
+    data.print_summary({**meta, "splits": {}}, Path("new\nline"))
+    assert capsys.readouterr().out.startswith(
+        "bell \\x07\\x1b[2J caf\u00e9: codec bytes, vocabulary 256, in new\\nline\n"
+    )
+    edit(write(tmp_path, b"abc"), label="\x1b]0;title\a")
+    assert data.Dataset(tmp_path).meta["label"] == "\\x1b]0;title\\x07"
+
+
+# files that are not what was prepared
+
+
+def flip(file, rng):
+    """Another bit somewhere in a file, of the lowest byte of a number, so that it is sound in itself."""
+    raw = bytearray(file.read_bytes())
+    raw[4 * rng.integers(len(raw) // 4)] ^= 1 << int(rng.integers(8))
+    file.write_bytes(raw)
+
+
+def use_all(folder):
+    data.Batches(data.Dataset(folder), 4, 2, seed=0)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "test.bin", "train.targets.bin", "test.targets.bin"])
+def test_a_flipped_bit_is_found(tmp_path, fresh_rng, name):
+    if "targets" in name:
+        write_targets(tmp_path, fresh_rng.integers(0, 512, 512))
+    else:
+        write(tmp_path, fresh_rng.bytes(3000))
+    use_all(tmp_path)
+    raw = (tmp_path / name).read_bytes()
+    flip(tmp_path / name, fresh_rng)
+    with pytest.raises(data.DataError) as error:
+        use_all(tmp_path)
+    one_line(error, f"{tmp_path / name}", "sha256", "again")
+    (tmp_path / name).write_bytes(raw)
+    use_all(tmp_path)
+    splits = json.loads((tmp_path / "meta.json").read_text())["splits"]
+    edit(tmp_path, splits={n: {k: v for k, v in info.items() if "sha256" not in k} for n, info in splits.items()})
+    flip(tmp_path / name, fresh_rng)
+    use_all(tmp_path)  # a meta.json without checksums is read as before
+
+
+def test_a_file_is_verified_once(tmp_path, fresh_rng, monkeypatch):
+    """Until it changes; also where what was noted is damaged, or cannot be."""
+    hashed, sha256 = [], hashlib.sha256
+    write(tmp_path, fresh_rng.bytes(3000))
+    monkeypatch.setattr(data, "SETTLED", 10**12)
+    use_all(tmp_path)
+    assert not (tmp_path / ".verified").exists()  # so new that the next change could have the same time
+    monkeypatch.setattr(data, "SETTLED", -1)
+    monkeypatch.setattr(hashlib, "sha256", lambda: hashed.append(1) or sha256())
+
+    def count():
+        hashed.clear()
+        use_all(tmp_path)
+        return len(hashed)
+
+    assert [count(), count()] == [3, 0]
+    (tmp_path / "val.bin").write_bytes((tmp_path / "val.bin").read_bytes())
+    assert [count(), count()] == [1, 0]
+    for damage in (b"", b"\xff", b"[" * 10**5, b"[1]", b'{"val.bin": {"a": NaN}}'):
+        (tmp_path / ".verified").write_bytes(damage)
+        assert [count(), count()] == [3, 0]
+    (tmp_path / ".verified").unlink()
+    (tmp_path / ".verified").mkdir()  # as good as a folder that cannot be written
+    assert [count(), count()] == [3, 3]
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_a_file_that_changes_under_a_run(tmp_path, fresh_rng, monkeypatch, kept):
+    """What is changed in nothing but its time is read on; what is not as it was prepared ends in one line."""
+    monkeypatch.setattr(data, "KEPT", kept)
+    file, raw = tmp_path / "train.bin", fresh_rng.bytes(3000)
+    for change in (
+        lambda: flip(file, fresh_rng),
+        lambda: file.write_bytes(raw[:-9]),
+        lambda: file.write_bytes(raw * 2),
+    ):
+        batches = data.Batches(data.Dataset(write(tmp_path, raw)), 4, 2, seed=0)
+        file.write_bytes(raw)
+        batches.batch("train")
+        change()
+        with pytest.raises(data.DataError) as error:
+            batches.batch("train")
+        one_line(error, "train.bin", "again")
+        with pytest.raises(data.DataError):
+            next(batches.fixed("train", 1))
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path, fresh_rng, monkeypatch):
+    monkeypatch.setattr(data, "KEPT", 0)
+    batches = data.Batches(data.Dataset(write(tmp_path, fresh_rng.bytes(3000))), 4, 2, seed=0)
+    state = batches.dataset.split("train")._tokens._state
+    monkeypatch.setattr(data.Numbers, "_read_state", lambda self: state)  # as if it was cut after this was looked at
+    os.truncate(tmp_path / "train.bin", 2)
+    with pytest.raises(data.DataError) as error:
+        batches.batch("train")
+    one_line(error, "train.bin became shorter", "again")
 
 
 def test_id_beyond_vocabulary(tmp_path, monkeypatch):
@@ -690,7 +822,9 @@ def test_replace_outlasts_a_scanner(tmp_path, monkeypatch):
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (data.DataError("no such thing"), 1, "error: no such thing\n"),
+        (data.DataError("a\x1b[2J\nb"), 1, "error: a\\x1b[2J\\nb\n"),
         (OSError("disk full"), 1, "error: OSError: disk full\n"),
+        (MemoryError(), 1, "error: MemoryError\n"),
         (None, 0, ""),
     ],
 )
@@ -701,6 +835,34 @@ def test_run_prepare(capsys, raised, status, part):
 
     assert data.run_prepare(main) == status
     assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, MemoryError, RuntimeError, data.DataError])
+def test_run_prepare_leaves_nothing(tmp_path, ending):
+    """However a preparation ends before its last step, its finished splits go, and an earlier one stays as it was."""
+    out = write(tmp_path / "out", b"earlier")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def main():
+        for name in data.SPLITS:
+            data.write_split(out, name, [b"newer"], data.BytesCodec())
+        assert len(list(out.glob("*.part"))) == 3
+        raise ending("stopped")
+
+    with pytest.raises(RuntimeError) if ending is RuntimeError else contextlib.nullcontext():  # a bug: a traceback
+        assert data.run_prepare(main) == (130 if ending is KeyboardInterrupt else 1)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("file", ["train.bin", "val.bin", "meta.json"])
+def test_full_disk(tmp_path, file, capsys):
+    (tmp_path / "source").write_bytes(TEXT * 20)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{file}.part").symlink_to("/dev/full")
+    assert data.run_prepare(lambda: enwik8(tmp_path / "source", tmp_path / "out")) == 1
+    assert capsys.readouterr().err == f"error: cannot write {tmp_path / 'out' / file}: No space left on device\n"
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 # download
@@ -764,6 +926,10 @@ def test_download_names_each_source(server, tmp_path):
     with pytest.raises(data.DataError) as error:  # without a checksum, a short file is still noticed
         data.download(urls[1:2], tmp_path / "file")
     one_line(error, "ended after 1000 of 1280000 bytes")
+    with pytest.raises(data.DataError) as error:
+        data.download([f"{server.url}/good"], tmp_path / "file", CHECKSUM, limit=999)
+    one_line(error, "more than 999 bytes", str(tmp_path / "file"))
+    assert list(tmp_path.iterdir()) == []
 
 
 # enwik8
@@ -772,15 +938,22 @@ def test_download_names_each_source(server, tmp_path):
 TEXT = b"<mediawiki>" + b"word another\tline\n" * 500 + b"\xff\x00 end of it" * 10
 
 
-def packed(kind):
+def packed(kind, text=TEXT, method=zipfile.ZIP_DEFLATED, name="enwik8"):
     if kind == "gz":
-        return gzip.compress(TEXT)
+        return gzip.compress(text)
     if kind == "zip":
         out = io.BytesIO()
-        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("enwik8", TEXT)
+        with zipfile.ZipFile(out, "w", method) as archive:
+            archive.writestr(name, text)
         return out.getvalue()
-    return TEXT
+    return text
+
+
+def encrypted(archive):
+    """A zip archive that says of its members that they are."""
+    return archive.replace(b"PK\x03\x04\x14\0\0", b"PK\x03\x04\x14\0\1").replace(
+        b"PK\x01\x02\x14\x03\x14\0\0", b"PK\x01\x02\x14\x03\x14\0\1"
+    )
 
 
 @pytest.mark.parametrize("kind", ["", "gz", "zip"])
@@ -864,10 +1037,28 @@ def test_enwik8_download(tmp_path, monkeypatch, capsys):
     assert data.Dataset(tmp_path / "out").split("train").n_tokens > 8000
 
 
+@pytest.mark.parametrize("kind", ["", "gz", "zip"])
+@pytest.mark.parametrize("text, chunks, part", [(b"x", 1, "does not begin"), (b"<mediawiki>", 3, "more than 2000")])
+def test_enwik8_unpacks_no_more_than_it_must(tmp_path, monkeypatch, kind, text, chunks, part):
+    """1 MB here, at once in 3 GB there: what is not enwik8 is known by its beginning, its size, or what comes out."""
+    module, read = script("enwik8"), []
+    monkeypatch.setattr(module, "SIZE", 2000)
+    monkeypatch.setattr(data, "CHUNK", 1000)
+    unpack = module.read
+    monkeypatch.setattr(module, "read", lambda path: (read.append(len(c)) or c for c in unpack(path)))
+    (tmp_path / "enwik8").write_bytes(packed(kind, text + bytes(10**6)))
+    with pytest.raises(data.DataError) as error:
+        enwik8(tmp_path, tmp_path / "out")
+    one_line(error, str(tmp_path / "enwik8"), "more than 2000" if kind != "gz" else part)
+    assert sum(read) <= 2000 and len(read) < max(2, chunks) and not (tmp_path / "out").exists()
+
+
 def test_enwik8_refuses(tmp_path):
     cases = {
         "damaged.gz": (packed("gz")[:-9], "damaged"),
         "damaged.zip": (packed("zip").replace(TEXT[:4], b"????")[:-30], "damaged"),
+        "encrypted.zip": (encrypted(packed("zip")), "is encrypted"),
+        "lzma.zip": (packed("zip", method=zipfile.ZIP_LZMA), "otherwise than by deflate"),
         "other": (b"another text", "not enwik8"),
         "tiny": (TEXT[:15], "tokens for the val split"),
     }
@@ -875,7 +1066,7 @@ def test_enwik8_refuses(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(data.DataError) as error:
             enwik8(tmp_path / name, tmp_path / "out")
-        one_line(error, part)
+        one_line(error, part, str(tmp_path / name))
         assert not (tmp_path / "out" / "meta.json").exists()
     with pytest.raises(data.DataError) as error:
         enwik8(tmp_path, tmp_path / "out")
@@ -907,6 +1098,20 @@ def test_stdlib_script(tmp_path):
     with pytest.raises(data.DataError) as error:
         script("stdlib").main(["--source", str(tmp_path / "none"), "--out_dir", str(tmp_path / "out")])
     one_line(error, "no Python source text")
+
+
+@pytest.mark.parametrize("name", ["stdlib", "classify_stdlib"])
+def test_libraries_name_the_file(tmp_path, name, monkeypatch):
+    """One that is no file, or so large that it is no source text, is not read."""
+    (tmp_path / "xml").mkdir()
+    (tmp_path / "xml" / "a.py").symlink_to(os.devnull)
+    (tmp_path / "xml" / "b.py").write_bytes(b"x = 1\n" * 100)
+    for part in ("a.py is not a file", "b.py is not Python source text: it has 600 bytes, more than 500"):
+        with pytest.raises(data.DataError) as error:
+            script(name).main(["--source", str(tmp_path), "--out_dir", str(tmp_path / "out")])
+        one_line(error, part)
+        (tmp_path / "xml" / "a.py").unlink(missing_ok=True)
+        monkeypatch.setitem(script(name).read.__globals__, "LARGEST", 500)
 
 
 def test_stdlib_splits_are_stable():
@@ -989,6 +1194,14 @@ def test_wikitext2_sources(tmp_path, capsys):
     assert data.Batches(dataset, 5, 2, seed=0).batch("val")[0].shape == (2, 5)
 
 
+def test_wikitext2_names_what_is_not_utf8(tmp_path, bpe_of_bytes):
+    wiki_folder(tmp_path / "wiki")
+    (tmp_path / "wiki" / "wiki.valid.raw").write_bytes(WIKI.encode("utf-16"))
+    with pytest.raises(data.DataError) as error:
+        wikitext2("--source", tmp_path / "wiki", "--out_dir", tmp_path / "out")
+    one_line(error, "wiki.valid.raw: the text is not UTF-8")
+
+
 def test_wikitext2_refuses(tmp_path, capsys):
     wiki_folder(tmp_path / "tokens", ("valid",), "tokens")
     for folder in ("x", "y"):
@@ -999,7 +1212,19 @@ def test_wikitext2_refuses(tmp_path, capsys):
     damaged = (tmp_path / "damaged.zip").read_bytes().replace(b"Title", b"Tatle")
     (tmp_path / "damaged.zip").write_bytes(damaged)
     cases = {"tokens": "--variant tokens", "two": "pass the folder", "file": "neither", "no": "does not exist"}
-    for name, part in {**cases, "damaged.zip": "damaged"}.items():
+    (tmp_path / "encrypted.zip").write_bytes(encrypted((tmp_path / "damaged.zip").read_bytes()))
+    cases |= {
+        "damaged.zip": "damaged",
+        "encrypted.zip": "is encrypted",
+        "long": "a line of more than",
+        "big": "more than",
+        "big.zip": "more than",
+    }
+    for name, text in (("long", b"a" * (data.LINE + 2)), ("big", b"text\n" * 4_000_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "wiki.train.raw").write_bytes(text)
+    (tmp_path / "big.zip").write_bytes(packed("zip", b"text\n" * 4_000_000, name="wiki.valid.raw"))
+    for name, part in cases.items():
         with pytest.raises(data.DataError) as error:
             wikitext2("--source", tmp_path / name, "--codec=bytes", "--out_dir", tmp_path / "out")
         one_line(error, part, name)
@@ -1191,6 +1416,8 @@ def test_skip_trigrams_script(tmp_path, fresh_rng):
         ("--positions 3", "--positions 4"),
         ("--trigrams 0", "--trigrams must be at least 1"),
         ("--val 0", "--val must be at least 1"),
+        ("--train 100000000000", "--train sequences of --positions symbols must be at most"),
+        ("--trigrams 1000000000", "--trigrams must be at most"),
         ("--seed -1", "--seed 0"),
     ],
 )
@@ -1341,6 +1568,7 @@ def test_sst2_sources(tmp_path, kind, capsys):
     dataset = data.Dataset(tmp_path / "out")
     assert sorted(dataset.meta["splits"]) == ["train", "val"] and dataset.labels == {"negative": 254, "positive": 255}
     assert dataset.meta["label"] == "SST-2, train 4 of 67349 sentences, val 2 of 872 sentences"
+    assert dataset.meta["stripped"] is True
     for name, rows in (("train", SENTENCES), ("val", SENTENCES[1:3])):
         split = dataset.split(name)
         assert split.n_scored == len(rows)
@@ -1369,6 +1597,42 @@ def test_sst2_from_the_hub(tmp_path, monkeypatch):
     assert asked[-3:] == [("stanfordnlp/sst2", s, 40) for s in ("train", "validation", "test")]
 
 
+ROWS = [{"sentence": s, "label": 1} for s in ("\ud800", "", ["a"], 3)] + [
+    ["a", 1],
+    None,
+    {"sentence": "a", "label": -1},
+]
+LABELS = [None, "x", "", 1.5, 2, [], {}, float("nan"), 10**30]
+
+
+@pytest.mark.parametrize("row", ROWS + [{"sentence": "good", "label": label} for label in LABELS])
+def test_sst2_names_the_row(tmp_path, row):
+    text = '{"sentence": "fine", "label": 1}\n'
+    (tmp_path / "train.jsonl").write_text(f"{text}{json.dumps(row)}\n{text}")
+    with pytest.raises(data.DataError) as error:
+        sst2("--source", tmp_path, "--out_dir", tmp_path / "out")
+    one_line(error, "1 of 3 sentences" if row == ROWS[-1] else "train.jsonl, row 2: sentence ", str(tmp_path))
+
+
+def test_sst2_parquet_of_other_columns(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    wrong = [
+        {"sentence": [1, 2]},
+        {"sentence": [None, "a"]},
+        {"label": [1, 0]},
+        {},
+        {"sentence": [b"\xff"], "label": [1]},
+    ]
+    wrong += [{"sentence": ["a"] * 300_000, "label": [1] * 300_000}, {"sentence": ["a"], "label": [[1]]}]
+    for columns in wrong:
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet")
+        with pytest.raises(data.DataError) as error:
+            sst2("--source", tmp_path, "--out_dir", tmp_path / "out")
+        one_line(error, str(tmp_path))
+
+
 def test_sst2_refuses(tmp_path, monkeypatch):
     (tmp_path / "none").mkdir()
     for source, part in ((tmp_path / "none", "holds no"), (tmp_path / "missing", "is not a folder")):
@@ -1376,8 +1640,15 @@ def test_sst2_refuses(tmp_path, monkeypatch):
             sst2("--source", source, "--out_dir", tmp_path / "out")
         one_line(error, part)
     contents = {
-        "train.tsv": ["sentence\tlabel\nfine\t7\n", "text\tlabel\nfine\t1\n", "sentence\tlabel\nfine\tgood\n", ""],
-        "train.jsonl": ["{", "[1]\n", '{"sentence": "", "label": 1}\n'],
+        "train.tsv": ["sentence\tlabel\nfine\t7\n", "text\tlabel\nfine\t1\n", "sentence\tlabel\nfine\tgood\n", ""]
+        + ["sentence\tlabel\nfine\t1\n" + "x" * 200_000 + "\t5\n", "sentence\tlabel\nfine\t1\ngood\n"],
+        "train.jsonl": [
+            "{",
+            "[1]\n",
+            '{"sentence": "", "label": 1}\n',
+            '{"sentence": null, "label": 1}\n',
+            "[" * 10**5,
+        ],
         "train.parquet": ["not a table"],
     }
     for name, texts in contents.items():
@@ -1385,7 +1656,7 @@ def test_sst2_refuses(tmp_path, monkeypatch):
             (tmp_path / "none" / name).write_text(text, encoding="utf-8")
             with pytest.raises(data.DataError) as error:
                 sst2("--source", tmp_path / "none", "--out_dir", tmp_path / "out")
-            one_line(error)
+            one_line(error, str(tmp_path / "none"))
         (tmp_path / "none" / name).unlink()
 
     def load_dataset(*args, **kwargs):

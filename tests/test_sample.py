@@ -3,12 +3,14 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import check_units
 
 import bench
 import config
+import data
 import sample
 import train
 from data import DataError, SymbolsCodec
@@ -143,6 +145,28 @@ def test_a_classifier_answers_with_a_label(tiny, tmp_path, labelled_dataset, cap
         sample.main([f"--compare={folder},{folder}", "--start=a b"])
     with pytest.raises(config.ConfigError, match="empty"):
         sample.main([f"--out_dir={folder}", "--start= "])
+
+
+def test_a_text_is_stripped_as_the_records_were(tiny, tmp_path, capsys, fresh_rng):
+    """A file's last newline is not the byte at which a model of stripped sentences has learnt to answer."""
+    codec, labels = data.BytesCodec(), data.byte_labels(["no", "yes"])
+    tokens, targets = fresh_rng.integers(97, 123, (50, 8)), np.full((50, 8), -1)
+    targets[:, -1] = fresh_rng.integers(254, 256, 50)
+    (tmp_path / "prompt").write_text(" ab cd\n")
+    for stripped in (False, True):
+        splits = {name: data.write_records(tmp_path / "set", name, [(tokens, targets)], codec) for name in data.SPLITS}
+        about = dict(source="test", sha256="", label="x", record_len=8, labels=labels)
+        data.write_meta(tmp_path / "set", codec, splits, **about, **({"stripped": True} if stripped else {}))
+        train.main(tiny(dataset=str(tmp_path / "set"), max_iters=5, learning_rate=0.1, init_from="scratch"))
+        capsys.readouterr()
+        run = f"--out_dir={tmp_path / 'run'}"
+        answers = [text_of(capsys, run, f"--start={s}") for s in (f"FILE:{tmp_path / 'prompt'}", " ab cd\n", "ab cd")]
+        assert answers[0] == answers[1] and (answers[1] == answers[2]) == stripped
+    with pytest.raises(config.ConfigError, match="empty"):
+        sample.main([run, "--start= \n"])
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace('"yes"', '"\\u001b[2J"'))
+    assert "\\x1b[2J" in text_of(capsys, run, "--start=ab cd")
 
 
 def test_quality_is_the_full_pass(checkpoint, text_dataset, tmp_path, measured, capsys):

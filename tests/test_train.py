@@ -474,7 +474,7 @@ def test_evaluation_of_records_without_labels(tmp_path, fresh_rng):
     write_targets(tmp_path, targets, 6)
     blank = np.where(np.arange(120) // 6 % 2, -1, targets)  # the test split: every second record scores nothing
     dataset = Dataset(tmp_path)
-    dataset.meta["splits"]["test"]["scored"] = int((blank >= 0).sum())
+    dataset.meta["splits"]["test"] |= {"scored": int((blank >= 0).sum()), "targets_sha256": None}
     (tmp_path / "test.targets.bin").write_bytes(blank.astype("<i4").tobytes())
     gpt = random_model(dataset).eval()
     for name, wanted in (("val", targets), ("test", blank)):
