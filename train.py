@@ -17,11 +17,13 @@ import dataclasses
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -276,8 +278,22 @@ def start_world(device):
     if cuda:
         device = f"cuda:{world.local_rank}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=end_with_launcher, args=(os.getppid(),), daemon=True).start()
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    except ValueError as error:  # an address is missing
+        raise ConfigError(f"RANK is set, but not all that torchrun sets: {error}") from None
     return world, device
+
+
+def end_with_launcher(launcher):
+    """torchrun ends its processes when it ends, but not when it is killed. They finish the step then, and save."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)  # as long as torchrun waits: another process may never answer
+    os._exit(128 + signal.SIGTERM)
 
 
 # -----------------------------------------------------------------------------
@@ -1204,15 +1220,15 @@ def main(argv):
     model_config, cfg, given = config.load(argv, GPTConfig, TrainConfig)
     world, device = start_world(cfg.device)
     try:
-        status = train(model_config, cfg, given, world, device)
+        return train(model_config, cfg, given, world, device)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
+        raise TrainError(f"a process of the group was lost: {reason}; --init_from=resume goes on") from None
     finally:
         if world.size > 1:
             dist.destroy_process_group()
-    if world.size > 1:  # gloo's threads outlive the group under DDP, and one that wakes while Python ends aborts it
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
 
 
 def train(model_config, cfg, given, world, device):
