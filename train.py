@@ -17,10 +17,12 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -36,22 +38,17 @@ import config
 from config import ConfigError, key, printable
 from data import Batches, DataError, Dataset, windows
 from data.scoring import evaluate, perplexity, print_scores, token_nats
+from files import TrainError, cannot_write, lock_folder, place_new_run, write_atomically
 from kernels.divergence import kl_divergence
 from model import GPT, GPTConfig, cross_entropy, param_groups, stored_config
 from weights import ModelError, checksum, is_dense, is_training_folder, load_weights, read_checkpoint
 
 try:
-    import fcntl
     import resource
-except ImportError:  # Windows has neither
-    fcntl = resource = None
+except ImportError:  # on Windows
+    resource = None
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row that end a run
-RUN_FILES = ("config.json", "log.jsonl", "best.pt", "ckpt.pt", "model.safetensors")  # of one run in its folder
-
-
-class TrainError(RuntimeError):
-    """A run that cannot go on; the message is one line."""
 
 
 @dataclass
@@ -229,8 +226,22 @@ def start_world(device):
     if cuda:
         device = f"cuda:{world.local_rank}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=end_with_launcher, args=(os.getppid(),), daemon=True).start()
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    except ValueError as error:  # an address is missing
+        raise ConfigError(f"RANK is set, but not all that torchrun sets: {error}") from None
     return world, device
+
+
+def end_with_launcher(launcher):
+    """torchrun ends its processes when it ends, but not when it is killed. They finish the step then, and save."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)  # as long as torchrun waits: another process may never answer
+    os._exit(128 + signal.SIGTERM)
 
 
 # -----------------------------------------------------------------------------
@@ -287,9 +298,8 @@ def freeze(model, train_only):
     if train_only == "all":
         return
     masks = {id(p) for _, p in param_groups(model)["mask"]}
-    chosen = (
-        masks if train_only == "masks" else {id(p) for block in model.transformer.h for p in block.attn.parameters()}
-    )
+    attention = {id(p) for block in model.transformer.h for p in block.attn.parameters()}
+    chosen = masks if train_only == "masks" else attention
     for p in model.parameters():
         p.requires_grad_(id(p) in chosen)
     if not chosen:
@@ -517,7 +527,8 @@ class Log:
 
     def write(self, **entry):
         with self.open() as f:
-            f.write((json.dumps(finite(entry), allow_nan=False) + "\n").encode())
+            numbers = json.loads(json.dumps(entry), parse_constant=lambda name: None)  # JSON has no NaN, no Infinity
+            f.write((json.dumps(numbers) + "\n").encode())
         if self.wandb is not None:
             prefix = f"{entry['split']}/" if "split" in entry else "train/"
             numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, (int, float)) and k != "iter"}
@@ -535,15 +546,6 @@ class Log:
     def close(self, status):
         if self.wandb is not None:
             self.wandb.finish(exit_code=status)
-
-
-def finite(value):
-    """JSON has no NaN and no infinity: null in their place."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def start_wandb(cfg, progress, resolved):
@@ -573,30 +575,6 @@ def memory(device_type):
     return entry
 
 
-def write_atomically(path, write):
-    """Call write(file) on a temporary file beside `path`, sync it, and rename it over `path`: a reader sees the old
-    file or the new one, whole. A failure (a full disk) leaves the old one and raises TrainError."""
-    temporary = path + ".tmp"
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise cannot_write(path, error) from None
-
-
-def cannot_write(path, error):
-    """The TrainError that says why. torch.save puts an error of its own over the system's."""
-    while not isinstance(error, OSError) and error.__context__ is not None:
-        error = error.__context__
-    kept = "; the one before it is intact" if os.path.exists(path) and not path.endswith("log.jsonl") else ""
-    return TrainError(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}{kept}")
-
-
 def save_checkpoint(path, model, **extra):
     """Tensors and plain values only, under nanoGPT's names, so that torch.load(weights_only=True) reads it."""
     stored = {"format": 1, "model": model.state_dict(), "model_args": dataclasses.asdict(model.config), **extra}
@@ -619,48 +597,6 @@ def checksums(dataset):
     """{split: those of its files}, by which a resumed run knows its data."""
     splits = dataset.meta["splits"].items()
     return {name: {k: v for k, v in info.items() if k.endswith("sha256")} for name, info in splits}
-
-
-def lock_folder(out_dir):
-    """An open file that keeps a second run out of the folder."""
-    path = os.path.join(out_dir, ".lock")
-    lock = open(path, "w") if fcntl is not None else None
-    try:
-        if lock is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        if os.path.exists(path):
-            os.unlink(path)  # Windows removes no file that another run holds open
-        return open(path, "x")
-    except OSError:
-        raise TrainError(f"{out_dir}: another run is writing there; take another --out_dir") from None
-
-
-def place_new_run(out_dir):
-    """Put a new run in the earlier one's place, once it has saved. A start and a save call this. What a kill leaves:
-
-    .new/ without ckpt.pt   the earlier run is whole; the new one has saved nothing
-    .new/ with ckpt.pt      the new run is whole; the earlier one's files are on their way to previous/
-    .placing/               the earlier run is whole in previous/; the new one's files are on their way to out_dir
-    none of them            the run in out_dir is whole
-    """
-    new, placing, previous = (os.path.join(out_dir, name) for name in (".new", ".placing", "previous"))
-    if os.path.exists(os.path.join(new, "ckpt.pt")):
-        aside = os.path.join(new, "previous")
-        for name in RUN_FILES:
-            if os.path.exists(os.path.join(out_dir, name)):
-                os.makedirs(aside, exist_ok=True)
-                os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
-        if os.path.exists(aside):
-            if os.path.exists(previous):
-                shutil.rmtree(previous)
-            os.rename(aside, previous)
-            print(f"the earlier run of {out_dir} is in {previous} now (--init_from=resume would have gone on from it)")
-        os.rename(new, placing)
-    if os.path.exists(placing):
-        for name in os.listdir(placing):
-            os.replace(os.path.join(placing, name), os.path.join(out_dir, name))
-        os.rmdir(placing)
 
 
 def git_commit():
@@ -695,7 +631,7 @@ class Run:
         self.penalty = 0.0  # of the last step
         model.activation_checkpointing = cfg.activation_checkpointing
         self.teacher = teacher
-        self.objective = self.plain_objective = Objective(model, teacher, cfg.distill_temperature, cfg.distill_ce)
+        self.objective = Objective(model, teacher, cfg.distill_temperature, cfg.distill_ce)
         self.micro_steps = cfg.gradient_accumulation_steps // world.size
 
     def restore(self, stored):
@@ -708,23 +644,16 @@ class Run:
             raise ModelError(f"{stored['path']}: damaged: {type(error).__name__}: {error}") from None
 
     def _restore(self, stored):
-        for name, first in dataclasses.asdict(Progress()).items():
-            value = stored.get(name, first)
-            value = value.item() if torch.is_tensor(value) else value  # nanoGPT's best_val_loss
-            if type(value) not in (type(first), *([int] if type(first) is float else [])):
-                raise TypeError(f"{name} is of {type(value)}")
-            setattr(self.progress, name, value)
-        if self.progress.iter_num < 0:
-            raise KeyError(f"iteration {self.progress.iter_num}")
-        began = stored.get("config", {})
-        if not isinstance(began.get("init_from", ""), str) or not isinstance(began.get("seed", 0), int):
-            raise TypeError("init_from or seed")
+        values = {k: type(v)(stored.get(k, v)) for k, v in dataclasses.asdict(Progress()).items()}
+        wrong = [k for k, v in values.items() if stored.get(k, v) != v]
+        self.progress, began = Progress(**values), stored.get("config", {})
+        if wrong or values["iter_num"] < 0 or not isinstance(began.get("init_from", ""), str):
+            raise TypeError(f"{', '.join(wrong) or 'iteration or config'}")
         if began.get("teacher", "") != self.cfg.teacher:  # the best is by another measure
             self.progress.best_val_loss = math.inf
         self.compare(stored, began)
         # what is on record is where the run began, not that it was resumed
-        same = {name: began.get(name, getattr(self.cfg, name)) for name in ("init_from", "seed")}
-        self.cfg = dataclasses.replace(self.cfg, **same)
+        self.cfg = dataclasses.replace(self.cfg, **{k: began[k] for k in ("init_from", "seed") if k in began})
         for optimizer, state in zip(self.optimizers, (stored.get("optimizer"), stored.get("muon"))):
             options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             needed = {"exp_avg", "exp_avg_sq", "step"}
@@ -769,20 +698,13 @@ class Run:
         now = dataclasses.asdict(self.cfg) | {"processes": self.world.size}
         names = ("batch_size", "gradient_accumulation_steps", "processes")
         notes = [f"{name}={now[name]}, it was {was[name]}" for name in names if was.get(name, now[name]) != now[name]]
-        if was.get("seed", now["seed"]) != now["seed"]:
-            notes.append(f"the seed stays {was['seed']}")
-        if notes:
-            self.say(f"note: {'; '.join(notes)}")
+        notes += [f"the seed stays {was['seed']}"] if was.get("seed", now["seed"]) != now["seed"] else []
+        self.say(f"note: {'; '.join(notes)}") if notes else None
 
     @property
     def folder(self):
         """Where the run's files are: the earlier run's are not touched before this one has a checkpoint."""
         return os.path.join(self.cfg.out_dir, ".new") if self.is_new else self.cfg.out_dir
-
-    @property
-    def matching(self):
-        """Whether the next step matches the teacher's attention."""
-        return self.cfg.distill == "attention" or self.progress.iter_num < self.cfg.distill_attention_iters
 
     def prepare(self, resolved):
         """Compile, wrap, open the log."""
@@ -806,6 +728,7 @@ class Run:
     def step(self):
         """One optimizer step on the mean loss over all scored targets, however they are split into micro-batches and
         processes. Returns the loss and its parts, and the gradient norm."""
+        matching = self.cfg.distill == "attention" or self.progress.iter_num < self.cfg.distill_attention_iters
         for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * lr_factor(self.cfg, self.progress.iter_num)
         self.model.redraw(self.progress.iter_num)
@@ -818,7 +741,7 @@ class Run:
             if self.world.size > 1:  # gradients are exchanged once, with the last micro-batch
                 self.objective.require_backward_grad_sync = micro == self.micro_steps - 1
             with self.runtime.autocast():
-                loss, parts = self.objective(batch, self.matching, share, weight)
+                loss, parts = self.objective(batch, matching, share, weight)
             self.scaler.scale(loss / self.micro_steps).backward()
             terms.append(torch.stack((loss, *parts.values())).detach())
         for optimizer in self.optimizers:
@@ -909,13 +832,10 @@ class Run:
         position = self.batches.state_dict()
         self.model.eval()  # no dropout: random numbers stay as they are
         with self.runtime.autocast():
-            batch = tuple(t.to(self.runtime.device) for t in self.batches.batch("train"))
-            share = penalty_share(self.cfg, self.progress.iter_num)
-            loss = self.plain_objective(batch, self.matching, share)[0].item()
+            loss = self.model(*(t.to(self.runtime.device) for t in self.batches.batch("train")))[1].item()
         self.model.train()
         self.batches.load_state_dict(position)
-        tensors = [t for t in self.model.state_dict().values() if t.is_floating_point()]
-        largest = nn.utils.get_total_norm(tensors, math.inf).item()
+        largest = nn.utils.get_total_norm([*self.model.parameters()], math.inf).item()
         what = f"a loss of {loss}" if math.isfinite(largest) else "weights that are not finite"
         if self.world.max([not math.isfinite(loss + largest)])[0]:
             self.fail(f"iteration {self.progress.iter_num} left {what}")
@@ -938,8 +858,11 @@ class Run:
             extra |= {"optimizer": self.optimizers[0].state_dict(), "scaler": self.scaler.state_dict()}
             if len(self.optimizers) > 1:
                 extra["muon"] = self.optimizers[1].state_dict()
-            extra |= {"config": dataclasses.asdict(self.cfg), "log_size": self.log.size()}
-            extra |= {"data": checksums(self.dataset)}
+            extra |= {
+                "config": dataclasses.asdict(self.cfg),
+                "log_size": self.log.size(),
+                "data": checksums(self.dataset),
+            }
             save_checkpoint(os.path.join(self.folder, "ckpt.pt"), self.model, **extra)
             if self.is_new:
                 place_new_run(self.cfg.out_dir)
@@ -967,11 +890,8 @@ class Run:
                 start = time.perf_counter()
                 terms = self.step()
                 progress.seconds += time.perf_counter() - start
-                progress.iter_num, progress.tokens, steps = (
-                    progress.iter_num + 1,
-                    progress.tokens + tokens_per_step,
-                    steps + 1,
-                )
+                progress.iter_num, steps = progress.iter_num + 1, steps + 1
+                progress.tokens += tokens_per_step
                 bar.update()
                 stop = self.stop_reason()
                 if progress.iter_num % cfg.log_interval == 0 or progress.iter_num == cfg.max_iters:
@@ -989,9 +909,8 @@ class Run:
         if self.bad_steps:
             raise TrainError(f"the last {self.bad_steps} steps were not finite and were skipped; lower learning_rate")
         if stop > 0:
-            self.say(
-                f"{signal.Signals(stop).name}: stopped after iteration {progress.iter_num}, saved to {cfg.out_dir}"
-            )
+            name = signal.Signals(stop).name
+            self.say(f"{name}: stopped after iteration {progress.iter_num}, saved to {cfg.out_dir}")
             return 128 + stop
         return 0
 
@@ -999,22 +918,13 @@ class Run:
         if self.log is None:
             return
         rate, lr = tokens_per_step / ms * 1000, self.optimizers[0].param_groups[0]["lr"]
-        self.log.write(
-            iter=self.progress.iter_num,
-            **terms,
-            lr=lr,
-            ms=ms,
-            tokens_per_s=rate,
-            tokens=self.progress.tokens,
-            cpu_s=time.process_time(),
-            wall_s=self.progress.seconds,
-            **memory(self.runtime.device_type),
-        )
+        entry = dict(lr=lr, ms=ms, tokens_per_s=rate, tokens=self.progress.tokens, cpu_s=time.process_time())
+        entry |= dict(wall_s=self.progress.seconds, **memory(self.runtime.device_type))
+        self.log.write(iter=self.progress.iter_num, **terms, **entry)
         parts = {k: v for k, v in terms.items() if k not in ("loss", "grad_norm") and (v or k != "penalty")}
         extra = f" ({', '.join(f'{k} {v:.4f}' for k, v in parts.items())})" if len(parts) > 1 else ""
         line = f"iter {self.progress.iter_num}: loss {terms['loss']:.4f}{extra}, grad norm {terms['grad_norm']:.2f}, "
-        line += f"lr {lr:.2e}, "
-        line += f"{ms:.0f} ms, {rate:,.0f} tokens/s"
+        line += f"lr {lr:.2e}, {ms:.0f} ms, {rate:,.0f} tokens/s"
         bar.write(line) if not bar.disable else print(line, flush=True)
 
 
@@ -1067,15 +977,15 @@ def main(argv):
         cfg = config.override(cfg, out_dir=default_folder(argv, model_config.attention_type))
     world, device = start_world(cfg.device)
     try:
-        status = train(model_config, cfg, given, world, device)
+        return train(model_config, cfg, given, world, device)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
+        raise TrainError(f"a process of the group was lost: {reason}; --init_from=resume goes on") from None
     finally:
         if world.size > 1:
             dist.destroy_process_group()
-    if world.size > 1:  # gloo's threads outlive the group under DDP, and one that wakes while Python ends aborts it
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
 
 
 def train(model_config, cfg, given, world, device):

@@ -254,7 +254,7 @@ def run(main, *errors):
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # while modules loaded
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        sys.exit(main(sys.argv[1:]))
+        leave(main(sys.argv[1:]))
     except ConfigError as caught:
         error, status = caught, 2
     except BrokenPipeError:  # the reader of our output went away, as in `python train.py --help | head -1`
@@ -269,6 +269,16 @@ def run(main, *errors):
     except KeyboardInterrupt:
         error, status = "interrupted", 130
     print(f"{name}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    leave(status)
+
+
+def leave(status):
+    """End the process; one of a group at once: gloo's threads outlive the group under DDP, and one that wakes while
+    Python ends aborts it."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

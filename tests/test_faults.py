@@ -1,5 +1,6 @@
 """What a training run keeps when something goes wrong: kills, damaged files, full disks, lost peers."""
 
+import contextlib
 import json
 import math
 import os
@@ -301,9 +302,9 @@ def test_the_log_is_json_without_nan(tiny, tmp_path, monkeypatch):
     assert "NaN" not in text and "Infinity" not in text
     assert [e["iter"] for e in read_log(tmp_path / "run") if e.get("loss", 0) is None] == [4, 5]
     bench.main(["--what=curves", f"--out_dir={tmp_path / 'run'}", f"--png={tmp_path / 'loss.png'}"])
-    assert train.finite({"a": [1.5, math.inf, [-math.inf]], "b": math.nan, "c": True}) == {
-        "a": [1.5, None, [None]], "b": None, "c": True,
-    }  # fmt: skip
+    log = train.Log(train.TrainConfig(), str(tmp_path), train.Progress(), None, {})
+    log.write(iter=1, a=[1.5, math.inf, [-math.inf, 3]], b=math.nan, c=True)
+    assert (tmp_path / "log.jsonl").read_text() == '{"iter": 1, "a": [1.5, null, [null, 3]], "b": null, "c": true}\n'
 
 
 @pytest.mark.parametrize("name", ["ckpt.pt", "best.pt", "config.json", "log.jsonl"])
@@ -361,3 +362,78 @@ def test_ctrl_c_while_modules_load_is_no_traceback(script):
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == -signal.SIGINT and error.count("\n") <= 1 and "Traceback" not in error
+
+
+# processes
+
+
+def test_a_rank_without_an_address_is_one_line(tiny, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0" if name.endswith("RANK") else "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(config.ConfigError, match="RANK is set, but .*MASTER_ADDR"):
+        train.main(tiny())
+
+
+class Launched:
+    """torchrun with two processes that train until they are stopped."""
+
+    def __init__(self, arguments):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+        launch += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", os.path.join(ROOT, "train.py"), *arguments]
+        options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+        self.launcher = subprocess.Popen(launch, **options)
+        next(line for line in self.launcher.stdout if line.startswith("iter 3:"))
+        children = Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children").read_text()
+        self.workers = [int(pid) for pid in children.split()]
+
+    def end(self, timeout):
+        """(what was printed, on stderr too) once the workers are gone, which hold the pipes."""
+        try:
+            return self.launcher.communicate(timeout=timeout)
+        finally:
+            for pid in self.workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.launcher.kill()
+
+
+@pytest.fixture
+def launch(tiny):
+    keys = dict(max_iters=10**6, lr_decay_iters=20, eval_interval=10**6, gradient_accumulation_steps=2)
+    return lambda: Launched(tiny(**keys))
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in /proc")
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_peer_is_one_line(launch, victim):
+    group = launch()
+    os.kill(group.workers[victim], signal.SIGKILL)
+    error = group.end(60)[1]
+    ours = [line for line in error.splitlines() if line.startswith(("train.py:", "[rank")) or 'train.py", line' in line]
+    assert len(ours) == 1 and ours[0].startswith("train.py: a process of the group was lost: "), error
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_killed_launcher_ends_the_run_saved(launch, tmp_path):
+    group = launch()
+    group.launcher.kill()
+    out, error = group.end(60)
+    assert "SIGTERM: stopped after iteration" in out and "Traceback" not in error
+    done = read_checkpoint(str(tmp_path / "run"), "ckpt.pt")["iter_num"]
+    assert [e["iter"] for e in read_log(tmp_path / "run") if "loss" in e] == list(range(1, done + 1))
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_group_with_a_stopped_process_ends(launch, tmp_path):
+    group = launch()
+    os.kill(group.workers[1], signal.SIGSTOP)
+    group.launcher.send_signal(signal.SIGTERM)
+    group.end(90)
+    assert read_checkpoint(str(tmp_path / "run"), "ckpt.pt")["iter_num"] == 0

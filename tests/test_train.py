@@ -22,6 +22,7 @@ import config
 import train
 from data import Batches, DataError, Dataset, windows
 from data.scoring import evaluate, label_scores
+from files import RUN_FILES
 from model import ATTENTION, GPT, GPTConfig, ModelError, read_checkpoint
 from train import Objective, TrainConfig, TrainError, World, lr_factor, make_optimizers
 
@@ -208,9 +209,8 @@ def poison(monkeypatch, steps):
 
     def poisoned(self, *args):
         loss, parts = forward(self, *args)
-        calls[0] += torch.is_grad_enabled()  # the look at weights that are to be saved is no step
-        bad = torch.is_grad_enabled() and calls[0] - 1 in steps
-        return loss * (math.nan if bad else 1.0), parts
+        calls[0] += 1
+        return loss * (math.nan if calls[0] - 1 in steps else 1.0), parts
 
     monkeypatch.setattr(Objective, "forward", poisoned)
 
@@ -699,7 +699,7 @@ def test_a_new_run_moves_the_earlier_one_aside(tiny, tmp_path, capsys):
     """Whole, and over the one before it; what else is in the folder stays."""
     folder, previous = tmp_path / "run", tmp_path / "run" / "previous"
     for n_embd, export in ((8, True), (16, False), (32, True), (64, False)):
-        before = {name: (folder / name).read_bytes() for name in train.RUN_FILES if (folder / name).exists()}
+        before = {name: (folder / name).read_bytes() for name in RUN_FILES if (folder / name).exists()}
         train.main(tiny(max_iters=1, n_embd=n_embd, export=export))
         assert GPT.from_checkpoint(str(folder)).config.n_embd == n_embd
         assert (folder / "model.safetensors").exists() == export
@@ -707,7 +707,7 @@ def test_a_new_run_moves_the_earlier_one_aside(tiny, tmp_path, capsys):
             assert f"the earlier run of {folder} is in {previous} now" in capsys.readouterr().out
             assert {path.name: path.read_bytes() for path in previous.iterdir()} == before
         (folder / "notes.txt").touch()
-    assert {*os.listdir(folder)} == {*train.RUN_FILES, ".lock", "notes.txt", "previous"} - {"model.safetensors"}
+    assert {*os.listdir(folder)} == {*RUN_FILES, ".lock", "notes.txt", "previous"} - {"model.safetensors"}
 
 
 def test_init_from_a_folder_with_another_attention(tiny, tmp_path, capsys):
