@@ -46,7 +46,7 @@ print(len(ATTENTION), "types")
 """
 
 RUN = """
-import files
+import train
 sys.exit(train.main(sys.argv[1:]))
 """
 
