@@ -4,11 +4,13 @@ import pytest
 import torch
 from conftest import NoFloat64
 
+import train
 from config import resolve_device
 from data.scoring import token_nats
-from model import ATTENTION, GPT, GPTConfig, matrices, rotate
+from model import ATTENTION, GPT, GPTConfig, matrices, param_groups, rotate
 from sample import label_probabilities
 from train import World, compare_with_teacher
+from weights import read_checkpoint
 
 TYPES = list(ATTENTION)
 POSITIONS = ("learned", "rope", "none")
@@ -35,12 +37,12 @@ def pieces(total, rng):
 @pytest.mark.parametrize("pos_emb", POSITIONS)
 @pytest.mark.parametrize("name", TYPES)
 def test_step_equals_forward_over_any_split(name, pos_emb, fresh_rng):
-    attn = make(name, pos_emb=pos_emb)
-    for T in (1, 7, 64):
-        x = torch.randn(3, T, 32, dtype=torch.float64)
+    attn = make(name, pos_emb=pos_emb, block_size=160)
+    for T in (1, 7, 64, 150):
+        x = torch.randn(2, T, 32, dtype=torch.float64)
         expected, _ = attn(x)
         for split in ([T], [1] * T, pieces(T, fresh_rng) if T > 1 else [1]):
-            state = attn.init_state(3, 64)
+            state = attn.init_state(2, 160)
             found = []
             for part in x.split(split, 1):
                 y, state = attn.step(part, state)
@@ -85,12 +87,13 @@ def test_devices_without_float64_train_score_and_decode(name, fresh_rng, monkeyp
 @pytest.mark.parametrize("pos_emb", POSITIONS)
 @pytest.mark.parametrize("name", TYPES)
 def test_strictly_causal_and_rows_apart(name, pos_emb, fresh_rng):
-    attn = make(name, pos_emb=pos_emb)
-    x = torch.randn(2, 48, 32, dtype=torch.float64)
+    """Around the ends of chunks and blocks too."""
+    attn = make(name, pos_emb=pos_emb, block_size=160)
+    x = torch.randn(2, 150, 32, dtype=torch.float64)
     y, _ = attn(x)
-    for t in (0, 1, 17, 47):
+    for t in (0, 1, 17, 63, 64, 65, 149):
         edited = x.clone()
-        edited[0, t:] += torch.randn(48 - t, 32, dtype=torch.float64)
+        edited[0, t:] += torch.randn(150 - t, 32, dtype=torch.float64)
         z, _ = attn(edited)
         torch.testing.assert_close(z[0, :t], y[0, :t], rtol=0, atol=1e-12)
         torch.testing.assert_close(z[1], y[1], rtol=0, atol=1e-12)
@@ -100,8 +103,9 @@ def test_strictly_causal_and_rows_apart(name, pos_emb, fresh_rng):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_gradients_reach_every_parameter(name, fresh_rng):
-    attn = make(name).train()
-    x = torch.randn(2, 64, 32, dtype=torch.float64, requires_grad=True)
+    """And every part of a fused projection, which the class names."""
+    attn = make(name, block_size=160).train()
+    x = torch.randn(2, 150, 32, dtype=torch.float64, requires_grad=True)
     y, penalty = attn(x)
     assert penalty.shape == () and penalty.dtype == torch.float32
     loss = (y * torch.randn_like(y)).sum() + penalty
@@ -112,6 +116,39 @@ def test_gradients_reach_every_parameter(name, fresh_rng):
     for pname, p in attn.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, pname
     assert x.grad.isfinite().all()
+    if hasattr(attn, "c_attn"):
+        parts = attn.c_attn.weight.grad.split(list(attn.parts.values()))
+        assert all(rows.abs().max() > 0 for rows in parts), list(attn.parts)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_parameters_of_masks_are_named(name):
+    """They have a rate of their own and no decay: of a mask, what is no weight of a projection, norm or gate."""
+    attn = make(name, gate_output=True) if "output gate" in ATTENTION[name].families else make(name)
+    own = {n for n, _ in attn.named_parameters(recurse=False)}
+    assert {*attn.mask_parameters} <= {n.split(".")[-1] for n in own | {"period", "ratio"}}
+    if hasattr(attn, "log_mask") or hasattr(attn, "gate"):
+        assert own <= {*attn.mask_parameters}
+
+
+@pytest.mark.parametrize("name", [name for name in TYPES if name != "none"])
+def test_dropout_acts_in_training(name, fresh_rng):
+    attn = make(name, dropout=0.5).train()
+    x = torch.randn(2, 32, 32, dtype=torch.float64)
+    assert not torch.equal(attn(x)[0], attn(x)[0])
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_resumed_run_is_the_same_run(name, tiny, tmp_path):
+    """Steps, a save, a load and more steps, and what the optimizer holds of each parameter."""
+    sizes = dict(max_iters=4, lr_decay_iters=4, eval_interval=2, eval_iters=1, log_interval=1, attention_type=name)
+    assert train.main(tiny(out_dir=str(tmp_path / "whole"), **sizes)) == 0
+    assert train.main(tiny(out_dir=str(tmp_path / "parts"), **(sizes | dict(max_iters=2)))) == 0
+    assert train.main(tiny(out_dir=str(tmp_path / "parts"), init_from="resume", **sizes)) == 0
+    whole, parts = (read_checkpoint(str(tmp_path / folder), "ckpt.pt") for folder in ("whole", "parts"))
+    assert all(torch.equal(w, parts["model"][n]) for n, w in whole["model"].items())
+    groups = param_groups(GPT.from_checkpoint(str(tmp_path / "whole")))
+    assert len(whole["optimizer"]["state"]) == sum(len(members) for members in groups.values())
 
 
 @pytest.mark.parametrize("name", TYPES)
