@@ -93,12 +93,20 @@ def read_prompt(start):
         raise ConfigError(f"--start: {path} is not UTF-8 text") from None
 
 
+def shown(text):
+    """A model's text for stdout. A terminal would obey control characters: there all but line breaks and tabs are
+    written as escapes."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c in "\n\t" else printable(c) for c in text)
+
+
 def print_stream(prompt, tokens, codec):
     """Print the prompt, then each token when it comes; bytes of an unfinished character wait for the next token."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    sys.stdout.write(prompt)
+    sys.stdout.write(shown(prompt))
     for token in tokens:
-        sys.stdout.write(decoder.decode(codec.decode_bytes([token.item()])))
+        sys.stdout.write(shown(decoder.decode(codec.decode_bytes([token.item()]))))
         sys.stdout.flush()
     sys.stdout.write(decoder.decode(b"", final=True) + "\n")
 
@@ -158,8 +166,8 @@ def compare(cfg, runtime):
     markdown = []
     for i, prompt in enumerate(prompts):
         rows = list(zip(*columns[i :: len(prompts)]))  # one a sample, one text a model
-        print(f"{prompt}\n{side_by_side(names, width)}\n" + "-" * (width * len(names) + 3 * (len(names) - 1)))
-        print("\n\n".join(side_by_side(row, width) for row in rows) + "\n")
+        print(f"{shown(prompt)}\n{side_by_side(names, width)}\n" + "-" * (width * len(names) + 3 * (len(names) - 1)))
+        print("\n\n".join(side_by_side(map(shown, row), width) for row in rows) + "\n")
         markdown += [f"## {cell(prompt)}\n", "| " + " | ".join(map(cell, names)) + " |", "|---" * len(names) + "|"]
         markdown += ["| " + " | ".join(map(cell, row)) + " |" for row in rows] + [""]
     if cfg.out:
@@ -207,7 +215,7 @@ def main(argv):
             print_stream(prompt, tokens, codec)
             return 0
         for row in torch.cat(list(tokens), 1).tolist():
-            print(prompt + codec.decode(row))
+            print(shown(prompt + codec.decode(row)))
             print("-" * 80)
     return 0
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import config
 import data
 import sample
 import train
-from data import DataError, SymbolsCodec
+from data import BytesCodec, DataError, SymbolsCodec
 from data.scoring import evaluate
 from model import GPT
 
@@ -100,6 +101,14 @@ def measured(tmp_path):
         return tables
 
     return run
+
+
+def test_control_characters_stay_off_a_terminal(monkeypatch, capsys):
+    prompt, tokens = "a\x1b[2J\tb\n", [torch.tensor([[i]]) for i in b"\x1b]0;\x07c\r\n"]
+    for terminal, want in ((True, "a\\x1b[2J\tb\n\\x1b]0;\\x07c\\r\n\n"), (False, "a\x1b[2J\tb\n\x1b]0;\x07c\r\n\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)  # noqa: B023
+        sample.print_stream(prompt, tokens, BytesCodec())
+        assert capsys.readouterr().out == want
 
 
 def test_an_empty_prompt_file_is_no_prompt(tiny, tmp_path):
