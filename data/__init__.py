@@ -196,7 +196,7 @@ class Dataset:
         plain = os.path.basename(name) == name
         if plain and ((own / "prepare.py").is_file() or (own / "meta.json").is_file()):
             self.path = own
-        elif os.path.isdir(name) or not plain:
+        elif os.path.isdir(name) or not (plain or "\0" in name):
             self.path = Path(name).resolve()
         else:
             known = sorted(p.parent.name for p in ROOT.glob("*/prepare.py"))
@@ -631,7 +631,7 @@ def run_prepare(main):
     except DataError as error:
         status, message = 1, f"error: {printable(str(error))}"
     except (OSError, MemoryError) as error:
-        status, message = 1, f"error: {printable(_reason(error))}"
+        status, message = 1, f"error: {printable(f'{type(error).__name__}: {error}'.removesuffix(': '))}"
     finally:
         for part in _unfinished:
             part.unlink(missing_ok=True)
@@ -650,7 +650,7 @@ def reading(path, what, limit):
         with open(path, "rb") as file:
             _check_limit(path, what, os.fstat(file.fileno()).st_size, limit)
             yield file
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # decompressors and parsers let errors of many kinds through
         if isinstance(error, OSError) and error.errno is not None:

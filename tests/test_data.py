@@ -242,6 +242,9 @@ def test_unprepared_and_unknown(tmp_path, monkeypatch):
     with pytest.raises(data.DataError) as error:
         data.Dataset(tmp_path / "nowhere")
     one_line(error, "nowhere", "--out_dir")
+    with pytest.raises(data.DataError) as error:
+        data.Dataset("a/\0")
+    one_line(error, "'a/\\x00'")
     # A folder of the working directory does not shadow the data set of the same name, a prepared path is found.
     write(tmp_path / "enwik8", b"abc")
     with pytest.raises(data.DataError):

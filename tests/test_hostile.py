@@ -21,7 +21,7 @@ import data
 
 ERRORS = (data.DataError,)
 fuzz = settings(
-    max_examples=int(os.environ.get("NANO_FUZZ", 10)),
+    max_examples=int(os.environ.get("NANO_FUZZ", 25)),
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
