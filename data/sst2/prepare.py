@@ -28,7 +28,7 @@ REVISION = "8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb"  # pinned: data of the sam
 FILES = {"train": ("train",), "val": ("validation", "dev"), "test": ("test",)}
 ROWS = {"train": 67349, "val": 872}  # of the complete splits
 NAMES = ["negative", "positive"]
-MOST, LARGEST = 200_000, 16 * 10**6  # rows of a split, and bytes of its files: the largest are 67,349 and 7 MB
+MOST, LARGEST = 200_000, 16 * 10**6  # rows of a split, and bytes of its files: the largest are 67,349 and some 7 MB
 
 
 def rows_of_hub(split):
