@@ -52,8 +52,8 @@ KINDS = dict(offset=range(7), window=(1, 2, 3, 5, 9, 17), every=(2, 3, 7), first
 CANDIDATES = ["full", *(f"{kind}_{k}" for kind, sizes in KINDS.items() for k in sizes)]
 MIXES = st.lists(st.sampled_from(CANDIDATES), min_size=1, max_size=5)
 SMALL = dict(
-    block_size=st.integers(1, 4) | st.integers(5, 40), n_layer=st.integers(1, 3), n_head=st.integers(1, 4), n_embd=st.integers(2, 24),
-    head_dim=st.sampled_from([0, 1, 2, 2, 3, 4, 6, 9]),
+    block_size=st.integers(1, 4) | st.integers(5, 40), n_layer=st.integers(1, 3), n_head=st.integers(1, 4),
+    n_embd=st.integers(2, 24), head_dim=st.sampled_from([0, 1, 2, 2, 3, 4, 6, 9]),
     span_max=st.integers(0, 40), nsa_select_count=st.integers(3, 7),
     mask_mix_candidates=MIXES.map(",".join) | st.integers(1, 5).map("full,first_{},full".format),
 )  # fmt: skip
