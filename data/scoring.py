@@ -78,7 +78,7 @@ def label_scores(confusion, names):
 
 
 def perplexity(nats, count):
-    return math.exp(nats / count) if nats / count < 700 else math.inf
+    return math.inf if nats / count >= 700 else math.exp(nats / count)  # nan stays nan
 
 
 def token_nats(model, x, y, scored, runtime, likeliest=None, among=None, each=None, chunk=2**25):
