@@ -6,6 +6,7 @@ import re
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +43,11 @@ def read_checkpoint(out_dir, name=None):
         if path.endswith(".safetensors"):
             stored = _read_export(path)
         else:
-            check_archive(path)
-            with warnings.catch_warnings():  # of pickle modules that a foreign file names
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings(), ThreadPoolExecutor(1) as beside:  # checking costs as much time as loading
+                warnings.simplefilter("ignore")  # of pickle modules that a foreign file names
+                checked = beside.submit(check_archive, path)
                 stored = torch.load(path, map_location="cpu", weights_only=True)
+                checked.result()
     except Exception as error:  # a damaged archive, a pickle with code in it, another library's format
         if isinstance(error, OSError) and error.filename:
             raise
