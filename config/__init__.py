@@ -247,12 +247,17 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def hear_interrupts():
+    """Ctrl-C raises KeyboardInterrupt again: while modules load, the scripts let it end the process without a word."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run(main, *errors):
     """Run a script's `main(argv)`. A user's mistake ends in one line on stderr: exit status 2 for a wrong config, 1 for
     `errors` and for files that cannot be read or written, 130 after Ctrl-C. Anything else is a bug: a traceback."""
     name = os.path.basename(sys.argv[0])
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # while modules loaded
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    hear_interrupts()
     try:
         leave(main(sys.argv[1:]))
     except ConfigError as caught:

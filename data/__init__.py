@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import printable
+from config import hear_interrupts, printable
 
 FORMAT = 1
 ROOT = Path(__file__).resolve().parent
@@ -623,6 +623,7 @@ def arguments(description, folder, source=True):
 def run_prepare(main):
     """Run a prepare.py's main(); return the exit status. Expected failures are one line on stderr, not a traceback, and
     whatever ends it early, no unfinished file stays."""
+    hear_interrupts()
     try:
         main()
         return 0

@@ -351,7 +351,7 @@ def test_names_reach_a_terminal_without_control_characters(tiny, tmp_path, text_
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="looks in /proc for what is loaded")
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py", "data/enwik8/prepare.py"])
 def test_ctrl_c_while_modules_load_is_no_traceback(script):
     process = subprocess.Popen(
         [sys.executable, os.path.join(ROOT, script), "--help"], stderr=subprocess.PIPE, text=True

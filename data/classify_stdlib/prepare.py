@@ -14,6 +14,7 @@ learns to answer shorter texts as well. Memory: the text of all groups, about 6 
 
 import hashlib
 import platform
+import signal
 import sys
 import sysconfig
 from pathlib import Path
@@ -22,6 +23,8 @@ import numpy as np
 
 # Run as a script, Python looks for modules beside this file, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of theirs
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import data
 from data.stdlib.prepare import find, read

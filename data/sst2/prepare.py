@@ -13,6 +13,7 @@ import collections
 import hashlib
 import json
 import reprlib
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ import numpy as np
 
 # Run as a script, Python looks for modules beside this file, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of theirs
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import data
 

@@ -11,12 +11,15 @@ largest file, which has 1 MB; one of more than 16 MB is refused. Interrupting an
 import hashlib
 import os
 import platform
+import signal
 import sys
 import sysconfig
 from pathlib import Path
 
 # Run as a script, Python looks for modules beside this file, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of theirs
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import data
 

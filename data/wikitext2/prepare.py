@@ -11,12 +11,15 @@ largest one has 11. Interrupting and running again is safe.
 """
 
 import hashlib
+import signal
 import sys
 import zipfile
 from pathlib import Path
 
 # Run as a script, Python looks for modules beside this file, not in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of theirs
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import data
 
