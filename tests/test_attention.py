@@ -187,7 +187,10 @@ def test_executed_operations_are_those_of_the_products(name, keys, fresh_rng, pr
         with torch.no_grad():
             ran = products(lambda: attn(x))  # noqa: B023
         ran -= 2 * x.size(0) * T * sum(w.numel() for w in matrices(attn))
-        assert x.size(0) * attn.flops(T)[1] == pytest.approx(ran, rel=0.02), T
+        nominal, executed = attn.flops(T)
+        assert x.size(0) * executed == pytest.approx(ran, rel=0.02), T
+        if T in (64, 256):  # what is defined is a good part of what runs, and no more
+            assert executed / 8 <= nominal <= 1.05 * executed, T
 
 
 @pytest.mark.parametrize("name", TYPES)
