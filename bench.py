@@ -53,8 +53,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import config
-import kernels.gla
-import kernels.gsa
+import kernels.launch
 from config import ConfigError, key
 from data import DataError, Dataset, SymbolsCodec, windows, write_meta, write_split
 from data.scoring import evaluate, token_nats
@@ -1030,7 +1029,7 @@ def bench_operators(bench, runtime, report):
     if unknown:
         raise ConfigError(f"--operators: no {unknown[0]!r}; write some of {', '.join(known)}")
     names = ["softmax"] + [n for n in names if n != "softmax"]
-    kernels.gla.AUTOTUNE = kernels.gsa.AUTOTUNE = bench.autotune
+    kernels.launch.AUTOTUNE = bench.autotune
     title = f"operators: 64 slots, 256 features, {bench.rounds} rounds; memory beyond the inputs, forward + backward"
     columns = "operator, B x T x H x K x V, forward (ms), forward + backward (ms), of softmax (ratio), ns/token, "
     columns += "of the matmul peak (share), peak memory (MiB)"

@@ -7,13 +7,13 @@ tokens in matrix products (the CPU path); `triton`. Axes: B batch, T time, H hea
 a chunk, n chunks in a segment, N = n * B * H. Inside a chunk b is the cumulative sum of g, up to and with the token.
 """
 
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
-from . import in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
+from . import in_autocast, jit, leave_autocast, operator, tl, triton
+from .launch import Kernel, choose, configurations, dot_type, split
 
 CHUNK = 64  # tokens a chunk, in every backend
 SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its tensors stay in cache
@@ -241,7 +241,10 @@ def prepare(q, k, g, segment, chunk, gate_min, new):
     """q, k, g (n, B, H, C, K), and the form of their products."""
     q, k, g = (chunked(x, segment, chunk) for x in (q, k, g))
     gates = new(*g.shape)
-    gates.copy_(g) if gate_min is None else torch.clamp(g.to(gates.dtype), min=gate_min, out=gates)
+    if gate_min is None:
+        gates.copy_(g)
+    else:
+        torch.clamp(g.to(gates.dtype), min=gate_min, out=gates)
     form = Factorised if is_factorised(gate_min, chunk) else Tree
     return q, k, g, form(q, k, gates.flatten(0, 2), new)
 
@@ -373,6 +376,7 @@ def gate_gradient(q, k, dq, dk, first, new):
 #     read     o from q, k, v, S                                     REVERSE: dv from k, q, do, dS
 #     grad     dq, dk, dg
 #
+# Performer attention runs scan and read too: without gates (GATED), with a normaliser z (NORMALISED).
 # Gates are loaded in log2 units; their sums inside a chunk are taken where they are used and never stored.
 
 LOG2E = tl.constexpr(math.log2(math.e)) if triton else None
@@ -415,11 +419,11 @@ def tree_level(b_r, b_l, h, C: tl.constexpr):
 def gla_scan_kernel(
     p_x, p_y, p_g, p_first, p_all, p_last, T, H, K, V, scale, gate_min,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    FIRST: tl.constexpr, REVERSE: tl.constexpr,
+    GATED: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """One (BK, BV) tile of the state walks over the chunks; what it is on arrival at each is written to p_all."""
-    i_bh = tl.program_id(2)
-    o_k, o_v = tl.program_id(0) * BK + tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
+    i_bh = tl.program_id(0)
+    o_k, o_v = tl.program_id(1) * BK + tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     o_c = tl.arange(0, C)
     m_k, m_v = o_k < K, o_v < V
     NT = tl.cdiv(T, C)
@@ -427,9 +431,7 @@ def gla_scan_kernel(
     p_x, p_g, p_y = p_x + row * K, p_g + row * K, p_y + row * V
     o_s, m_s = o_k[:, None] * V + o_v[None, :], m_k[:, None] & m_v[None, :]
     p_all += i_bh.to(tl.int64) * NT * K * V
-    b_s = tl.zeros([BK, BV], tl.float32)
-    if FIRST:
-        b_s += tl.load(p_first + i_bh.to(tl.int64) * K * V + o_s, mask=m_s, other=0.0)
+    b_s = tl.load(p_first + i_bh.to(tl.int64) * K * V + o_s, mask=m_s, other=0.0)
     for i in range(0, NT):
         i_t = NT - 1 - i if REVERSE else i
         tl.store(p_all + i_t * K * V + o_s, b_s.to(p_all.dtype.element_ty), mask=m_s)
@@ -438,35 +440,42 @@ def gla_scan_kernel(
         b_x = tl.load(p_x + o_kt, mask=m_kt, other=0.0)  # (BK, C)
         m_y = (o_t < T)[:, None] & m_v[None, :]
         b_y = tl.load(p_y + o_t[:, None] * (H * V) + o_v[None, :], mask=m_y, other=0.0)  # (C, BV)
-        if REVERSE:  # decay from the chunk's start to the token
-            b_g = load_gates(p_g, o_kt, m_kt, gate_min)
-            b_e, b_total = tl.cumsum(b_g, 1), tl.sum(b_g, 1)
-        else:  # from after the token to the chunk's end
-            m_n = m_k[:, None] & ((o_c + 1 < C) & (o_t + 1 < T))[None, :]
-            b_g = load_gates(p_g, o_kt + H * K, m_n, gate_min)
-            b_e = tl.cumsum(b_g, 1, reverse=True)
-            b_total = tl.sum(b_g, 1) + load_gates(p_g, i_t * C * H * K + o_k, m_k, gate_min)
-        b_x = (b_x.to(tl.float32) * tl.exp2(b_e) * scale).to(DOT)
-        b_s = b_s * tl.exp2(b_total)[:, None] + tl.dot(b_x, b_y.to(DOT), input_precision="ieee")
+        if GATED:
+            if REVERSE:  # decay from the chunk's start to the token
+                b_g = load_gates(p_g, o_kt, m_kt, gate_min)
+                b_e, b_total = tl.cumsum(b_g, 1), tl.sum(b_g, 1)
+            else:  # from after the token to the chunk's end
+                m_n = m_k[:, None] & ((o_c + 1 < C) & (o_t + 1 < T))[None, :]
+                b_g = load_gates(p_g, o_kt + H * K, m_n, gate_min)
+                b_e = tl.cumsum(b_g, 1, reverse=True)
+                b_total = tl.sum(b_g, 1) + load_gates(p_g, i_t * C * H * K + o_k, m_k, gate_min)
+            b_x = (b_x.to(tl.float32) * tl.exp2(b_e) * scale).to(DOT)
+            b_s = b_s * tl.exp2(b_total)[:, None] + tl.dot(b_x, b_y.to(DOT), input_precision="ieee")
+        else:
+            b_s += tl.dot(b_x.to(DOT), b_y.to(DOT), input_precision="ieee")
     tl.store(p_last + i_bh.to(tl.int64) * K * V + o_s, b_s, mask=m_s)
 
 
 @jit
 def gla_read_kernel(
-    p_x, p_y, p_w, p_g, p_s, p_o, T, H, K, V, scale, gate_min,
+    p_x, p_y, p_w, p_g, p_s, p_o, p_z, p_inverse, T, H, K, V, scale, gate_min, tiny,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    FACTORISED: tl.constexpr, REVERSE: tl.constexpr,
+    GATED: tl.constexpr, FACTORISED: tl.constexpr, NORMALISED: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """o = scale * (x e^b S + tril(A) w), one (C, BV) tile. REVERSE: dv = k e^(B-b) dS + scale * triu(A^T) do."""
-    i_v, i_t, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """o = scale * (x e^b S + tril(A) w), one (C, BV) tile. REVERSE: dv = k e^(B-b) dS + scale * triu(A^T) do.
+    NORMALISED: o over x z + A 1, whose inverse is kept."""
+    i_v, i = split(tl.program_id(0), tl.cdiv(V, BV))
+    i_t, i_bh = split(i, tl.cdiv(T, C))
     o_c, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     o_t = i_t * C + o_c
     m_t, m_v = o_t < T, o_v < V
     row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
     p_x, p_y, p_g, p_w, p_o = p_x + row * K, p_y + row * K, p_g + row * K, p_w + row * V, p_o + row * V
-    p_s += (i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t) * K * V
+    chunk = i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t
+    p_s += chunk * K * V
     b_A = tl.zeros([C, C], tl.float32)
     b_o = tl.zeros([C, BV], tl.float32)
+    b_z = tl.zeros([C], tl.float32)
     for i_k in range(0, tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
         o_x, m_x = o_t[:, None] * (H * K) + o_k[None, :], m_t[:, None] & (o_k < K)[None, :]
@@ -474,16 +483,20 @@ def gla_read_kernel(
         b_y = tl.load(p_y + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
         m_s = (o_k < K)[:, None] & m_v[None, :]
         b_s = tl.load(p_s + o_k[:, None] * V + o_v[None, :], mask=m_s, other=0.0).to(tl.float32)  # (BK, BV)
-        b_g = load_gates(p_g, o_x, m_x, gate_min)  # (C, BK)
+        if NORMALISED:
+            b_z += tl.sum(b_x * tl.load(p_z + chunk * K + o_k, mask=o_k < K, other=0.0)[None, :], 1)
+        if GATED:
+            b_g = load_gates(p_g, o_x, m_x, gate_min)  # (C, BK)
         if FACTORISED:
-            b_b = tl.cumsum(b_g, 0)
-            b_m = pick_row(b_b, C // 2 - 1, C)
-            if REVERSE:
-                b_x, b_y = b_x * tl.exp2(b_m[None, :] - b_b), b_y * tl.exp2(b_b - b_m[None, :])
-                b_s *= tl.exp2(tl.sum(b_g, 0) - b_m)[:, None]
-            else:
-                b_x, b_y = b_x * tl.exp2(b_b - b_m[None, :]), b_y * tl.exp2(b_m[None, :] - b_b)
-                b_s *= tl.exp2(b_m)[:, None]
+            if GATED:
+                b_b = tl.cumsum(b_g, 0)
+                b_m = pick_row(b_b, C // 2 - 1, C)
+                if REVERSE:
+                    b_x, b_y = b_x * tl.exp2(b_m[None, :] - b_b), b_y * tl.exp2(b_b - b_m[None, :])
+                    b_s *= tl.exp2(tl.sum(b_g, 0) - b_m)[:, None]
+                else:
+                    b_x, b_y = b_x * tl.exp2(b_b - b_m[None, :]), b_y * tl.exp2(b_m[None, :] - b_b)
+                    b_s *= tl.exp2(b_m)[:, None]
             b_A += tl.dot(b_x.to(DOT), tl.trans(b_y.to(DOT)), input_precision="ieee")
         else:
             b_A += tl.where(o_c[:, None] == o_c[None, :], tl.sum(b_x * b_y, 1)[:, None], 0.0)
@@ -509,6 +522,10 @@ def gla_read_kernel(
     if not REVERSE:  # dS carries the scale already
         b_o *= scale
     b_o += tl.dot((b_A * scale).to(DOT), b_w.to(DOT), input_precision="ieee")
+    if NORMALISED:
+        b_z = 1 / tl.maximum(b_z + tl.sum(b_A, 1), tiny)
+        b_o *= b_z[:, None]
+        tl.store(p_inverse + row + o_t * H, b_z, mask=m_t & (i_v == 0))
     tl.store(p_o + o_o, b_o.to(p_o.dtype.element_ty), mask=m_o)
 
 
@@ -519,7 +536,8 @@ def gla_grad_kernel(
     FACTORISED: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dg of one (C, BK) tile. A token's pair with itself stays apart: the gate gradient must not see it."""
-    i_k, i_t, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_k, i = split(tl.program_id(0), tl.cdiv(K, BK))
+    i_t, i_bh = split(i, tl.cdiv(T, C))
     o_c, o_k = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
     o_t = i_t * C + o_c
     m_t, m_k = o_t < T, o_k < K
@@ -583,77 +601,69 @@ def gla_grad_kernel(
     tl.store(p_dk + o_x, (b_dk + b_own * b_q).to(p_dk.dtype.element_ty), mask=m_x)
 
 
-# The first configuration that fits the head size is the default; with AUTOTUNE all of them are tried, per head size.
-AUTOTUNE = False
-CONFIGS = {
-    "scan": [(64, 64, 8, 2), (64, 64, 4, 1), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 2, 3), (128, 64, 8, 2)],
-    "read": [(32, 64, 4, 1), (64, 64, 8, 1), (32, 64, 4, 2), (64, 128, 8, 1), (32, 32, 4, 2), (32, 128, 8, 2)],
-    "grad": [(32, 32, 8, 1), (32, 64, 8, 1), (64, 32, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1), (32, 64, 8, 2)],
-    "grad tree": [(16, 32, 8, 1), (32, 32, 8, 1), (16, 32, 4, 1), (32, 64, 8, 1)],
-}  # BK, BV, num_warps, num_stages
-KERNELS = {"scan": gla_scan_kernel, "read": gla_read_kernel, "grad": gla_grad_kernel}
-MAX_WIDTH = 256
+TILES = dict(BK="K", BV="V")
+COLUMNS = "BK BV num_warps num_stages"
+KERNELS = {
+    "scan": Kernel(
+        gla_scan_kernel,
+        configurations(
+            COLUMNS, (64, 64, 8, 2), (64, 64, 4, 1), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 2, 3), (128, 64, 8, 2)
+        ),
+        TILES,
+    ),
+    "read": Kernel(
+        gla_read_kernel,
+        configurations(
+            COLUMNS, (32, 64, 4, 1), (64, 64, 8, 1), (32, 64, 4, 2), (64, 128, 8, 1), (32, 32, 4, 2), (32, 128, 8, 2)
+        ),
+        TILES,
+    ),
+    "grad": Kernel(
+        gla_grad_kernel,
+        configurations(
+            COLUMNS, (32, 32, 8, 1), (32, 64, 8, 1), (64, 32, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1), (32, 64, 8, 2)
+        ),
+        TILES,
+    ),
+    "grad tree": Kernel(
+        gla_grad_kernel, configurations(COLUMNS, (16, 32, 8, 1), (32, 32, 8, 1), (16, 32, 4, 1), (32, 64, 8, 1)), TILES
+    ),
+}
+MAX_WIDTH = 256  # of heads
 
 
-def block(size, width):
-    """A tile of at most `size` for a head of `width`."""
-    return max(16, min(size, 1 << (width - 1).bit_length()))
-
-
-def options(name, K, V):
-    """The distinct configurations for a head size, the default first."""
-    tried = [(block(BK, K), block(BV, V), warps, stages) for BK, BV, warps, stages in CONFIGS[name]]
-    return [dict(zip(("BK", "BV", "num_warps", "num_stages"), x)) for x in dict.fromkeys(tried)]
-
-
-def shared_bytes(BK, BV, num_stages, size):
-    return (3 * CHUNK * BK + 2 * CHUNK * BV + 2 * BK * BV) * size * max(1, num_stages - 1)
-
-
-@functools.cache
-def tuned(name, K, V, size):
-    """The kernel with its autotuner, without the configurations that the device has no shared memory for."""
-    limit = torch.cuda.get_device_properties().shared_memory_per_block_optin
-    fitting = [x for x in options(name, K, V) if shared_bytes(x["BK"], x["BV"], x["num_stages"], size) <= limit]
-    configs = [
-        triton.Config({"BK": x["BK"], "BV": x["BV"]}, num_warps=x["num_warps"], num_stages=x["num_stages"])
-        for x in fitting or options(name, K, V)[-1:]
-    ]
-    return triton.autotune(configs, key=["K", "V"])(KERNELS[name.split()[0]])
-
-
-def launch(name, grid, q, v, *args, **constants):
-    K, V = q.shape[3], v.shape[3]
-    constants |= dict(C=CHUNK, DOT=tl.float32 if q.dtype == torch.float32 else tl.bfloat16)
-    if AUTOTUNE:
-        tuned(name, K, V, q.element_size())[grid](*args, **constants)
-    else:
-        KERNELS[name.split()[0]][grid](*args, **constants, **options(name, K, V)[0])
-
-
-def scan_launch(x, y, g, first, dtype, scale, gate_min, reverse):
-    """States (B, H, chunks, K, V) on arrival at each chunk, and the last one (B, H, K, V)."""
+def scan_launch(x, y, g, first, dtype, scale=1.0, gate_min=None, reverse=False, kernels=KERNELS):
+    """States (B, H, chunks, K, V) on arrival at each chunk, and the last one (B, H, K, V). Without gates where g is
+    None; there `scale` does not act."""
     B, T, H, K, V = *x.shape, y.shape[3]
     states = x.new_empty(B, H, triton.cdiv(T, CHUNK), K, V, dtype=dtype)
-    last = x.new_empty(B, H, K, V, dtype=torch.float32)
+    last = torch.empty_like(first)
 
-    def grid(meta):
-        return triton.cdiv(K, meta["BK"]), triton.cdiv(V, meta["BV"]), B * H
+    def programs(meta):
+        return B * H, triton.cdiv(K, meta["BK"]), triton.cdiv(V, meta["BV"])
 
-    args = x, y, g, last if first is None else first, states, last, T, H, K, V, scale, gate_min
-    launch("scan", grid, x, y, *args, FIRST=first is not None, REVERSE=reverse)
+    args = x, y, x if g is None else g, first, states, last, T, H
+    flags = dict(scale=scale, gate_min=floor(gate_min), DOT=dot_type(x.dtype), GATED=g is not None, REVERSE=reverse)
+    kernels["scan"].launch(programs, *args, K=K, V=V, C=CHUNK, **flags)
     return states, last
 
 
-def read_launch(x, y, w, g, states, scale, gate_min, reverse):
+def read_launch(x, y, w, g, states, scale=1.0, gate_min=None, reverse=False, normaliser=None, kernels=KERNELS):
+    """o (B, T, H, V). normaliser: what the sums of y are on arrival at each chunk, (B, H, chunks, K); then also the
+    inverse (B, T, H, 1) of z, else None."""
     (B, T, H, K), V, out = x.shape, w.shape[3], torch.empty_like(w)
+    inverse = None if normaliser is None else normaliser.new_empty(B, T, H, 1)
 
-    def grid(meta):
-        return triton.cdiv(V, meta["BV"]), states.shape[2], B * H
+    def programs(meta):
+        return (triton.cdiv(V, meta["BV"]) * states.shape[2] * B * H,)
 
-    args = x, y, w, g, states, out, T, H, K, V, scale, floor(gate_min)
-    launch("read", grid, x, w, *args, FACTORISED=is_factorised(gate_min), REVERSE=reverse)
-    return out
+    sums = (out, out) if normaliser is None else (normaliser, inverse)
+    args = x, y, w, x if g is None else g, states, out, *sums, T, H
+    numbers = dict(scale=scale, gate_min=floor(gate_min), tiny=torch.finfo(torch.float32).tiny)
+    flags = dict(GATED=g is not None, FACTORISED=g is None or is_factorised(gate_min))
+    flags |= dict(NORMALISED=normaliser is not None, REVERSE=reverse, DOT=dot_type(x.dtype), C=CHUNK)
+    kernels["read"].launch(programs, *args, K=K, V=V, **numbers, **flags)
+    return out, inverse
 
 
 def floor(gate_min):
@@ -669,50 +679,54 @@ def gla_fwd(q, k, v, g, state, scale, gate_min):
     """o and the last state, in two launches."""
     dtype = v.dtype
     q, k, v, g = *dense(q, k, v), g.contiguous()
-    states, last = scan_launch(k, v, g, state.contiguous(), q.dtype, 1.0, floor(gate_min), False)
-    return read_launch(q, k, v, g, states, scale, gate_min, False).to(dtype), last
+    states, last = scan_launch(k, v, g, state.contiguous(), q.dtype, 1.0, gate_min)
+    return read_launch(q, k, v, g, states, scale, gate_min)[0].to(dtype), last
 
 
 def gla_bwd(q, k, v, g, state, do, dstate, scale, gate_min):
     """dq, dk, dv, dg and the initial state's gradient, in four launches."""
     dtypes = [x.dtype for x in (q, k, v, g)]
     q, k, v, do, g = *dense(q, k, v, do), g.contiguous()
-    states, _ = scan_launch(k, v, g, state.contiguous(), torch.float32, 1.0, floor(gate_min), False)
-    dstates, first = scan_launch(q, do, g, dstate.contiguous(), torch.float32, scale, floor(gate_min), True)
-    dv = read_launch(k, q, do, g, dstates, scale, gate_min, True)
+    states, _ = scan_launch(k, v, g, state.contiguous(), torch.float32, 1.0, gate_min)
+    dstates, first = scan_launch(q, do, g, dstate.contiguous(), torch.float32, scale, gate_min, True)
+    dv, _ = read_launch(k, q, do, g, dstates, scale, gate_min, True)
     dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)
-
     (B, T, H, K), V = q.shape, v.shape[3]
 
-    def grid(meta):
-        return triton.cdiv(K, meta["BK"]), states.shape[2], B * H
+    def programs(meta):
+        return (triton.cdiv(K, meta["BK"]) * states.shape[2] * B * H,)
 
-    args = q, k, v, g, do, states, dstates, dq, dk, dg, T, H, K, V, scale, floor(gate_min)
+    args = q, k, v, g, do, states, dstates, dq, dk, dg, T, H
     factorised = is_factorised(gate_min)
-    launch("grad" if factorised else "grad tree", grid, q, v, *args, FACTORISED=factorised)
+    flags = dict(scale=scale, gate_min=floor(gate_min), C=CHUNK, DOT=dot_type(q.dtype), FACTORISED=factorised)
+    KERNELS["grad" if factorised else "grad tree"].launch(programs, *args, K=K, V=V, **flags)
     return *(x.to(dtype) for x, dtype in zip((dq, dk, dv, dg), dtypes)), first
 
 
 def aot_specs():
     """(name, kernel, signature, constants) of every kernel and configuration, for the report. Default first."""
+    plain = dict(GATED=True, NORMALISED=False)
     forms = {
-        "scan": [("", dict(FIRST=True, REVERSE=False)), (" reverse", dict(FIRST=True, REVERSE=True))],
-        "read": [(a + b, dict(FACTORISED=not a, REVERSE=bool(b))) for a in ("", " tree") for b in ("", " reverse")],
+        "scan": [("", dict(GATED=True, REVERSE=False)), (" reverse", dict(GATED=True, REVERSE=True))],
+        "read": [
+            (a + b, plain | dict(FACTORISED=not a, REVERSE=bool(b))) for a in ("", " tree") for b in ("", " reverse")
+        ],
         "grad": [("", dict(FACTORISED=True))],
         "grad tree": [("", dict(FACTORISED=False))],
     }
-    fp32 = {"p_g", "p_first", "p_last", "p_ds", "p_dg"}
+    fp32 = {"p_g", "p_first", "p_last", "p_ds", "p_dg", "p_z", "p_inverse"}
     specs = []
-    for name in CONFIGS:
-        kernel = KERNELS[name.split()[0]]
+    for name, kernel in KERNELS.items():
         for form, flags in forms[name]:
             for width in (64, 128):
-                for i, option in enumerate(options(name, width, width)):
+                for i, option in enumerate(kernel.options(dict(K=width, V=width))):
                     constants = dict(C=CHUNK, DOT=tl.bfloat16, **flags, **option)
                     wide = fp32 | ({"p_all", "p_s"} if flags.get("REVERSE") or "grad" in name else set())
-                    signature = {x: "*fp32" if x in wide else "*bf16" for x in kernel.arg_names if x[:2] == "p_"}
-                    signature |= dict(T="i32", H="i32", K="i32:16", V="i32:16", scale="fp32", gate_min="fp32")
-                    specs.append((f"gla_{name}{form} {width} #{i}", kernel, signature, constants))
+                    names = kernel.function.arg_names
+                    signature = {x: "*fp32" if x in wide else "*bf16" for x in names if x[:2] == "p_"}
+                    signature |= dict.fromkeys("TH", "i32") | dict.fromkeys("KV", "i32:16")
+                    signature |= dict.fromkeys(("scale", "gate_min", "tiny"), "fp32")
+                    specs.append((f"gla_{name}{form} {width} #{i}", kernel.function, signature, constants))
     return specs
 
 
@@ -799,7 +813,7 @@ def gla(
             g, gate_min = torch.zeros((), dtype=compute_dtype(q.dtype), device=q.device).expand(q.shape), -1.0
         dtype = compute_dtype(q.dtype)
         state = q.new_zeros(B, H, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-        o, state, _ = gla_op(q, k, v, g, state, float(scale), gate_min, choose(backend, q, V))
+        o, state, _ = gla_op(q, k, v, g, state, float(scale), gate_min, choose("gla", backend, q, too_wide(K, V)))
     return o, state if output_final_state else None
 
 
@@ -823,19 +837,6 @@ def check(q, k, v, g, gate_min, initial_state, backend):
         raise ValueError(f"gla: backend must be auto, triton, torch or recurrent, got {backend!r}")
 
 
-def choose(backend, q, V):
-    """triton or torch. A wish that cannot be met is answered with its reason, once."""
-    if backend == "torch" or (backend == "auto" and not q.is_cuda):
-        return "torch"
-    reason = None
-    if triton is None:
-        reason = "Triton is not installed"
-    elif not q.is_cuda and not interpreting():
-        reason = f"Triton does not run on {q.device.type}"
-    elif q.dtype == torch.float64:
-        reason = "the Triton kernels do not compute in fp64"
-    elif max(q.shape[3], V) > MAX_WIDTH:
-        reason = f"the Triton kernels take heads up to {MAX_WIDTH} wide"
-    if reason:
-        warn_once(f"gla runs its PyTorch form: {reason}")
-    return "torch" if reason else "triton"
+def too_wide(K, V):
+    """What the Triton kernels do not take, or None."""
+    return f"the Triton kernels take heads up to {MAX_WIDTH} wide" if max(K, V) > MAX_WIDTH else None

@@ -13,8 +13,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
-from .gla import LOG2E, double_sums, tree_level
+from . import in_autocast, jit, leave_autocast, operator, tl, triton
+from .gla import LOG2E, compute_dtype, double_sums, tree_level
+from .launch import Kernel, choose, configurations, dot_type, power, split
 
 CHUNK = 64  # tokens a chunk, in every backend
 SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its blocks stay in cache
@@ -29,7 +30,7 @@ def gsa_recurrent(q, k, v, s, g, scale=None, initial_state=None):
     """One token at a time, in fp64 for fp64 inputs and fp32 otherwise; what every other form is tested against."""
     B, T, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
     scale = K**-0.5 if scale is None else scale
-    dtype, acc = v.dtype, accumulator(q)
+    dtype, acc = v.dtype, compute_dtype(q.dtype)
     q, k, v, s, g = (x.to(acc) for x in (q, k, v, s, g))
     if initial_state is None:
         hk, hv = q.new_zeros(B, H, K, M), q.new_zeros(B, H, M, V)
@@ -43,10 +44,6 @@ def gsa_recurrent(q, k, v, s, g, scale=None, initial_state=None):
         p = torch.softmax(scale * (q[:, t].unsqueeze(-1) * hk).sum(-2), -1)  # (B, H, M)
         out.append((p.unsqueeze(-1) * hv).sum(-2))
     return torch.stack(out, 1).to(dtype), (hk, hv)
-
-
-def accumulator(q):
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 # ----------------------------------------------------------------------------- chunked PyTorch
@@ -180,7 +177,7 @@ def chunk_fwd(q, k, v, s, g, hk, hv, scale):
     """-> o, the final states, and for the backward pass the logits without their own token, and the states at the
     chunk borders, keys and values side by side (chunks + 1, B * H, M, K + V)."""
     B, T, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
-    acc = accumulator(q)
+    acc = compute_dtype(q.dtype)
     o, z = v.new_empty(v.shape), s.new_empty(s.shape, dtype=acc)
     borders = z.new_empty(borders_shape(q, v, s))
     borders[0].zero_()
@@ -431,7 +428,8 @@ def gsa_scan_kernel(
     FIRST_K: tl.constexpr, FIRST_V: tl.constexpr, REVERSE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One tile of BD columns of keys or of values walks over the chunks."""
-    i_d, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_d, i_bh = split(tl.program_id(0), tl.cdiv(K, BD) + tl.cdiv(V, BD))
+    i_bh = i_bh.to(tl.int64)
     i_row = (i_bh // H) * T * H + i_bh % H
     p_g, p_wk, p_wv = p_g + i_row * M, p_wk + i_row * M, p_wv + i_row * M
     p_h += i_bh * tl.cdiv(T, C) * (K + V) * M
@@ -458,7 +456,8 @@ def gsa_read_kernel(
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """z = scale * (head * (q hk) + gather(q k^T)), p = softmax(z + own * s), o = scores(p) v + (p * head) hv."""
-    i_t, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_t, i_bh = split(tl.program_id(0), tl.cdiv(T, C))
+    i_bh = i_bh.to(tl.int64)
     i_row = (i_bh // H) * T * H + i_bh % H
     o_t, o_m = i_t * C + tl.arange(0, C), tl.arange(0, BM)
     m_t, m_m = o_t < T, o_m < M
@@ -506,7 +505,8 @@ def gsa_logit_kernel(
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """dp = head * (do hv^T) + gather(do v^T), dy = p * (dp - sum p dp)."""
-    i_t, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_t, i_bh = split(tl.program_id(0), tl.cdiv(T, C))
+    i_bh = i_bh.to(tl.int64)
     i_row = (i_bh // H) * T * H + i_bh % H
     o_t, o_m = i_t * C + tl.arange(0, C), tl.arange(0, BM)
     m_t, m_m = o_t < T, o_m < M
@@ -552,7 +552,8 @@ def gsa_write_kernel(
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """ds = scatter(do v^T, p, q k^T, dy) + tail * (k dhk + v dhv) + the own token's; dg as in `gate_gradient`."""
-    i_t, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_t, i_bh = split(tl.program_id(0), tl.cdiv(T, C))
+    i_bh = i_bh.to(tl.int64)
     i_row = (i_bh // H) * T * H + i_bh % H
     p_q, p_k, p_v, p_do = p_q + i_row * K, p_k + i_row * K, p_v + i_row * V, p_do + i_row * V
     p_s, p_g, p_p, p_dy, p_x = p_s + i_row * M, p_g + i_row * M, p_p + i_row * M, p_dy + i_row * M, p_x + i_row * M
@@ -608,7 +609,8 @@ def gsa_input_kernel(
 ):  # fmt: skip
     """With dP = scores(dy) and A = scores(p): dq = scale * (dP k + (dy * head) hk^T), dk = scale * dP^T q + (s * tail)
     dhk^T, dv = A^T do + (s * tail) dhv^T."""
-    i_t, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_t, i_bh = split(tl.program_id(0), tl.cdiv(T, C))
+    i_bh = i_bh.to(tl.int64)
     i_row = (i_bh // H) * T * H + i_bh % H
     o_t, o_m = i_t * C + tl.arange(0, C), tl.arange(0, BM)
     m_t, m_m = o_t < T, o_m < M
@@ -647,68 +649,23 @@ def gsa_input_kernel(
         store_tile(p_dk + i_row * K, b_dk, o_t, H * K, m_t, o_k, 1, m_k)
 
 
-# The default first; with AUTOTUNE all are tried, once per head size. BD, BK, BV: tiles of columns of the states.
-AUTOTUNE = False
-CHUNK_CONFIGS = [
-    dict(BK=64, BV=64, num_warps=8, num_stages=1),
-    dict(BK=64, BV=64, num_warps=4, num_stages=1),
-    dict(BK=32, BV=32, num_warps=8, num_stages=2),
-    dict(BK=32, BV=32, num_warps=4, num_stages=1),
-]
-SCAN_CONFIGS = [
-    dict(BD=64, num_warps=4, num_stages=2),
-    dict(BD=32, num_warps=4, num_stages=2),
-    dict(BD=32, num_warps=2, num_stages=3),
-    dict(BD=64, num_warps=8, num_stages=2),
-]
+CHUNK_CONFIGS = configurations(
+    "BK BV num_warps num_stages", (64, 64, 8, 1), (64, 64, 4, 1), (32, 32, 8, 2), (32, 32, 4, 1)
+)
+SCAN_CONFIGS = configurations("BD num_warps num_stages", (64, 4, 2), (32, 4, 2), (32, 2, 3), (64, 8, 2))
 KERNELS = {
-    "scan": (gsa_scan_kernel, SCAN_CONFIGS),
-    "read": (gsa_read_kernel, CHUNK_CONFIGS),
-    "logit": (gsa_logit_kernel, CHUNK_CONFIGS),
-    "write": (gsa_write_kernel, CHUNK_CONFIGS),
-    "input": (gsa_input_kernel, CHUNK_CONFIGS),
+    "scan": Kernel(gsa_scan_kernel, SCAN_CONFIGS),  # BD, BK, BV: tiles of columns of the states
+    "read": Kernel(gsa_read_kernel, CHUNK_CONFIGS),
+    "logit": Kernel(gsa_logit_kernel, CHUNK_CONFIGS),
+    "write": Kernel(gsa_write_kernel, CHUNK_CONFIGS),
+    "input": Kernel(gsa_input_kernel, CHUNK_CONFIGS),
 }
 MAX_SLOTS = 256
-
-
-def power(n):
-    return max(16, 1 << (n - 1).bit_length())
 
 
 def chunk(M):
     """Tokens a chunk of the kernels. With 64, a tile of 64 slots and its decays do not fit into the registers."""
     return 32 if M <= 64 else 16
-
-
-@functools.cache
-def tuned(name):
-    """The kernel with its autotuner."""
-    kernel, configs = KERNELS[name][0], [dict(c) for c in KERNELS[name][1]]
-    configs = [triton.Config(c, num_warps=c.pop("num_warps"), num_stages=c.pop("num_stages")) for c in configs]
-    prune = {"early_config_prune": fitting}
-    return triton.autotune(configs, key=["K", "V", "M"], prune_configs_by=prune)(kernel)
-
-
-def fitting(configs, arguments, **constants):
-    """The configurations whose operands fit into the shared memory of this device; at least the first."""
-    have = torch.cuda.get_device_properties(arguments["p_g"].device).shared_memory_per_block_optin
-    known = {**arguments, **constants}
-    return [c for c in configs if shared_bytes(c, known) <= have] or configs[:1]
-
-
-def shared_bytes(config, known):
-    """An estimate: the tiles of a chunk that a stage of the loop holds, and the operands of a product over slots."""
-    size = known["p_q" if "p_q" in known else "p_xk"].element_size()
-    width = max(config.kwargs.values())
-    return size * (2 * known["C"] * known["BM"] + config.num_stages * width * (2 * known["C"] + known["BM"]))
-
-
-def launch(name, grid, *args, **constants):
-    if AUTOTUNE:
-        tuned(name)[grid](*args, **constants)
-    else:
-        kernel, configs = KERNELS[name]
-        kernel[grid](*args, **constants, **configs[0])
 
 
 def scan_launch(xk, xv, wk, wv, g, dtype, first_k, first_v, scale, sizes, reverse=False):
@@ -719,10 +676,10 @@ def scan_launch(xk, xv, wk, wv, g, dtype, first_k, first_v, scale, sizes, revers
     firsts = [y if x is None else x.contiguous() for x, y in zip((first_k, first_v), last)]
     given = dict(FIRST_K=first_k is not None, FIRST_V=first_v is not None, REVERSE=reverse)
 
-    def grid(meta):
-        return -(-K // meta["BD"]) + -(-V // meta["BD"]), B * H
+    def programs(meta):
+        return ((triton.cdiv(K, meta["BD"]) + triton.cdiv(V, meta["BD"])) * B * H,)
 
-    launch("scan", grid, xk, xv, wk, wv, g, h, *firsts, *last, scale, T, H, **sizes, **given)
+    KERNELS["scan"].launch(programs, xk, xv, wk, wv, g, h, *firsts, *last, scale, T, H, **sizes, **given)
     return h, *last
 
 
@@ -732,8 +689,13 @@ def alike(q, k, v, s, g, *more):
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # decayed gradients need its range
     q, k, v, *more = (x.to(dtype).contiguous() for x in (q, k, v, *more))
     K, V, M = q.shape[-1], v.shape[-1], s.shape[-1]
-    dot = tl.float32 if dtype == torch.float32 else tl.bfloat16
-    return dict(K=K, V=V, M=M, BM=power(M), C=chunk(M), DOT=dot), q, k, v, s.contiguous(), g.contiguous(), *more
+    sizes = dict(K=K, V=V, M=M, BM=power(M), C=chunk(M), DOT=dot_type(dtype))
+    return sizes, q, k, v, s.contiguous(), g.contiguous(), *more
+
+
+def launch(name, h, *args, **constants):
+    """A program for each chunk, of which h (B * H, NT, K + V, M) has the states."""
+    KERNELS[name].launch(lambda meta: (h.shape[0] * h.shape[1],), *args, **constants)
 
 
 def gsa_fwd(q, k, v, s, g, hk, hv, scale):
@@ -741,7 +703,7 @@ def gsa_fwd(q, k, v, s, g, hk, hv, scale):
     o, z = v.new_empty(v.shape), s.new_empty(s.shape, dtype=torch.float32)
     sizes, q, k, v, s, g = alike(q, k, v, s, g)
     h, *last = scan_launch(k, v, s, s, g, q.dtype, hk, hv, 1.0, sizes)
-    launch("read", (h.shape[1], B * H), q, k, v, s, g, h, o, z, scale, T, H, **sizes)
+    launch("read", h, q, k, v, s, g, h, o, z, scale, T, H, **sizes)
     return o, *last, z, z.new_empty(0)
 
 
@@ -751,11 +713,10 @@ def gsa_bwd(do, dhk, dhv, q, k, v, s, g, hk, hv, z, scale):
     p, dy, x = (torch.empty_like(z) for _ in range(3))
     sizes, q, k, v, s, g, do = alike(q, k, v, s, g, do)
     h, *_ = scan_launch(k, v, s, s, g, torch.float32, hk, hv, 1.0, sizes)
-    chunks = (h.shape[1], B * H)
-    launch("logit", chunks, q, k, v, s, g, z, do, h, p, dy, x, scale, T, H, **sizes)
+    launch("logit", h, q, k, v, s, g, z, do, h, p, dy, x, scale, T, H, **sizes)
     dh, *first = scan_launch(q, do, dy, p, g, torch.float32, dhk, dhv, scale, sizes, reverse=True)
-    launch("write", chunks, q, k, v, do, s, g, p, dy, x, h, dh, ds, dg, scale, T, H, **sizes)
-    launch("input", chunks, q, k, do, s, g, p, dy, h, dh, dq, dk, dv, scale, T, H, **sizes)
+    launch("write", h, q, k, v, do, s, g, p, dy, x, h, dh, ds, dg, scale, T, H, **sizes)
+    launch("input", h, q, k, do, s, g, p, dy, h, dh, dq, dk, dv, scale, T, H, **sizes)
     return dq, dk, dv, ds, dg, *first
 
 
@@ -773,9 +734,9 @@ def aot_specs():
     low = {"p_q", "p_k", "p_v", "p_o", "p_do", "p_xk", "p_xv", "p_dq", "p_dk", "p_dv"}
     specs = []
     for title, name, flags in forms:
-        kernel, configs = KERNELS[name]
+        kernel = KERNELS[name].function
         for width in (64, 128):
-            for i, config in enumerate(configs):
+            for i, config in enumerate(KERNELS[name].configs):
                 constants = dict(K=width, V=width, M=64, BM=64, C=chunk(64), DOT=tl.bfloat16, **flags, **config)
                 half = low | ({"p_h"} if title in ("gsa_scan", "gsa_read") else set())
                 signature = {x: "*bf16" if x in half else "*fp32" for x in kernel.arg_names if x[:2] == "p_"}
@@ -800,7 +761,7 @@ def fwd_op(q, k, v, s, g, hk, hv, scale, backend):
 @fwd_op.register_fake
 def _(q, k, v, s, g, hk, hv, scale, backend):
     B, _, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
-    acc = accumulator(q)
+    acc = compute_dtype(q.dtype)
     borders = (0,) if backend == "triton" else borders_shape(q, v, s)
     return (
         v.new_empty(v.shape),
@@ -868,8 +829,9 @@ def gsa(q, k, v, s, g, scale=None, initial_state=None, output_final_state=False,
             o, state = gsa_recurrent(q, k, v, s, g, scale, initial_state)
     else:
         if hk is not None:
-            hk, hv = hk.to(accumulator(q)), hv.to(accumulator(q))
-        o, *state = fwd_op(q, k, v, s, g, hk, hv, scale, choose(backend, q, v, s))[:3]
+            hk, hv = hk.to(compute_dtype(q.dtype)), hv.to(compute_dtype(q.dtype))
+        backend = choose("gsa", backend, q, too_many(s.shape[-1]))
+        o, *state = fwd_op(q, k, v, s, g, hk, hv, scale, backend)[:3]
     return o, tuple(state) if output_final_state else (None, None)
 
 
@@ -891,24 +853,6 @@ def check(q, k, v, s, g, hk, hv, backend):
             raise ValueError(f"gsa: initial_state {name} must be {want}, got {tuple(x.shape)}")
 
 
-def choose(backend, q, v, s):
-    """triton or torch. A wish that cannot be met is answered with its reason, once."""
-    if backend == "torch" or (backend == "auto" and not q.is_cuda):
-        return "torch"
-    reason = obstacle(q, v, s)
-    if reason:
-        warn_once(f"gsa runs its PyTorch form: {reason}")
-    return "torch" if reason else "triton"
-
-
-def obstacle(q, v, s):
-    """Why the Triton kernels cannot run, or None."""
-    if triton is None:
-        return "Triton is not installed"
-    if not q.is_cuda and not interpreting():
-        return f"Triton does not run on {q.device.type}"
-    if q.dtype == torch.float64:
-        return "the Triton kernels do not compute in fp64"
-    if s.shape[-1] > MAX_SLOTS:
-        return f"the Triton kernels take up to {MAX_SLOTS} slots"
-    return None
+def too_many(M):
+    """What the Triton kernels do not take, or None."""
+    return f"the Triton kernels take up to {MAX_SLOTS} slots" if M > MAX_SLOTS else None

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
+from . import in_autocast, jit, leave_autocast, operator, tl
 from .gla import LOG2E, Workspace, compute_dtype
+from .launch import Kernel, choose, configurations, power
 
 SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
     128: (8, 4, 8, 4, 16),
@@ -648,34 +649,19 @@ def nsa_block_kernel(
     tl.store(p_dv + o_k, b_dv.to(p_dv.dtype.element_ty), mask=m_k)
 
 
-AUTOTUNE = False  # else the first configuration
-KERNELS = {  # num_warps, num_stages
-    "tile": (nsa_tile_kernel, [(4, 1), (8, 1), (2, 1)]),
-    "merge": (nsa_merge_kernel, [(4, 1), (2, 1), (4, 2), (4, 3)]),
-    "query": (nsa_query_kernel, [(8, 1), (4, 1), (2, 1)]),
-    "block": (nsa_block_kernel, [(8, 2), (8, 1), (4, 2), (4, 1)]),
+WARPS = "num_warps num_stages"
+KERNELS = {
+    "tile": Kernel(nsa_tile_kernel, configurations(WARPS, (4, 1), (8, 1), (2, 1))),
+    "merge": Kernel(nsa_merge_kernel, configurations(WARPS, (4, 1), (2, 1), (4, 2), (4, 3))),
+    "query": Kernel(nsa_query_kernel, configurations(WARPS, (8, 1), (4, 1), (2, 1))),
+    "block": Kernel(nsa_block_kernel, configurations(WARPS, (8, 2), (8, 1), (4, 2), (4, 1))),
 }
 MAX_WIDTH = 128  # of heads and selected blocks
 MERGED = 16  # query heads in a program of the merge
 
 
-@functools.cache
-def tuned(name):
-    kernel, configs = KERNELS[name]
-    configs = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in configs]
-    return triton.autotune(configs, key=["D", "BS", "G"])(kernel)
-
-
 def launch(name, programs, *args, **constants):
-    kernel, ((warps, stages), *_) = KERNELS[name]
-    if AUTOTUNE:
-        tuned(name)[(programs,)](*args, **constants)
-    else:
-        kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
-
-
-def power(n):
-    return max(16, 1 << (n - 1).bit_length())
+    KERNELS[name].launch(lambda meta: (programs,), *args, **constants)
 
 
 def triton_inputs(q, k, v, index, select_block):
@@ -729,9 +715,10 @@ def selected_bwd(q, k, v, index, o, lse, do, scale, select_block):
 def aot_specs():
     """(name, kernel, signature, constants) of every kernel and configuration, for the report. Default first."""
     specs = []
-    for name, (kernel, configs) in KERNELS.items():
-        for width, select_block, (i, (warps, stages)) in itertools.product((64, 128), (32, 64), enumerate(configs)):
-            constants = dict(D=width, BD=width, G=4, R=ROWS, num_warps=warps, num_stages=stages)
+    for name, launched in KERNELS.items():
+        kernel = launched.function
+        for width, select_block, (i, config) in itertools.product((64, 128), (32, 64), enumerate(launched.configs)):
+            constants = dict(D=width, BD=width, G=4, R=ROWS, **config)
             constants |= dict(BR=MERGED, SUM=False) if name == "merge" else {}
             constants |= {} if name == "merge" else dict(LS=select_block, BS=select_block, DOT=tl.bfloat16)
             kinds = dict.fromkeys(("p_part", "p_level", "p_lse", "p_delta"), "*fp32")
@@ -912,8 +899,8 @@ def nsa_selected(q, k, v, index, select_block, scale=None, backend="auto"):
     if backend == "gather":
         with leave_autocast(q):
             return selected_gathered(q, k, v, index, select_block, scaling(q, scale))
-    by_triton = takes_triton(backend, q, k.shape[2], select_block)
-    return selected_op(q, k, v, index, scaling(q, scale), select_block, by_triton)[0]
+    backend = choose("nsa_selected", backend, q, too_large(q.shape[3], select_block, q.shape[2] // k.shape[2]))
+    return selected_op(q, k, v, index, scaling(q, scale), select_block, backend == "triton")[0]
 
 
 def nsa_window(q, k, v, window, scale=None):
@@ -925,22 +912,10 @@ def nsa_window(q, k, v, window, scale=None):
     return window_op(q, k, v, scaling(q, scale), window)
 
 
-def takes_triton(backend, q, Hk, select_block):
-    """A wish that cannot be met is answered with its reason, once."""
-    if backend == "torch" or (backend == "auto" and not q.is_cuda):
-        return False
-    reason = None
-    if triton is None:
-        reason = "Triton is not installed"
-    elif not q.is_cuda and not interpreting():
-        reason = f"Triton does not run on {q.device.type}"
-    elif q.dtype == torch.float64:
-        reason = "the Triton kernels do not compute in fp64"
-    elif max(q.shape[3], select_block) > MAX_WIDTH or q.shape[2] // Hk > ROWS:
-        reason = f"the Triton kernels take heads and blocks up to {MAX_WIDTH} wide, groups up to {ROWS}"
-    if reason:
-        warn_once(f"nsa_selected runs its PyTorch form: {reason}")
-    return reason is None
+def too_large(D, select_block, G):
+    """What the Triton kernels do not take, or None."""
+    limits = f"the Triton kernels take heads and blocks up to {MAX_WIDTH} wide, groups up to {ROWS}"
+    return limits if max(D, select_block) > MAX_WIDTH or G > ROWS else None
 
 
 def scaling(q, scale):

@@ -15,12 +15,27 @@ width, C tokens a chunk, N chunks in flight. Between forward and backward featur
 import torch
 import torch.nn.functional as F
 
-from . import in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
-from .gla import CHUNK, Workspace, block, chunked, compute_dtype, gla_recurrent, load, store
+from . import in_autocast, jit, leave_autocast, operator, tl, triton
+from .gla import (
+    CHUNK,
+    COLUMNS,
+    TILES,
+    Workspace,
+    chunked,
+    compute_dtype,
+    gla_read_kernel,
+    gla_recurrent,
+    gla_scan_kernel,
+    load,
+    read_launch,
+    scan_launch,
+    store,
+    too_wide,
+)
+from .launch import Kernel, choose, configurations, dot_type, split
 
 SEGMENT = 2**18  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
 FLOOR = 1e-3  # of the relu features: no query is without keys
-MAX_WIDTH = 256
 
 
 # ----------------------------------------------------------------------------- features
@@ -215,8 +230,9 @@ def read_gradient(do, o, inverse, segment, chunk, new):
 
 # ----------------------------------------------------------------------------- Triton
 #
-# The linear attention of kernels/gla.py without gates: three kernels, six launches, on features that PyTorch computes.
-# Normalisers are sums over chunks of features, small beside them; inside a chunk the kernels add what is missing.
+# The linear attention of kernels/gla.py without gates, six launches, on features that PyTorch computes. scan and read
+# are gla's kernels. Normalisers are sums over chunks of features, small beside them; inside a chunk the kernels add the
+# rest.
 #
 #     scan     S at the start of each chunk, the last state          REVERSE: dS at the end of each chunk, and the first
 #     read     o, 1/z from phi(q), phi(k), v, S, z                   REVERSE: dv from phi(k), phi(q), dn, dS
@@ -224,86 +240,22 @@ def read_gradient(do, o, inverse, segment, chunk, new):
 
 
 @jit
-def performer_scan_kernel(
-    p_x, p_y, p_first, p_all, p_last, T, H, M, V,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """One (BK, BV) tile of the state walks over the chunks; what it is on arrival at each is written to p_all."""
-    i_bh = tl.program_id(2)
-    o_m, o_v = tl.program_id(0) * BK + tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
-    m_m, m_v = o_m < M, o_v < V
-    NT = tl.cdiv(T, C)
-    row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
-    p_x, p_y = p_x + row * M, p_y + row * V
-    o_s, m_s = o_m[:, None] * V + o_v[None, :], m_m[:, None] & m_v[None, :]
-    p_all += i_bh.to(tl.int64) * NT * M * V
-    b_s = tl.load(p_first + i_bh.to(tl.int64) * M * V + o_s, mask=m_s, other=0.0)
-    for i in range(0, NT):
-        i_t = NT - 1 - i if REVERSE else i
-        tl.store(p_all + i_t * M * V + o_s, b_s.to(p_all.dtype.element_ty), mask=m_s)
-        o_t = i_t * C + tl.arange(0, C)
-        m_x, m_y = m_m[:, None] & (o_t < T)[None, :], (o_t < T)[:, None] & m_v[None, :]
-        b_x = tl.load(p_x + o_t[None, :] * (H * M) + o_m[:, None], mask=m_x, other=0.0)  # (BK, C)
-        b_y = tl.load(p_y + o_t[:, None] * (H * V) + o_v[None, :], mask=m_y, other=0.0)  # (C, BV)
-        b_s += tl.dot(b_x.to(DOT), b_y.to(DOT), input_precision="ieee")
-    tl.store(p_last + i_bh.to(tl.int64) * M * V + o_s, b_s, mask=m_s)
-
-
-@jit
-def performer_read_kernel(
-    p_x, p_y, p_w, p_s, p_z, p_o, p_inverse, T, H, M, V, tiny,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """n = x S + tril(A) w, z = x z + A 1 and o = n / z, one (C, BV) tile. REVERSE: dv = phi(k) dS + triu(A^T) dn."""
-    i_v, i_t, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_c, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
-    o_t = i_t * C + o_c
-    m_t, m_v = o_t < T, o_v < V
-    row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
-    p_x, p_y, p_w, p_o = p_x + row * M, p_y + row * M, p_w + row * V, p_o + row * V
-    chunk = i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t
-    p_s += chunk * M * V
-    b_A, b_o = tl.zeros([C, C], tl.float32), tl.zeros([C, BV], tl.float32)
-    b_z = tl.zeros([C], tl.float32)
-    for i_m in range(0, tl.cdiv(M, BK)):
-        o_m = i_m * BK + tl.arange(0, BK)
-        o_x, m_x = o_t[:, None] * (H * M) + o_m[None, :], m_t[:, None] & (o_m < M)[None, :]
-        b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)  # (C, BK)
-        b_y = tl.load(p_y + o_x, mask=m_x, other=0.0)  # (C, BK)
-        m_s = (o_m < M)[:, None] & m_v[None, :]
-        b_s = tl.load(p_s + o_m[:, None] * V + o_v[None, :], mask=m_s, other=0.0)  # (BK, BV)
-        b_A += tl.dot(b_x.to(DOT), tl.trans(b_y.to(DOT)), input_precision="ieee")
-        b_o += tl.dot(b_x.to(DOT), b_s.to(DOT), input_precision="ieee")
-        if not REVERSE:
-            b_first = tl.load(p_z + chunk * M + o_m, mask=o_m < M, other=0.0)  # (BK)
-            b_z += tl.sum(b_x.to(tl.float32) * b_first[None, :], 1)
-    b_A = tl.where(o_c[:, None] <= o_c[None, :] if REVERSE else o_c[:, None] >= o_c[None, :], b_A, 0.0)
-    m_o, o_o = m_t[:, None] & m_v[None, :], o_t[:, None] * (H * V) + o_v[None, :]
-    b_w = tl.load(p_w + o_o, mask=m_o, other=0.0)  # (C, BV)
-    b_o += tl.dot(b_A.to(DOT), b_w.to(DOT), input_precision="ieee")
-    if not REVERSE:
-        b_z = 1 / tl.maximum(b_z + tl.sum(b_A, 1), tiny)
-        b_o *= b_z[:, None]
-        tl.store(p_inverse + row + o_t * H, b_z, mask=m_t & (i_v == 0))
-    tl.store(p_o + o_o, b_o.to(p_o.dtype.element_ty), mask=m_o)
-
-
-@jit
 def performer_grad_kernel(
-    p_q, p_k, p_v, p_dn, p_dz, p_s, p_ds, p_z, p_dzs, p_dq, p_dk, T, H, M, V,
+    p_q, p_k, p_v, p_dn, p_dz, p_s, p_ds, p_z, p_dzs, p_dq, p_dk, T, H, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dphi(q), dphi(k) of one (C, BK) tile. p_z, p_dzs: of the state; p_dz: of each token's normaliser."""
-    i_m, i_t, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_c, o_m = tl.arange(0, C), i_m * BK + tl.arange(0, BK)
+    i_k, i = split(tl.program_id(0), tl.cdiv(K, BK))
+    i_t, i_bh = split(i, tl.cdiv(T, C))
+    o_c, o_k = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
     o_t = i_t * C + o_c
-    m_t, m_m = o_t < T, o_m < M
+    m_t, m_k = o_t < T, o_k < K
     row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
     p_v, p_dn = p_v + row * V, p_dn + row * V
     chunk = i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t
     b_dz = tl.load(p_dz + row + o_t * H, mask=m_t, other=0.0)  # (C)
-    b_z = tl.load(p_z + chunk * M + o_m, mask=m_m, other=0.0)  # (BK)
-    b_dzs = tl.load(p_dzs + chunk * M + o_m, mask=m_m, other=0.0)  # (BK)
+    b_z = tl.load(p_z + chunk * K + o_k, mask=m_k, other=0.0)  # (BK)
+    b_dzs = tl.load(p_dzs + chunk * K + o_k, mask=m_k, other=0.0)  # (BK)
     b_dA, b_dAT = tl.zeros([C, C], tl.float32) + b_dz[:, None], tl.zeros([C, C], tl.float32) + b_dz[None, :]
     b_dq, b_dk = b_dz[:, None] * b_z[None, :], tl.zeros([C, BK], tl.float32) + b_dzs[None, :]
     for i_v in range(0, tl.cdiv(V, BV)):
@@ -311,14 +263,14 @@ def performer_grad_kernel(
         o_y, m_y = o_t[:, None] * (H * V) + o_v[None, :], m_t[:, None] & (o_v < V)[None, :]
         b_v = tl.load(p_v + o_y, mask=m_y, other=0.0).to(DOT)  # (C, BV)
         b_dn = tl.load(p_dn + o_y, mask=m_y, other=0.0).to(DOT)  # (C, BV)
-        o_s, m_s = chunk * M * V + o_m[None, :] * V + o_v[:, None], m_m[None, :] & (o_v < V)[:, None]
+        o_s, m_s = chunk * K * V + o_k[None, :] * V + o_v[:, None], m_k[None, :] & (o_v < V)[:, None]
         b_s = tl.load(p_s + o_s, mask=m_s, other=0.0).to(DOT)  # (BV, BK)
         b_ds = tl.load(p_ds + o_s, mask=m_s, other=0.0).to(DOT)  # (BV, BK)
         b_dA += tl.dot(b_dn, tl.trans(b_v), input_precision="ieee")
         b_dAT += tl.dot(b_v, tl.trans(b_dn), input_precision="ieee")
         b_dq += tl.dot(b_dn, b_s, input_precision="ieee")
         b_dk += tl.dot(b_v, b_ds, input_precision="ieee")
-    o_x, m_x = row * M + o_t[:, None] * (H * M) + o_m[None, :], m_t[:, None] & m_m[None, :]
+    o_x, m_x = row * K + o_t[:, None] * (H * K) + o_k[None, :], m_t[:, None] & m_k[None, :]
     b_q = tl.load(p_q + o_x, mask=m_x, other=0.0).to(DOT)  # (C, BK)
     b_k = tl.load(p_k + o_x, mask=m_x, other=0.0).to(DOT)  # (C, BK)
     b_dq += tl.dot(tl.where(o_c[:, None] >= o_c[None, :], b_dA, 0.0).to(DOT), b_k, input_precision="ieee")
@@ -327,30 +279,11 @@ def performer_grad_kernel(
     tl.store(p_dk + o_x, b_dk.to(p_dk.dtype.element_ty), mask=m_x)
 
 
-CONFIGS = {"scan": (64, 64, 4, 2), "read": (64, 64, 4, 2), "grad": (32, 32, 8, 1)}  # BK, BV, num_warps, num_stages
-KERNELS = {"scan": performer_scan_kernel, "read": performer_read_kernel, "grad": performer_grad_kernel}
-
-
-def options(name, M, V):
-    BK, BV, warps, stages = CONFIGS[name]
-    return dict(BK=block(BK, M), BV=block(BV, V), num_warps=warps, num_stages=stages, C=CHUNK)
-
-
-def launch(name, axes, x, y, *args, **constants):
-    """One program for each tile of `axes`: k for features, v for values, t for chunks."""
-    B, T, H, M, V = *x.shape, y.shape[3]
-    constants |= options(name, M, V) | dict(DOT=tl.float32 if x.dtype == torch.float32 else tl.bfloat16)
-    tiles = dict(k=triton.cdiv(M, constants["BK"]), v=triton.cdiv(V, constants["BV"]), t=triton.cdiv(T, CHUNK))
-    KERNELS[name][(*(tiles[a] for a in axes), B * H)](*args, **constants)
-
-
-def scan_launch(x, y, first, dtype, reverse):
-    """States (B, H, chunks, M, V) on arrival at each chunk, and the last one (B, H, M, V)."""
-    B, T, H, M, V = *x.shape, y.shape[3]
-    states = x.new_empty(B, H, triton.cdiv(T, CHUNK), M, V, dtype=dtype)
-    last = torch.empty_like(first)
-    launch("scan", "kv", x, y, x, y, first, states, last, T, H, M, V, REVERSE=reverse)
-    return states, last
+KERNELS = {
+    "scan": Kernel(gla_scan_kernel, configurations(COLUMNS, (64, 64, 4, 2)), TILES),
+    "read": Kernel(gla_read_kernel, configurations(COLUMNS, (64, 64, 4, 2)), TILES),
+    "grad": Kernel(performer_grad_kernel, configurations(COLUMNS, (32, 32, 8, 1)), TILES),
+}
 
 
 def chunk_sums(x, weight, first, reverse=False):
@@ -373,28 +306,31 @@ def triton_inputs(q, k, v, wq, wk, state, features):
 def performer_fwd(q, k, v, wq, wk, state, features):
     """o, 1/z and the last state, in two launches."""
     fq, fk, y, first, z = triton_inputs(q, k, v, wq, wk, state, features)
-    B, T, H, M, V = *fq.shape, v.shape[3]
-    states, last = scan_launch(fk, y, first, y.dtype, False)
-    z, z_last = chunk_sums(fk, z.new_ones(B, T, H), z)
-    o, inverse = torch.empty_like(y), z.new_empty(B, T, H, 1)
-    args = fq, fk, y, states, z, o, inverse, T, H, M, V, torch.finfo(torch.float32).tiny
-    launch("read", "vt", fq, y, *args, REVERSE=False)
+    states, last = scan_launch(fk, y, None, first, y.dtype, kernels=KERNELS)
+    z, z_last = chunk_sums(fk, z.new_ones(fk.shape[:3]), z)
+    o, inverse = read_launch(fq, fk, y, None, states, normaliser=z, kernels=KERNELS)
     return o.to(v.dtype), inverse, torch.cat((last, z_last.unsqueeze(-1)), -1)
 
 
 def performer_bwd(q, k, v, wq, wk, state, o, inverse, do, dstate, features, weights):
     """The gradients of q, k, v, wq, wk and the initial state, in four launches."""
     fq, fk, y, first, z = triton_inputs(q, k, v, wq, wk, state, features)
-    B, T, H, M, V = *fq.shape, v.shape[3]
+    (B, T, H, M), V = fq.shape, v.shape[3]
     dn = (do.float() * inverse).to(y.dtype)
     dz = -(dn.float() * o).sum(-1)  # (B, T, H), of the rounded dn: the two nearly cancel
-    states, _ = scan_launch(fk, y, first, torch.float32, False)
+    states, _ = scan_launch(fk, y, None, first, torch.float32, kernels=KERNELS)
     zs, _ = chunk_sums(fk, z.new_ones(B, T, H), z)
-    dstates, dfirst = scan_launch(fq, dn, dstate[..., :-1].contiguous(), torch.float32, True)
+    dlast = dstate[..., :-1].contiguous()
+    dstates, dfirst = scan_launch(fq, dn, None, dlast, torch.float32, reverse=True, kernels=KERNELS)
     dzs, dz_first = chunk_sums(fq, dz, dstate[..., -1], True)
-    dv, dfq, dfk = torch.empty_like(y), *(torch.empty_like(fq, dtype=torch.float32) for _ in range(2))
-    launch("read", "vt", fk, y, fk, fq, dn, dstates, dzs, dv, inverse, T, H, M, V, 0.0, REVERSE=True)
-    launch("grad", "kt", fq, y, fq, fk, y, dn, dz, states, dstates, zs, dzs, dfq, dfk, T, H, M, V)
+    dv, _ = read_launch(fk, fq, dn, None, dstates, reverse=True, kernels=KERNELS)
+    dfq, dfk = (torch.empty_like(fq, dtype=torch.float32) for _ in range(2))
+
+    def programs(meta):
+        return (triton.cdiv(M, meta["BK"]) * states.shape[2] * B * H,)
+
+    args = fq, fk, y, dn, dz, states, dstates, zs, dzs, dfq, dfk, T, H
+    KERNELS["grad"].launch(programs, *args, K=M, V=V, C=CHUNK, DOT=dot_type(fq.dtype))
     grads, dws = [], []
     for x, w, f, df in ((q, wq, fq, dfq), (k, wk, fk, dfk)):
         through_features(df, f.float(), features)
@@ -405,18 +341,19 @@ def performer_bwd(q, k, v, wq, wk, state, o, inverse, do, dstate, features, weig
 
 def aot_specs():
     """(name, kernel, signature, constants) of every kernel, for the report."""
+    forms = [("scan", dict(REVERSE=False)), ("scan", dict(REVERSE=True)), ("grad", {})]
+    forms += [("read", dict(FACTORISED=True, NORMALISED=not reverse, REVERSE=reverse)) for reverse in (False, True)]
     specs = []
-    for name, flags in (
-        ("scan", dict(REVERSE=False)), ("scan", dict(REVERSE=True)),
-        ("read", dict(REVERSE=False)), ("read", dict(REVERSE=True)), ("grad", {}),
-    ):  # fmt: skip
+    for name, flags in forms:
         for M, V in ((128, 32), (256, 64), (512, 128)):
             wide = {"p_first", "p_last", "p_z", "p_dz", "p_dzs", "p_inverse", "p_ds", "p_dq", "p_dk"}
             wide |= {"p_all", "p_s"} if flags.get("REVERSE", True) else set()
-            kernel = KERNELS[name]
+            kernel = KERNELS[name].function
             signature = {x: "*fp32" if x in wide else "*bf16" for x in kernel.arg_names if x[:2] == "p_"}
-            signature |= dict(T="i32", H="i32", M="i32:16", V="i32:16", tiny="fp32")
-            constants = options(name, M, V) | flags | dict(DOT=tl.bfloat16)
+            signature |= dict.fromkeys("TH", "i32") | dict.fromkeys("KV", "i32:16")
+            signature |= dict.fromkeys(("scale", "gate_min", "tiny"), "fp32")
+            constants = KERNELS[name].options(dict(K=M, V=V))[0] | flags | dict(C=CHUNK, DOT=tl.bfloat16)
+            constants |= {} if name == "grad" else dict(GATED=False)
             form = " reverse" if flags.get("REVERSE") else ""
             specs.append((f"performer_{name}{form} {V} #0", kernel, signature, constants))
     return specs
@@ -503,7 +440,8 @@ def performer(
             o, state = performer_recurrent(q, k, v, wq, wk, features, initial_state)
     else:
         state = q.new_zeros(B, H, M, V + 1, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-        o, _, state, _ = performer_op(q, k, v, wq, wk, state, features, choose(backend, q, V))
+        backend = choose("performer", backend, q, too_wide(q.shape[3], V))
+        o, _, state, _ = performer_op(q, k, v, wq, wk, state, features, backend)
     return o, state if output_final_state else None
 
 
@@ -526,21 +464,3 @@ def check(q, k, v, wq, wk, features, initial_state, backend):
         raise ValueError(f"performer: initial_state must be {shape}, got {tuple(initial_state.shape)}")
     if backend not in ("auto", "triton", "torch", "recurrent"):
         raise ValueError(f"performer: backend must be auto, triton, torch or recurrent, got {backend!r}")
-
-
-def choose(backend, q, V):
-    """triton or torch. A wish that cannot be met is answered with its reason, once."""
-    if backend == "torch" or (backend == "auto" and not q.is_cuda):
-        return "torch"
-    reason = None
-    if triton is None:
-        reason = "Triton is not installed"
-    elif not q.is_cuda and not interpreting():
-        reason = f"Triton does not run on {q.device.type}"
-    elif q.dtype == torch.float64:
-        reason = "the Triton kernels do not compute in fp64"
-    elif V > MAX_WIDTH:
-        reason = f"the Triton kernels take values up to {MAX_WIDTH} wide"
-    if reason:
-        warn_once(f"performer runs its PyTorch form: {reason}")
-    return "torch" if reason else "triton"

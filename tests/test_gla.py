@@ -14,6 +14,7 @@ import torch
 import kernels
 from kernels import gla as G
 from kernels.gla import gla, gla_recurrent
+from kernels.launch import Kernel
 
 NAMES = ("o", "state", "dq", "dk", "dv", "dg", "dh0")
 EXACT = (1e-10,) * 7
@@ -456,7 +457,9 @@ def test_interpreted_gates(gates):
 @pytest.mark.slow
 def test_interpreted_tiles(monkeypatch):
     """Heads wider than a tile, in both directions, with a rest."""
-    monkeypatch.setattr(G, "CONFIGS", {x: [(16, 16, 4, 1)] for x in G.CONFIGS})
+    for kernel in G.KERNELS.values():
+        monkeypatch.setattr(kernel, "configs", [dict(BK=16, BV=16, num_warps=4, num_stages=1)])
+        monkeypatch.setattr(kernel, "runs", {})
     for gate_min in (-1.25, None):
         compare(draw(1, 65, 1, 40, 24), torch.float32, TRITON_FP32, "triton", gate_min=gate_min)
 
@@ -481,8 +484,8 @@ def test_interpreted_types_of_gates(dtype):
 @INTERPRETED
 def test_interpreted_launches(monkeypatch):
     """Forward and backward together launch six kernels."""
-    count, launch = [], G.launch
-    monkeypatch.setattr(G, "launch", lambda name, *args, **kwargs: (count.append(name), launch(name, *args, **kwargs)))
+    count, launch = [], Kernel.launch
+    monkeypatch.setattr(Kernel, "launch", lambda self, *args, **kw: (count.append(self), launch(self, *args, **kw)))
     run(draw(1, 20, 1, 16, 16), torch.float32, "triton", gate_min=-1.25)
     assert len(count) == 6
 
@@ -501,8 +504,9 @@ def test_on_a_gpu(T, K, V, dtype, tolerances, gate_min):
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("gate_min", [-1.25, None])
-@pytest.mark.parametrize("name, i", [(name, i) for name in G.CONFIGS for i in range(len(G.CONFIGS[name]))])
+@pytest.mark.parametrize("name, i", [(name, i) for name in G.KERNELS for i in range(len(G.KERNELS[name].configs))])
 def test_every_configuration_on_a_gpu(name, i, gate_min, width, monkeypatch):
-    monkeypatch.setitem(G.CONFIGS, name, [G.CONFIGS[name][i]])
+    kernel = G.KERNELS[name]
+    monkeypatch.setitem(G.KERNELS, name, Kernel(kernel.function, [kernel.configs[i]], kernel.tiles))
     inputs = [x.bfloat16().double() for x in draw(2, 200, 3, width, width)]
     compare(inputs, torch.bfloat16, BF16, "triton", "cuda", gate_min=gate_min)

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))  # this file is also run as a script, in its own p
 
 import kernels.gsa as module  # noqa: E402
 from kernels.gsa import gsa  # noqa: E402
+from kernels.launch import Kernel  # noqa: E402
 
 NAMES = ["o", "hk", "hv", "dq", "dk", "dv", "ds", "dg", "dhk", "dhv"]
 TOLERANCE = {  # of o and states, of gradients, of dg
@@ -55,7 +56,7 @@ def draw(T, K=16, V=20, M=12, gate="normaliser 8", B=1, H=3, seed=0):
 
 def run(ins, outs, backend, dtype=torch.float64, scale=None):
     """Outputs, final states and all gradients, in fp64."""
-    ins = [x.to(dtype) if i < 5 else x.to(module.accumulator(x.to(dtype))) for i, x in enumerate(ins)]
+    ins = [x.to(dtype) if i < 5 else x.to(module.compute_dtype(dtype)) for i, x in enumerate(ins)]
     ins = [x.detach().requires_grad_() for x in ins]
     o, (hk, hv) = gsa(*ins[:5], scale, tuple(ins[5:]) or None, True, backend)
     loss = sum((x.double() * y).sum() for x, y in zip((o, hk, hv), outs))
@@ -373,8 +374,9 @@ def test_other_errors():
 
 
 def test_fallback_says_its_reason_once(monkeypatch):
-    monkeypatch.setattr(module, "obstacle", lambda *_: "of a test")
-    ins, _ = draw(5)
+    monkeypatch.setattr(module, "too_many", lambda M: "of a test")
+    monkeypatch.setattr("kernels.launch.interpreting", lambda: True)
+    ins = [x.float() for x in draw(5)[0]]
     with pytest.warns(UserWarning, match="of a test") as caught:
         outs = [gsa(*ins[:5], backend="triton")[0] for _ in range(3)]
     assert len(caught) == 1 and torch.equal(outs[0], gsa(*ins[:5], backend="torch")[0])
@@ -470,7 +472,7 @@ def test_triton_interpreted(case):
 @triton_only
 def test_at_most_eight_launches(monkeypatch):
     launched = []
-    monkeypatch.setattr(module, "launch", lambda name, *args, **kwargs: launched.append(name))
+    monkeypatch.setattr(Kernel, "launch", lambda self, *args, **kwargs: launched.append(self))
     ins, outs = draw(70)
     o, *_, z, _ = module.gsa_fwd(*ins, 1.0)
     module.gsa_bwd(outs[0], None, None, *ins, z, 1.0)
@@ -490,10 +492,12 @@ def test_on_a_gpu(T, widths, dtype, tolerance, gate):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("name, i", [(name, i) for name in module.KERNELS for i in range(len(module.KERNELS[name][1]))])
+@pytest.mark.parametrize(
+    "name, i", [(name, i) for name in module.KERNELS for i in range(len(module.KERNELS[name].configs))]
+)
 def test_every_configuration_on_a_gpu(name, i, width, monkeypatch):
-    kernel, configs = module.KERNELS[name]
-    monkeypatch.setitem(module.KERNELS, name, (kernel, [configs[i]]))
+    kernel = module.KERNELS[name]
+    monkeypatch.setitem(module.KERNELS, name, Kernel(kernel.function, [kernel.configs[i]]))
     on_gpu(200, (width, width, 64), torch.bfloat16, "bf16", "mixed")
 
 

@@ -17,6 +17,7 @@ import kernels
 import train
 from config import ConfigError, load
 from kernels import performer as P
+from kernels.launch import Kernel
 from kernels.performer import feature_map, performer
 from model import GPT, GPTConfig, random_features
 
@@ -596,8 +597,8 @@ def test_interpreted_shapes(T, D, M, V):
 @INTERPRETED
 def test_interpreted_launches(monkeypatch):
     """Forward and backward together launch six kernels."""
-    count, launch = [], P.launch
-    monkeypatch.setattr(P, "launch", lambda name, *args, **kwargs: (count.append(name), launch(name, *args, **kwargs)))
+    names, count, launch = {kernel: name for name, kernel in P.KERNELS.items()}, [], Kernel.launch
+    monkeypatch.setattr(Kernel, "launch", lambda self, *a, **kw: (count.append(names[self]), launch(self, *a, **kw)))
     run(draw(1, 20, 1, 4, 16, 16), torch.float32, "softmax", "triton")
     assert count == ["scan", "read", "scan", "scan", "read", "grad"]
 

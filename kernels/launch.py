@@ -1,0 +1,94 @@
+"""What every launch of a Triton kernel shares: whether it can run, with which tiles, and on which device."""
+
+import contextlib
+
+import torch
+
+from . import interpreting, jit, tl, triton, warn_once
+
+AUTOTUNE = False  # time all configurations of a kernel, once for each size, instead of taking the first that fits
+OutOfResources = triton.runtime.errors.OutOfResources if triton else ()
+
+
+def choose(name, backend, q, obstacle=None):
+    """triton or torch for the operator `name`. A wish that cannot be met is answered with its reason, once. obstacle:
+    what of the sizes its kernels do not take."""
+    if backend == "torch" or (backend == "auto" and not q.is_cuda):
+        return "torch"
+    if triton is None:
+        reason = "Triton is not installed"
+    elif not q.is_cuda and not interpreting():
+        reason = f"Triton does not run on {q.device.type}"
+    elif q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        reason = f"the Triton kernels need an Ampere GPU or newer, not {torch.cuda.get_device_name(q.device)}"
+    elif q.dtype == torch.float64:
+        reason = "the Triton kernels do not compute in fp64"
+    else:
+        reason = obstacle
+    if reason:
+        warn_once(f"{name} runs its PyTorch form: {reason}")
+    return "torch" if reason else "triton"
+
+
+def power(n):
+    """The least tile that holds n: a power of two, from the 16 on that a product needs."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def dot_type(dtype):
+    """What products are made of. fp16 becomes bf16: factors that decay and grow need its range."""
+    return tl.float32 if dtype == torch.float32 else tl.bfloat16
+
+
+@jit
+def split(i, n):
+    """The number of a program as its place along n and the rest: only the first axis of a grid may go beyond 65,535."""
+    return i % n, i // n
+
+
+class Kernel:
+    """A Triton kernel with its configurations, dicts of tiles, num_warps and num_stages: the first is the default.
+    tiles: {tile: the size that it need not exceed}."""
+
+    def __init__(self, function, configs, tiles=None):
+        self.function, self.configs, self.tiles = function, configs, tiles or {}
+        self.runs = {}  # {device and constants: what is launched, and its configuration}
+
+    def options(self, constants):
+        """The distinct configurations for the sizes among `constants`, the default first."""
+        sizes = {tile: power(constants[size]) for tile, size in self.tiles.items()}
+        fitted = [c | {tile: min(c[tile], size) for tile, size in sizes.items()} for c in self.configs]
+        return [c for i, c in enumerate(fitted) if c not in fitted[:i]]
+
+    def launch(self, programs, *args, **constants):
+        """Run programs(configuration) of it on the device of the first argument. A device that has too little shared
+        memory for a configuration takes the next."""
+        key = args[0].device, *constants.values()
+        with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
+            if key in self.runs:
+                run, option = self.runs[key]
+                return run[programs](*args, **constants, **option)
+            for option in self.options(constants):
+                run, option = (self.tuned(constants), {}) if AUTOTUNE else (self.function, option)
+                try:
+                    run[programs](*args, **constants, **option)
+                except OutOfResources as error:
+                    reason = error
+                else:
+                    self.runs[key] = run, option
+                    return
+            raise reason
+
+    def tuned(self, constants):
+        """The kernel with an autotuner over its configurations for these sizes."""
+        configs = []
+        for option in self.options(constants):
+            tiles = {name: n for name, n in option.items() if name in self.function.arg_names}
+            options = {name: n for name, n in option.items() if name not in tiles}
+            configs.append(triton.Config(tiles, **options))
+        return triton.autotune(configs, key=[])(self.function)
+
+
+def configurations(names, *rows):
+    """[(64, 8), ...] as dicts, by names that are written in one string."""
+    return [dict(zip(names.split(), row, strict=True)) for row in rows]
