@@ -10,7 +10,7 @@ from conftest import check_units
 
 import bench
 import train
-from benchmarks import clocks, layers, operators, peers, quality, tables
+from benchmarks import clocks, decoding, layers, operators, peers, quality, tables
 from benchmarks.layers import crossover
 from benchmarks.tables import Table, number, speed_ratio, spread
 from config import ConfigError, Runtime
