@@ -21,13 +21,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import build, key, stray_key
-from kernels.distance import BandCache, distance, paths
+from kernels.distance import BandCache, distance
+from kernels.distance import operations as distance_operations
 from kernels.gated import executed_pairs as gated_pairs
 from kernels.gated import gated, gated_map
-from kernels.gla import gla, gla_products
-from kernels.gsa import gsa, gsa_products
-from kernels.nsa import nsa_compressed, nsa_pairs, nsa_selected, nsa_sizes, nsa_window
-from kernels.performer import feature_map, performer, performer_products, random_features
+from kernels.gla import gla
+from kernels.gla import operations as gla_operations
+from kernels.gsa import gsa
+from kernels.gsa import operations as gsa_operations
+from kernels.nsa import nsa_compressed, nsa_selected, nsa_sizes, nsa_window
+from kernels.nsa import operations as nsa_operations
+from kernels.performer import feature_map, performer, random_features
+from kernels.performer import operations as performer_operations
 from weights import ModelError, load_weights, read_checkpoint, read_gpt2
 
 
@@ -505,17 +510,8 @@ class DistanceAttention(SoftmaxAttention):
         y = distance(q, keys, values, *self.log_mask(past + t))[:, past:]
         return self._project(y, x), state
 
-    @torch.no_grad()
     def flops(self, T):
-        """The pairs that the masks keep, and those that the blocks of a training step hold."""
-        table, first = self.log_mask(T)
-        first = table.new_empty(len(table), 0, T) if first is None else first
-        P, each = min(T, first.size(1)), 4 * self.d_head * self.n_head // len(table)
-        seen = ((table > -math.inf).sum(0) * (T - torch.arange(T, device=table.device))).sum()
-        executed = sum(pairs for _, pairs in paths(table, first, self.d_head, self.constant_ones))
-        for s in range(P):  # the first keys have masks of their own
-            seen += (first[:, s, : T - s] > -math.inf).sum() - (table[:, : T - s] > -math.inf).sum()
-        return each * int(seen), each * executed
+        return distance_operations(*self.log_mask(T), self.n_head, self.d_head, self.d_head, self.constant_ones)
 
     @torch.no_grad()
     def stats(self, x=None):
@@ -744,9 +740,7 @@ class GatedLinearAttention(Attention):
         return self._project(o, r), state
 
     def flops(self, T):
-        """The recurrence, and the matrix products of the chunks of 64 that a training step executes."""
-        K, V, H = self.d_k, self.d_v, self.n_head
-        return 4 * K * V * H * T, H * gla_products(T, K, V, self.gate_min)
+        return gla_operations(T, self.n_head, self.d_k, self.d_v, self.gate_min)
 
     @torch.no_grad()
     def stats(self, x=None):
@@ -812,9 +806,7 @@ class GatedSlotAttention(Attention):
         return self._project(o, x), state
 
     def flops(self, T):
-        """The recurrence, and the matrix products of the chunks of up to 64 that a training step executes."""
-        D, M, H = self.d_head, self.n_slot, self.n_head
-        return 8 * M * D * H * T, H * gsa_products(T, D, D, M)
+        return gsa_operations(T, self.n_head, self.d_head, self.d_head, self.n_slot)
 
     @torch.no_grad()
     def stats(self, x=None):
@@ -897,9 +889,7 @@ class PerformerAttention(Attention):
         return self._project(o, x), (sums, position + x.size(1))
 
     def flops(self, T):
-        """Features and the recurrence, and the matrix products of the chunks of 64 that a training step executes."""
-        M, D, H = self.n_feature, self.d_head, self.n_head
-        return (8 * M * D + 4 * M) * H * T, H * performer_products(T, D, D, M)
+        return performer_operations(T, self.n_head, self.d_head, self.d_head, self.n_feature)
 
     @torch.no_grad()
     def stats(self, x=None):
@@ -1030,14 +1020,7 @@ class NativeSparseAttention(Attention):
         return self._attend(x, q, *caches, n, "gather" if t <= 16 else "auto"), state
 
     def flops(self, T):
-        """The pairs that are read, and those in the tiles of a training step; both with what compresses the blocks, but
-        for the slots, whose product is one for a whole batch."""
-        block, stride = self.sizes[:2]
-        H, Hk, D, N = self.n_head, self.n_kv, self.d_head, max(0, (T - block) // stride + 1)
-        first, second = (0, block * D) if self.mean else (4 * block * D * D, 4 * D * D)
-        run = N and N + block // stride - 1  # of the MLP's first matrix; N blocks have so many parts
-        read, executed = (4 * H * D * pairs for pairs in nsa_pairs(T, self.sizes, H // Hk))
-        return read + 2 * Hk * N * (first + second), executed + 2 * Hk * (run * first + N * second)
+        return nsa_operations(T, self.sizes, self.n_head, self.n_kv, self.d_head, self.mean)
 
     @torch.no_grad()
     def stats(self, x=None):

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 from config import ConfigError
+from kernels import Case
 from model import ATTENTION, GPTConfig
 
 
@@ -15,10 +16,18 @@ def layer(attn, x, *parameters):
     return attn(x)[0]
 
 
-def performer_pytorch(public, ours, inputs):
+def fla_gla(f, q, k, v, g):
+    return f(q, k, v, g)[0]
+
+
+def fla_gsa(f, q, k, v, g):
+    return f(q, k, v, -torch.expm1(g), g, scale=1.0)[0]
+
+
+def performer_pytorch(public, ours):
     """Its causal path on a CPU, with our draw of features. The eps that it adds to them is 0 here, so that both are the
     same function; with it, a later key moves earlier outputs."""
-    w, public = ours.args[0][0], public.performer_pytorch
+    w, public = ours.call.args[0][0], public.performer_pytorch
 
     def call(q, k, v):
         q, k = (
@@ -27,7 +36,7 @@ def performer_pytorch(public, ours, inputs):
         )  # it scales by D^(-1/4)
         return public.causal_linear_attention_noncuda(q, k, v.transpose(1, 2), eps=0).transpose(1, 2)
 
-    return call, inputs
+    return call, ours.inputs
 
 
 def nsa_layer(T, H, D, n_kv):
@@ -39,9 +48,9 @@ def nsa_layer(T, H, D, n_kv):
     return attn
 
 
-def native_sparse_attention_pytorch(public, ours, inputs):
+def native_sparse_attention_pytorch(public, ours):
     """Its module, projections and all, with our sizes and weights; without its norm and its rotary positions."""
-    attn, x = ours.args[0], inputs[0]
+    attn, x = ours.call.args[0], ours.inputs[0]
     block, stride, select_block, count, window = attn.sizes
     theirs = public.SparseAttention(
         dim=x.shape[2], dim_head=attn.d_head, heads=attn.n_head, kv_heads=attn.n_kv, causal=True, norm=False,
@@ -57,35 +66,40 @@ def native_sparse_attention_pytorch(public, ours, inputs):
     return lambda x, *parameters: theirs(x), [x, *(p for p in theirs.parameters() if p.requires_grad)]
 
 
+NSA = "cpu", "native_sparse_attention_pytorch", None, native_sparse_attention_pytorch
 PEERS = {  # name: ours, device, module, function, how it is called
-    "gla, fla naive": ("gla", "cpu", "gla/naive", "naive_recurrent_gla", lambda f, q, k, v, g, s: f(q, k, v, g)[0]),
-    "gsa, fla naive": (
-        "gsa", "cpu", "gsa/naive", "naive_recurrent_gsa",
-        lambda f, q, k, v, g, s: f(q, k, v, -torch.expm1(s), s, 1.0)[0],
-    ),
-    "gla, fla chunk": ("gla", "cuda", "gla", "chunk_gla", lambda f, q, k, v, g, s: f(q, k, v, g)[0]),
-    "gsa, fla chunk": (
-        "gsa", "cuda", "gsa", "chunk_gsa",
-        lambda f, q, k, v, g, s: f(q, k, v, -torch.expm1(s), s, scale=1.0)[0],
-    ),
+    "gla, fla naive": ("gla", "cpu", "gla/naive", "naive_recurrent_gla", fla_gla),
+    "gsa, fla naive": ("gsa", "cpu", "gsa/naive", "naive_recurrent_gsa", fla_gsa),
+    "gla, fla chunk": ("gla", "cuda", "gla", "chunk_gla", fla_gla),
+    "gsa, fla chunk": ("gsa", "cuda", "gsa", "chunk_gsa", fla_gsa),
     "performer, performer-pytorch": ("performer", "cpu", "performer_pytorch", None, performer_pytorch),
-    "nsa layer, native-sparse-attention-pytorch": (
-        "nsa layer", "cpu", "native_sparse_attention_pytorch", None, native_sparse_attention_pytorch,
-    ),
-    "nsa layer, one key head, native-sparse-attention-pytorch": (
-        "nsa layer, one key head", "cpu", "native_sparse_attention_pytorch", None, native_sparse_attention_pytorch,
-    ),
-}  # fmt: skip
+    "nsa layer, native-sparse-attention-pytorch": ("nsa layer", *NSA),
+    "nsa layer, one key head, native-sparse-attention-pytorch": ("nsa layer, one key head", *NSA),
+}
 NAIVE_LIMIT = 1024  # tokens; peers on a CPU take a second for these already
 
 
-def peer(name, ours, inputs):
-    """A peer as (operator, its inputs), as our row is. fla-core's naive files are read by path: it wants a GPU."""
+def peers(rows, shape, runtime):
+    """{name of a row: its kernels.Case} of the peers of `rows`, and of our layers that public layers stand beside."""
+    B, T, H, K, _ = shape
+    options, found = dict(device=runtime.device, dtype=getattr(torch, runtime.dtype)), {}
+    for row, n_kv in (("nsa layer", H), ("nsa layer, one key head", 1)) if "nsa" in rows else ():
+        attn, entry = nsa_layer(T, H, K, n_kv).to(**options), torch.randn(B, T, H * K, **options).requires_grad_()
+        found[row] = Case(functools.partial(layer, attn), [entry, *attn.parameters()], None, None)
+    for name, (ours, device, *_) in PEERS.items():
+        near, case = device == "cuda" or T <= NAIVE_LIMIT, (rows | found).get(ours)
+        if case and device == runtime.device_type and near:
+            found[name] = Case(*peer(name, case), None, None)
+    return found
+
+
+def peer(name, ours):
+    """A peer as (operator, its inputs). fla-core's naive files are read by path: it wants a GPU."""
     _, device, module, function, call = PEERS[name]
     needed = "pip install -r requirements-peers.txt -c requirements.txt"
     if not function:
         try:
-            return call(importlib.import_module(module), ours, inputs)
+            return call(importlib.import_module(module), ours)
         except ImportError as error:
             raise ConfigError(f"--peers needs {module} ({error}): {needed}") from None
     spec = importlib.util.find_spec("fla")
@@ -98,4 +112,4 @@ def peer(name, ours, inputs):
         file = importlib.util.spec_from_file_location(module.replace("/", "_"), path)
         found = importlib.util.module_from_spec(file)
         file.loader.exec_module(found)
-    return functools.partial(call, getattr(found, function)), inputs
+    return functools.partial(call, getattr(found, function)), ours.inputs

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import types
 import warnings
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +15,29 @@ except ImportError:
     triton, tl = None, types.SimpleNamespace(constexpr=None)  # enough for the kernels' definitions to be read
 
 _said = set()
+
+MODULES = (
+    "gla",
+    "gsa",
+    "nsa",
+    "performer",
+    "distance",
+)  # of each, CASES: {operator: f}, f(q, k, v, **options) -> {row: Case}
+
+
+class Case(NamedTuple):
+    """An operator and the inputs that it is timed with."""
+
+    call: object  # of the inputs
+    inputs: list  # tensors that take gradients, tokens in dim 1
+    oracle: object  # of the inputs in float64, a prefix of their tokens too: what defines the operator
+    executed: int | None  # operations of a forward pass of the batch; None: not counted
+
+
+def log_gates(q, width):
+    """Mild log-gates (B, T, H, width) of q's tokens and heads, in fp32, drawn anew."""
+    z = torch.randn(*q.shape[:3], width, device=q.device)
+    return (torch.nn.functional.logsigmoid(z) / 16).requires_grad_()
 
 
 def jit(kernel):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
-from . import in_autocast, leave_autocast, operator
+from . import Case, in_autocast, leave_autocast, operator
 
 SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
 CALLS = 2**13  # scores that take the time of a segment's calls
@@ -666,6 +666,20 @@ def paths(table, prefix, width, constant_ones=False):
     return [(f"FlexAttention, {m} of {n * (n + 1) // 2} blocks of {TILE}", m * TILE**2) for m in tiles]
 
 
+@torch.no_grad()
+def operations(table, prefix, H, D, V, constant_ones=False):
+    """(nominal, executed) of a sequence as long as the table: pairs that the masks keep, and those in the blocks of a
+    training step."""
+    T = table.shape[1]
+    prefix = table.new_empty(len(table), 0, T) if prefix is None else prefix
+    each = 2 * (D + V) * H // len(table)
+    seen = ((table > -math.inf).sum(0) * (T - torch.arange(T, device=table.device))).sum()
+    executed = sum(pairs for _, pairs in paths(table, prefix, min(D, V), constant_ones))
+    for s in range(min(T, prefix.shape[1])):  # the first keys have masks of their own
+        seen += (prefix[:, s, : T - s] > -math.inf).sum() - (table[:, : T - s] > -math.inf).sum()
+    return each * int(seen), each * executed
+
+
 def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_ones=False):
     """Attention under a log-mask by distance. Returns o (B, T, H, V).
 
@@ -704,3 +718,34 @@ def check(q, k, v, table, prefix, backend):
         raise ValueError(f"distance: prefix must be ({table.shape[0]}, P, {T}), got {tuple(prefix.shape)}")
     if backend not in ("auto", "banded", "flex", "dense"):
         raise ValueError(f"distance: backend must be auto, banded, flex or dense, got {backend!r}")
+
+
+def masked(q, k, v, table, constant_ones=False):
+    """What is timed of a mask by distance."""
+    call = functools.partial(distance, constant_ones=constant_ones)
+    sizes = q.shape[2], q.shape[3], v.shape[3]
+    executed = len(q) * operations(table, None, *sizes, constant_ones)[1]
+    return Case(call, [q, k, v, table.requires_grad_()], functools.partial(distance, backend="dense"), executed)
+
+
+def span_cases(q, k, v, spans=(256,), **_):
+    """As adaptive spans call it, for each span, a ramp of 32 included."""
+    found, x = {}, torch.arange(q.shape[1], device=q.device)
+    for span in spans:
+        table = ((span - x) / 32).clamp(0, 1).log().repeat(q.shape[2], 1)
+        case = found[f"span {span}"] = masked(q, k, v, table, constant_ones=True)
+        if q.is_cuda:  # where FlexAttention is taken: the form that it must beat
+            banded = functools.partial(case.call, backend="banded")
+            found[f"span {span}, banded"] = case._replace(call=banded, executed=None)
+    return found
+
+
+def mix_case(q, k, v, offsets=range(5), **_):
+    """As mixtures of masks call it: weights of some distances."""
+    table = torch.full((1, q.shape[1]), -math.inf, device=q.device)
+    kept = [o for o in offsets if o < q.shape[1]]
+    table[0, kept] = -torch.rand(len(kept), device=q.device)
+    return {f"mask_mix of {len(kept)}": masked(q, k, v, table)}
+
+
+CASES = {"span": span_cases, "mask_mix": mix_case}

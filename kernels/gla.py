@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
+from . import Case, in_autocast, interpreting, jit, leave_autocast, log_gates, operator, tl, triton, warn_once
 
 CHUNK = 64  # tokens a chunk, in every backend
 SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its tensors stay in cache
@@ -229,12 +229,12 @@ def store(out, segment, chunk, write):
     out[:, lo:hi].copy_(padded[:, : hi - lo])
 
 
-def gla_products(T, K, V, gate_min):
-    """Operations of the matrix products that `chunk_forward` runs for one head and sequence of T, a whole last chunk
-    included. Elementwise work is not counted: of a tree the levels of one and two tokens are elementwise too."""
+def operations(T, H, K, V, gate_min):
+    """(nominal, executed) of a sequence of T: the recurrence, and the matrix products that `chunk_forward` runs, a
+    whole last chunk included. Elementwise work is not counted, nor the levels of one and two tokens of a tree."""
     C = CHUNK
     scores = 2 * C * C * K if is_factorised(gate_min) else C * (C - 4) * K  # C h K at each level of h = 4 ... C / 2
-    return -(-T // C) * (4 * C * K * V + scores + 2 * C * C * V)
+    return 4 * K * V * H * T, H * -(-T // C) * (4 * C * K * V + scores + 2 * C * C * V)
 
 
 def prepare(q, k, g, segment, chunk, gate_min, new):
@@ -839,3 +839,18 @@ def choose(backend, q, V):
     if reason:
         warn_once(f"gla runs its PyTorch form: {reason}")
     return "torch" if reason else "triton"
+
+
+def case(name, gate_min, q, k, v, **_):
+    """What is timed: mild gates, bounded below or not."""
+    (B, T, H, K), V = q.shape, v.shape[3]
+    call = functools.partial(gated_output, gate_min=gate_min)
+    executed = B * operations(T, H, K, V, gate_min)[1]
+    return {name: Case(call, [q, k, v, log_gates(q, K)], functools.partial(call, backend="recurrent"), executed)}
+
+
+def gated_output(*inputs, **options):
+    return gla(*inputs, **options)[0]
+
+
+CASES = {name: functools.partial(case, name, low) for name, low in (("gla", -1.25), ("gla_exact", None))}

@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
+from . import Case, in_autocast, interpreting, jit, leave_autocast, log_gates, operator, tl, triton, warn_once
 from .gla import LOG2E, double_sums, tree_level
 
 CHUNK = 64  # tokens a chunk, in every backend
@@ -168,12 +168,11 @@ def segment_length(B, H):
     return CHUNK * max(1, SEGMENT // (CHUNK * B * H))
 
 
-def gsa_products(T, K, V, M):
-    """Operations of the matrix products that `chunk_fwd` runs for one head and sequence of T, a whole last chunk
-    included, where gates are mild enough to be factorised. Strong gates, which `Decay` takes by halves, run fewer."""
+def operations(T, H, K, V, M):
+    """(nominal, executed) of a sequence of T: the recurrence, and the matrix products that `chunk_fwd` runs, a whole
+    last chunk included, where gates are mild enough to be factorised. Strong ones, taken by halves, run fewer."""
     C = chunk_length(T)
-    decay = 2 * C * C * M
-    return -(-T // C) * (4 * C * M * (K + V) + 2 * C * C * (K + M) + 2 * C * C * (M + V) + decay)
+    return 4 * M * (K + V) * H * T, H * -(-T // C) * (4 * C * M * (K + V) + 2 * C * C * (K + V + 3 * M))
 
 
 def chunk_fwd(q, k, v, s, g, hk, hv, scale):
@@ -912,3 +911,17 @@ def obstacle(q, v, s):
     if s.shape[-1] > MAX_SLOTS:
         return f"the Triton kernels take up to {MAX_SLOTS} slots"
     return None
+
+
+def case(q, k, v, slots=64, **_):
+    """What is timed: mild gates g, and writes of 1 - e^g."""
+    (B, T, H, K), V = q.shape, v.shape[3]
+
+    def call(q, k, v, g, backend="auto"):
+        return gsa(q, k, v, -torch.expm1(g), g, scale=1.0, backend=backend)[0]
+
+    inputs, executed = [q, k, v, log_gates(q, slots)], B * operations(T, H, K, V, slots)[1]
+    return {"gsa": Case(call, inputs, functools.partial(call, backend="recurrent"), executed)}
+
+
+CASES = {"gsa": case}

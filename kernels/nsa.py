@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
+from . import Case, in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
 from .gla import LOG2E, Workspace, compute_dtype
 
 SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
@@ -52,6 +52,18 @@ def nsa_pairs(T, sizes, G=1):
     ends = [min(T, t + QUERIES) for t in range(block - 1, T, QUERIES)]
     compressed = sum((b - a) * ((b - block) // stride + 1) for a, b in zip([block - 1, *ends], ends))
     return read + chosen, compressed + selected_pairs(T, select_block, count, G) + -(-T // c) * c * (w + c)
+
+
+def operations(T, sizes, H, Hk, D, mean=True):
+    """(nominal, executed) of a sequence of T: the pairs that are read, and those in the tiles of a training step; both
+    with what compresses the blocks, their mean or an MLP of 2 D hidden channels, but for the slots: one product for
+    a whole batch."""
+    block, stride = sizes[:2]
+    N = max(0, (T - block) // stride + 1)
+    first, second = (0, block * D) if mean else (4 * block * D * D, 4 * D * D)
+    run = N and N + block // stride - 1  # of the MLP's first matrix; N blocks have so many parts
+    read, executed = (4 * H * D * pairs for pairs in nsa_pairs(T, sizes, H // Hk))
+    return read + 2 * Hk * N * (first + second), executed + 2 * Hk * (run * first + N * second)
 
 
 def selected_pairs(T, select_block, count, G):
@@ -959,3 +971,24 @@ def check(name, q, k, v, longer=False):
         raise ValueError(f"{name}: k has {k.shape[2]} heads, which do not divide the {q.shape[2]} of q")
     if longer and k.shape[1] < q.shape[1]:
         raise ValueError(f"{name}: k must be at least as long as q, {q.shape[1]}, got {k.shape[1]}")
+
+
+def branches(q, k, v, dense=False):
+    """All three with the sizes for T, a key head for all query heads, blocks compressed to their means, gates of 1."""
+    sizes, k, v = nsa_sizes(q.shape[1]), k[:, :, :1], v[:, :, :1]
+    compressed, selected, window = nsa_compressed, nsa_selected, nsa_window
+    if dense:
+        compressed, selected, window = nsa_compressed_dense, nsa_selected_dense, nsa_window_dense
+    blocks = (x.unfold(1, sizes[0], sizes[1]).mean(-1) for x in (k, v))  # (B, N, 1, D)
+    o, index = compressed(q, *blocks, *sizes[:4])
+    return o + selected(q, k, v, index, sizes[2]) + window(q, k, v, sizes[4])
+
+
+def case(q, k, v, **_):
+    """What is timed, where values are as wide as keys."""
+    (B, T, H, D), oracle = q.shape, functools.partial(branches, dense=True)
+    executed = B * operations(T, nsa_sizes(T), H, 1, D)[1]
+    return {"nsa": Case(branches, [q, k, v], oracle, executed)} if v.shape[3] == D else {}
+
+
+CASES = {"nsa": case}

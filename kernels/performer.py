@@ -12,10 +12,12 @@ tokens in matrix products (the CPU path); `triton`. Axes: B batch, T time, H hea
 width, C tokens a chunk, N chunks in flight. Between forward and backward features are not kept but computed again.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
-from . import in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
+from . import Case, in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
 from .gla import CHUNK, Workspace, block, chunked, compute_dtype, gla_recurrent, load, store
 
 SEGMENT = 2**18  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
@@ -146,10 +148,11 @@ def running_sums(x, first, out, last=None, reverse=False):
     return out
 
 
-def performer_products(T, D, V, M):
-    """Operations of the matrix products that `chunk_forward` runs for one head and sequence of T, a whole last chunk
-    included: features, states, and what a chunk adds."""
-    return -(-T // CHUNK) * CHUNK * (4 * M * D + 4 * M * (V + 1) + 2 * CHUNK * (M + V + 1))
+def operations(T, H, D, V, M):
+    """(nominal, executed) of a sequence of T: features and the recurrence, and the matrix products that `chunk_forward`
+    runs, a whole last chunk included: features, states, and what a chunk adds."""
+    each = 4 * M * (D + V + 1)  # of a token
+    return each * H * T, H * -(-T // CHUNK) * CHUNK * (each + 2 * CHUNK * (M + V + 1))
 
 
 def chunk_forward(q, k, v, wq, wk, state, features, chunk=CHUNK):
@@ -544,3 +547,19 @@ def choose(backend, q, V):
     if reason:
         warn_once(f"performer runs its PyTorch form: {reason}")
     return "torch" if reason else "triton"
+
+
+def case(q, k, v, n_feature=256, **_):
+    """What is timed: keys and queries of norm 1, and features that all heads share."""
+    (B, T, H, K), V = q.shape, v.shape[3]
+    w = random_features(1, n_feature, K).expand(H, -1, -1).to(q.device)
+    unit = [F.normalize(x.detach(), dim=-1).requires_grad_() for x in (q, k)]
+    call, oracle = functools.partial(of_features, w), functools.partial(of_features, w.double(), backend="recurrent")
+    return {"performer": Case(call, [*unit, v], oracle, B * operations(T, H, K, V, n_feature)[1])}
+
+
+def of_features(w, q, k, v, backend="auto"):
+    return performer(q, k, v, w, w, backend=backend)[0]
+
+
+CASES = {"performer": case}

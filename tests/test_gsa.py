@@ -194,7 +194,7 @@ def test_factorised_form_at_its_bounds():
 def test_products_are_counted(fresh_rng, products):
     """To the last one where gates are mild; strong ones run fewer."""
     for T in (1, 10, 64, 300):
-        counted = 2 * 3 * module.gsa_products(T, 16, 20, 12)
+        counted = 2 * module.operations(T, 3, 16, 20, 12)[1]
         for gate, wanted in (("normaliser 16", counted), ("mixed", None)):
             q, k, v, s, g, *_ = draw(T, gate=gate, B=2, seed=int(fresh_rng.integers(2**31)))[0]
             found = products(lambda: gsa(q, k, v, s, g))  # noqa: B023
