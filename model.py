@@ -156,6 +156,7 @@ class Attention(nn.Module):
     meaning = {}  # {parameter: what its numbers mean}: loading copies numbers between layers that agree
     positions = False  # whether pos_emb=rope turns its queries and keys
     families = ()  # owners of the keys that it shares with other types
+    keeps_keys = False  # whether its decoding state holds keys, and grows with the context
 
     @classmethod
     def check(cls, config):
@@ -247,7 +248,7 @@ class SoftmaxAttention(Attention):
 
     Decoding keeps a ring of the last max_len keys and values."""
 
-    positions = True
+    positions = keeps_keys = True
     families = ("softmax family", "output gate")
 
     def __init__(self, config):
@@ -473,8 +474,8 @@ class DistanceAttention(SoftmaxAttention):
         p_ts = m_h(t - s) e^(a_ts) / sum_{s' <= t} m_h(t - s') e^(a_ts'),   a_ts = q_t . k_s / sqrt(D)
 
     Distances with m = 0 are not computed, in training either, and decoding reads only the others. m is 0 from
-    block_size on, also in longer sequences: the ring of decoding keeps no more. A type of this family has `log_mask`
-    and `penalty`. Dropout acts on the residual, not on p."""
+    block_size on, also in longer sequences: the ring of decoding keeps no more. A type of this family has `log_mask`,
+    `penalty`, `parameter_stats` and `simplify`. Dropout acts on the residual, not on p."""
 
     constant_ones = False  # whether a mask of ones has no slope, and so costs what softmax attention costs
 
@@ -604,10 +605,13 @@ class AdaptiveSpan(DistanceAttention):
         return self.reg * keys.mean()
 
     @torch.no_grad()
-    def snap_periods(self):
-        """Round the periods to whole tokens: those of narrow waves then fall into short dense sequences."""
+    def simplify(self, share):
+        """Round the periods to whole tokens: those of narrow waves then fall into short dense sequences. Says so."""
+        if not self.wave:
+            return None
         low, high = self.period_range
         self.period.copy_(((self.periods()[0].round().clamp(low, high) - low) / (high - low)).logit())
+        return "with periods rounded to whole tokens"
 
     def parameter_stats(self):
         stats = {"span": self.spans().detach()}
@@ -668,6 +672,11 @@ class MaskMix(DistanceAttention):
         first = torch.stack([(s < k) if kind == "first" else (s < 0) for kind, k in self.candidates])
         f = (w[:, :, None] * first).sum(1)  # (H or 1, P), P = n_first
         return log_or_drop(u), log_or_drop(u[:, None] + f[:, :, None])
+
+    def simplify(self, share):
+        """Drop candidates below this share of the largest. Says so."""
+        self.prune = share
+        return f"without candidates below {share:g} of the largest"
 
     def penalty(self):
         p = self.alpha.sigmoid()
@@ -953,7 +962,7 @@ class NativeSparseAttention(Attention):
     keys, values and selection. Rotary positions turn the selected and the window branch; the compressed one has its
     slots."""
 
-    positions = True
+    positions = keeps_keys = True
     families = ("output gate",)
 
     @staticmethod

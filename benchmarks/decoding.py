@@ -50,7 +50,7 @@ def bench_positions(model, bench, runtime, report):
     if min(positions) < 1:
         raise ConfigError(f"--positions={bench.positions}: write at least 1")
     if "softmax" not in models:
-        models["softmax"] = GPT(of_type(model.config, "softmax")).to(runtime.device).eval()
+        models["softmax"] = GPT(of_type(vars(model.config), "softmax")).to(runtime.device).eval()
     states = {}
     with runtime.autocast():
         for name, pos in itertools.product(models, positions):
@@ -91,6 +91,5 @@ def keys_read(step):
 def fixed_bytes(model, layers):
     """Bytes that each token reads wherever it stands: the matrices, and the states that do not grow. With those of
     keys_read it is what a token reads at the least: `gated` and `nsa` read keys that nobody counts."""
-    return sum(w.nbytes for w in matrices(model)) + state_bytes(
-        [s for s in layers if isinstance(s, (torch.Tensor, tuple))]
-    )
+    kept = [s for block, s in zip(model.transformer.h, layers) if not block.attn.keeps_keys]
+    return sum(w.nbytes for w in matrices(model)) + state_bytes(kept)

@@ -17,17 +17,19 @@ from model import ATTENTION, GPTConfig, matrices, own_keys
 
 LAYER = dict(n_layer=1, n_head=4, n_embd=256)
 LAYER_TOKENS = 4096  # of a call, whatever T
-SWEEP = "attention, T (tokens), batch (sequences), forward (ms), forward + backward (ms), of softmax (ratio), "
-SWEEP += "of the matmul peak (share), decoding (tokens/s), state (bytes), peak memory (MiB), nominal (MFLOP), "
-SWEEP += "executed (MFLOP), saved of softmax's (share)"
+NAMED, TRAINING = "attention, T (tokens), ", "forward + backward (ms), of softmax (ratio), of the matmul peak (share), "
+REST = "decoding (tokens/s), state (bytes), peak memory (MiB), nominal (MFLOP), executed (MFLOP), "
+REST += "saved of softmax's (share)"
+SWEEP = NAMED + "batch (sequences), forward (ms), " + TRAINING + REST
 PARTS = {  # of what is printed: a table for what training costs, and one for decoding and what needs no clock
-    "overview": SWEEP.split(", ")[:2] + SWEEP.split(", ")[3:7] + ["crossover with softmax (tokens)"],
-    "overview, further": SWEEP.split(", ")[:2] + SWEEP.split(", ")[7:],
+    "overview": NAMED + "forward (ms), " + TRAINING + "crossover with softmax (tokens)",
+    "overview, further": NAMED + REST,
 }
 
 
-def of_type(c, name):
-    return config.build(GPTConfig, own_keys(vars(c), name) | dict(attention_type=name))
+def of_type(shape, name, **keys):
+    """The configuration of one type at a shape, without what other types own."""
+    return config.build(GPTConfig, own_keys(shape, name) | keys | dict(attention_type=name))
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Layer:
 
     @classmethod
     def make(cls, name, T, shape, batch_size, runtime):
-        c = config.build(GPTConfig, own_keys(shape, name) | dict(attention_type=name, block_size=T))
+        c = of_type(shape, name, block_size=T)
         attn = ATTENTION[name](c).to(runtime.device)
         x = torch.randn(batch_size or max(1, LAYER_TOKENS // T), T, c.n_embd, device=runtime.device)
         return cls(torch.compile(attn) if runtime.compile else attn, x.requires_grad_(), runtime)
@@ -141,12 +143,12 @@ def summary(sweep, *titles):
     """The tables that are printed of the sweep's rows, at the shortest and the longest T."""
     lengths, tables = sorted({row["T (tokens)"] for row in sweep}), []
     for (name, columns), title in zip(PARTS.items(), titles):
-        tables.append(Table(name, title, ", ".join(columns), keys=2))
+        tables.append(Table(name, title, columns, keys=2))
         for row in sweep:
             if row["T (tokens)"] in (lengths[0], lengths[-1]):
                 ratios = [r["of softmax (ratio)"] for r in sweep if r["attention"] == row["attention"]]
                 cross = crossover(lengths, ratios) if row["attention"] != "softmax" else None
-                tables[-1].add(*(row.get(column, cross) for column in columns))
+                tables[-1].add(*(row.get(column, cross) for column in tables[-1].specs))
     return tables
 
 

@@ -16,14 +16,14 @@ from config import ConfigError
 from data import windows
 from data.scoring import token_nats
 from kernels.distance import distance, paths
-from model import GPT
+from model import GPT, DistanceAttention
 
 
 def inspect(bench, runtime, report):
     """For each folder: what its masks keep, by layer and head; what that costs, counted and measured; what rounding
     periods or dropping light candidates does to the loss; and pictures, written to the folder."""
     for folder, model, dataset in runs(bench, runtime):
-        layers = {i: b.attn for i, b in enumerate(model.transformer.h) if hasattr(b.attn, "log_mask")}
+        layers = {i: b.attn for i, b in enumerate(model.transformer.h) if isinstance(b.attn, DistanceAttention)}
         if not layers:
             raise ConfigError(f"{folder}: no layer of {model.config.attention_type!r} learns a mask by distance")
         print(f"{folder}: {model.config.attention_type}, block_size {model.config.block_size}")
@@ -84,15 +84,9 @@ def mask_changes(folder, model, layers, dataset, bench, runtime, report):
 
     with torch.no_grad():
         losses["as trained"] = loss()
-        for attn in layers.values():
-            if hasattr(attn, "alpha"):
-                attn.prune = bench.prune
-                losses[f"without candidates below {bench.prune:g} of the largest"] = None
-            elif attn.wave:
-                attn.snap_periods()
-                losses["with periods rounded to whole tokens"] = None
-        for name in [name for name, value in losses.items() if value is None]:
-            losses[name] = loss()
+        for name in dict.fromkeys([attn.simplify(bench.prune) for attn in layers.values()]):
+            if name:
+                losses[name] = loss()
     columns = {"masks": "", "loss (nats/token)": ".5f", "difference (nats/token)": "+.5f"}
     with report.table(f"losses of {folder}", f"{folder}: loss on a part of the validation split", columns) as out:
         for name, value in losses.items():
@@ -164,10 +158,9 @@ def bench_heads(bench, runtime, report):
         title = f"{folder}: {model.config.attention_type}, {x.numel():,} tokens"
         head = ", ".join(["layer", *names.values(), "dead heads (count)"])
         with report.table(f"heads of {folder}", title, head) as out:
-            for i, stats in enumerate(found):
-                row = [float(stats[name].float().mean()) if name in stats else None for name in names]
-                out.add(str(i), *row, int(stats["dead"].sum()) if "dead" in stats else None)
-            rows = [list(row.values())[1:] for row in out.rows]
-            columns = [[x for x in column if x is not None] for column in zip(*rows)]
-            *means, dead = [statistics.fmean(column) if column else None for column in columns]
-            out.add("all", *means, None if dead is None else sum(columns[-1]))
+            dead = [int(stats["dead"].sum()) if "dead" in stats else None for stats in found]
+            means = [[float(s[name].float().mean()) if name in s else None for s in found] for name in names]
+            for i, row in enumerate(zip(*means, dead)):
+                out.add(str(i), *row)
+            *means, dead = ([x for x in column if x is not None] for column in (*means, dead))
+            out.add("all", *(statistics.fmean(c) if c else None for c in means), sum(dead) if dead else None)

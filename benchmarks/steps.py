@@ -131,7 +131,7 @@ def models_beside(c, bench):
     for name, model in models.items():
         if any(getattr(model.config, k) != getattr(shape, k) for k in ("n_layer", "n_embd", "block_size")):
             raise ConfigError(f"{name}: models that are timed beside each other must have one shape")
-    return {name: GPT(of_type(shape, name)) for name in types} | models
+    return {name: GPT(of_type(vars(shape), name)) for name in types} | models
 
 
 def steps_beside(models, bench, runtime, report):
@@ -152,7 +152,7 @@ def steps_beside(models, bench, runtime, report):
     full = attention_flops(models[first])[0]
     with report.table("steps beside", title, columns) as table:
         for name, model in models.items():
-            kept = [b.attn.stats()["kept"].float() for b in model.transformer.h if hasattr(b.attn, "log_mask")]
+            kept = [stats["kept"].float() for b in model.transformer.h if "kept" in (stats := b.attn.stats())]
             kept = float(torch.cat(kept).mean()) if kept else None
             ms, ratio = [1000 * t for t in times[name]], [a / b for a, b in zip(times[name], times[first])]
             share = report.share_of_peak(batch_size * model.flops(c.block_size)[1], times[name])
