@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
-from . import Case, in_autocast, leave_autocast, operator
+from . import Case, compute_dtype, in_autocast, leave_autocast, operator
 
 SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
 CALLS = 2**13  # scores that take the time of a segment's calls
@@ -30,10 +30,6 @@ BLOCKS = (16, 32, 64, 128)  # queries a block
 BATCH = 4  # sequences that the choice of a plan counts with: several share the calls of a segment
 TILE = 128  # queries and keys of a block of FlexAttention
 HIDDEN = -1e30  # a logit that softmax turns into an exact 0, without the NaN of a row of infinities
-
-
-def compute_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ----------------------------------------------------------------------------- oracle

@@ -16,8 +16,7 @@ import math
 
 import torch
 
-from . import in_autocast, leave_autocast, operator
-from .gla import compute_dtype
+from . import compute_dtype, in_autocast, leave_autocast, operator
 
 POWER = 0.6  # of the penalty: below 1 it wants one open head for a pair, not several half open
 FLOOR = 1e-6  # of gamma in the penalty: the slope of gamma^0.6 at 0 is infinite

@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import Case, in_autocast, interpreting, jit, leave_autocast, log_gates, operator, tl, triton, warn_once
+from . import Case, choose, compute_dtype, in_autocast, jit, leave_autocast, log_gates, operator, power, tl, triton
 from .gla import LOG2E, double_sums, tree_level
 
 CHUNK = 64  # tokens a chunk, in every backend
@@ -29,7 +29,7 @@ def gsa_recurrent(q, k, v, s, g, scale=None, initial_state=None):
     """One token at a time, in fp64 for fp64 inputs and fp32 otherwise; what every other form is tested against."""
     B, T, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
     scale = K**-0.5 if scale is None else scale
-    dtype, acc = v.dtype, accumulator(q)
+    dtype, acc = v.dtype, compute_dtype(q.dtype)
     q, k, v, s, g = (x.to(acc) for x in (q, k, v, s, g))
     if initial_state is None:
         hk, hv = q.new_zeros(B, H, K, M), q.new_zeros(B, H, M, V)
@@ -43,10 +43,6 @@ def gsa_recurrent(q, k, v, s, g, scale=None, initial_state=None):
         p = torch.softmax(scale * (q[:, t].unsqueeze(-1) * hk).sum(-2), -1)  # (B, H, M)
         out.append((p.unsqueeze(-1) * hv).sum(-2))
     return torch.stack(out, 1).to(dtype), (hk, hv)
-
-
-def accumulator(q):
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 # ----------------------------------------------------------------------------- chunked PyTorch
@@ -179,7 +175,7 @@ def chunk_fwd(q, k, v, s, g, hk, hv, scale):
     """-> o, the final states, and for the backward pass the logits without their own token, and the states at the
     chunk borders, keys and values side by side (chunks + 1, B * H, M, K + V)."""
     B, T, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
-    acc = accumulator(q)
+    acc = compute_dtype(q.dtype)
     o, z = v.new_empty(v.shape), s.new_empty(s.shape, dtype=acc)
     borders = z.new_empty(borders_shape(q, v, s))
     borders[0].zero_()
@@ -670,10 +666,6 @@ KERNELS = {
 MAX_SLOTS = 256
 
 
-def power(n):
-    return max(16, 1 << (n - 1).bit_length())
-
-
 def chunk(M):
     """Tokens a chunk of the kernels. With 64, a tile of 64 slots and its decays do not fit into the registers."""
     return 32 if M <= 64 else 16
@@ -799,7 +791,7 @@ def fwd_op(q, k, v, s, g, hk, hv, scale, backend):
 @fwd_op.register_fake
 def _(q, k, v, s, g, hk, hv, scale, backend):
     B, _, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
-    acc = accumulator(q)
+    acc = compute_dtype(q.dtype)
     borders = (0,) if backend == "triton" else borders_shape(q, v, s)
     return (
         v.new_empty(v.shape),
@@ -867,8 +859,9 @@ def gsa(q, k, v, s, g, scale=None, initial_state=None, output_final_state=False,
             o, state = gsa_recurrent(q, k, v, s, g, scale, initial_state)
     else:
         if hk is not None:
-            hk, hv = hk.to(accumulator(q)), hv.to(accumulator(q))
-        o, *state = fwd_op(q, k, v, s, g, hk, hv, scale, choose(backend, q, v, s))[:3]
+            hk, hv = hk.to(compute_dtype(q.dtype)), hv.to(compute_dtype(q.dtype))
+        wide = f"the Triton kernels take up to {MAX_SLOTS} slots" if s.shape[-1] > MAX_SLOTS else None
+        o, *state = fwd_op(q, k, v, s, g, hk, hv, scale, choose("gsa", backend, q, wide))[:3]
     return o, tuple(state) if output_final_state else (None, None)
 
 
@@ -888,29 +881,6 @@ def check(q, k, v, s, g, hk, hv, backend):
     for name, x, want in (("hk", hk, (B, H, K, M)), ("hv", hv, (B, H, M, V))):
         if x is not None and x.shape != want:
             raise ValueError(f"gsa: initial_state {name} must be {want}, got {tuple(x.shape)}")
-
-
-def choose(backend, q, v, s):
-    """triton or torch. A wish that cannot be met is answered with its reason, once."""
-    if backend == "torch" or (backend == "auto" and not q.is_cuda):
-        return "torch"
-    reason = obstacle(q, v, s)
-    if reason:
-        warn_once(f"gsa runs its PyTorch form: {reason}")
-    return "torch" if reason else "triton"
-
-
-def obstacle(q, v, s):
-    """Why the Triton kernels cannot run, or None."""
-    if triton is None:
-        return "Triton is not installed"
-    if not q.is_cuda and not interpreting():
-        return f"Triton does not run on {q.device.type}"
-    if q.dtype == torch.float64:
-        return "the Triton kernels do not compute in fp64"
-    if s.shape[-1] > MAX_SLOTS:
-        return f"the Triton kernels take up to {MAX_SLOTS} slots"
-    return None
 
 
 def case(q, k, v, slots=64, **_):
