@@ -61,9 +61,7 @@ class BenchConfig:
     tokens: int = key(500, "tokens to sample (decode)", low=1)
     positions: str = key("10,10000", "tokens before the one that is timed, comma-separated (decode)")
     operators: str = key("", "operators, comma-separated; empty: all (ops)")
-    shapes: str = key(
-        "2x1024x4x64x64,2x4096x4x64x64,2x16384x4x64x64", "batch x time x heads x key size x value size, ... (ops)"
-    )
+    shapes: str = key("2x1024x4x64x64,2x4096x4x64x64,2x16384x4x64x64", "B x T x H x key size x value size, ... (ops)")
     peers: bool = key(False, "other implementations beside ours, from requirements-peers.txt (ops)")
     autotune: bool = key(False, "try every configuration of the Triton kernels first (ops)")
     beside: str = key("", "attention types of new models, their steps timed in the same rounds (step)")

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import build, key, stray_key
+from kernels import compute_dtype
 from kernels.distance import BandCache, distance
 from kernels.distance import operations as distance_operations
 from kernels.gated import executed_pairs as gated_pairs
@@ -738,8 +739,7 @@ class GatedLinearAttention(Attention):
 
     def init_state(self, batch, max_len):
         w = self.c_attn.weight
-        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-        return torch.zeros(batch, self.n_head, self.d_k, self.d_v, dtype=dtype, device=w.device)
+        return torch.zeros(batch, self.n_head, self.d_k, self.d_v, dtype=compute_dtype(w.dtype), device=w.device)
 
     def step(self, x, state):
         q, k, v, g, r = self._inputs(x)
@@ -805,7 +805,7 @@ class GatedSlotAttention(Attention):
 
     def init_state(self, batch, max_len):
         w, H, D, M = self.c_attn.weight, self.n_head, self.d_head, self.n_slot
-        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(w.dtype)
         return tuple(torch.zeros(shape, dtype=dtype, device=w.device) for shape in ((batch, H, D, M), (batch, H, M, D)))
 
     def step(self, x, state):
@@ -886,8 +886,7 @@ class PerformerAttention(Attention):
     def init_state(self, batch, max_len):
         """[S, z] of each head, and the position."""
         w, shape = self.c_attn.weight, (batch, self.n_head, self.n_feature, self.d_head + 1)
-        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-        return torch.zeros(shape, dtype=dtype, device=w.device), 0
+        return torch.zeros(shape, dtype=compute_dtype(w.dtype), device=w.device), 0
 
     def step(self, x, state):
         sums, position = state
@@ -1135,9 +1134,7 @@ def make_norm(config):
 
 
 def make_dropout(config):
-    return (
-        nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-    )  # a call saved for each token that is decoded
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()  # a call less for each decoded token
 
 
 class GeluMLP(nn.Module):

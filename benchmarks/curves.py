@@ -2,12 +2,11 @@
 
 import functools
 import itertools
-import json
 import os
 
 import torch
 
-from benchmarks.runs import read_log, run_folders
+from benchmarks.runs import read_config, read_log, run_folders
 from benchmarks.tables import COLOURS, pyplot, save_figure
 from config import ConfigError
 
@@ -30,8 +29,7 @@ def plot_curves(bench, runtime, report):
     drawings = [functools.partial(draw_loss, against="iter"), functools.partial(draw_loss, against="wall_s")]
     drawings += [draw_divergence] if any("kl" in e for _, val in runs.values() for e in val) else []
     bars = {"wall_s": "training time (s)", "cpu_s": "processor time (s)", "rss_mb": "peak memory (MB)"}
-    drawings += [functools.partial(draw_bars, key, label) for key, label in bars.items()]
-    drawings += masks
+    drawings += [functools.partial(draw_bars, key, label) for key, label in bars.items()] + masks
     rows = -(-len(drawings) // 2)
     figure, panels = pyplot().subplots(rows, 2, figsize=(8.4, 3.7 * rows), layout="constrained", squeeze=False)
     for panel in panels.flat[len(drawings) :]:
@@ -45,14 +43,11 @@ def plot_curves(bench, runtime, report):
 def draw_loss(panel, runs, against):
     for (name, (steps, val)), colour in zip(runs.items(), itertools.cycle(COLOURS)):
         steps = [e for e in steps if "ce" in e]  # steps that match a teacher's attention have no cross-entropy
-        points = [e[against] for e in steps], [e["ce"] for e in steps]
-        panel.plot(*points, color=colour, alpha=0.35)
+        panel.plot([e[against] for e in steps], [e["ce"] for e in steps], color=colour, alpha=0.35)
         points = [e[against] for e in val], [e["val_loss"] for e in val]
         panel.plot(*points, color=colour, marker="o", markersize=4, label=name)
-    panel.set(
-        title="validation; pale: training", xlabel={"iter": "optimizer steps", "wall_s": "training time (s)"}[against]
-    )
-    panel.set(ylabel="cross-entropy (nats per token)")
+    label = {"iter": "optimizer steps", "wall_s": "training time (s)"}[against]
+    panel.set(title="validation; pale: training", xlabel=label, ylabel="cross-entropy (nats per token)")
 
 
 def draw_divergence(panel, runs):
@@ -67,13 +62,10 @@ def draw_trajectories(folder, name, stats, kind, panel, runs):
     layers = sorted({int(key.split(".")[1]) for e in stats for key in e["stats"] if key.endswith(f".{kind}")})
     iters, labels = [e["iter"] for e in stats], {}
     for i in layers:
-        values = torch.tensor(
-            [e["stats"][f"h.{i}.{kind}"] for e in stats]
-        )  # (evaluations, heads), alpha: (.., heads, N)
+        values = torch.tensor([e["stats"][f"h.{i}.{kind}"] for e in stats])  # (evaluations, heads; of alpha also N)
         names = [f"layer {i}"] * values.shape[-1]
         if kind == "alpha":
-            with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-                names = json.load(f)["model"]["mask_mix_candidates"].split(",")
+            names = read_config(folder)["model"]["mask_mix_candidates"].split(",")
         for line, label in zip(values.movedim(0, -1).reshape(-1, len(iters)), itertools.cycle(names)):
             colour = COLOURS[labels.setdefault(label, len(labels)) % len(COLOURS)]
             panel.plot(iters, line, color=colour, alpha=0.7, linewidth=1.2)

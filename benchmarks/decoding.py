@@ -70,8 +70,7 @@ def bench_positions(model, bench, runtime, report):
             seconds, (keys, of_keys) = times[name, pos], read[name, pos]
             ratios = [[a / b for a, b in zip(seconds, times[x])] for x in ((name, positions[0]), ("softmax", pos))]
             share = report.share_of_bandwidth(of_keys + fixed_bytes(models[name], state.layers), seconds)
-            us = [1e6 * t for t in seconds]
-            table.add(name, pos, us, *ratios, keys or None, state_bytes(state.layers), share)
+            table.add(name, pos, [1e6 * t for t in seconds], *ratios, keys or None, state_bytes(state.layers), share)
 
 
 def keys_read(step):

@@ -89,12 +89,8 @@ class Layer:
 
     def operations(self):
         """(nominal, executed) of the attention of a sequence, and all that a forward pass of the layer executes."""
-        nominal, executed = self.attn.flops(self.x.size(1))
-        return (
-            nominal,
-            executed,
-            self.x.size(0) * (executed + 2 * self.x.size(1) * sum(w.numel() for w in matrices(self.attn))),
-        )
+        (B, T, _), (nominal, executed) = self.x.shape, self.attn.flops(self.x.size(1))
+        return nominal, executed, B * (executed + 2 * T * sum(w.numel() for w in matrices(self.attn)))
 
 
 def overview(types, shape, bench, runtime, report):

@@ -39,7 +39,6 @@ def mask_table(folder, layers, c, report):
     with report.table(f"masks of {folder}", f"{folder}: masks", columns + "weights (sigmoid)", keys=2) as out:
         for i, attn in layers.items():
             stats, (table, first) = attn.stats(), attn.log_mask(c.block_size)
-            first = table.new_empty(len(table), 0, c.block_size) if first is None else first
             computed = [path for path, _ in paths(table.detach(), first, c.d_head, attn.constant_ones)]
             names = c.mask_mix_candidates.split(",")
             for h in range(len(table)):

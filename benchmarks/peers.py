@@ -16,10 +16,6 @@ def layer(attn, x, *parameters):
     return attn(x)[0]
 
 
-def fla_gla(f, q, k, v, g):
-    return f(q, k, v, g)[0]
-
-
 def fla_gsa(f, q, k, v, g):
     return f(q, k, v, -torch.expm1(g), g, scale=1.0)[0]
 
@@ -68,9 +64,9 @@ def native_sparse_attention_pytorch(public, ours):
 
 NSA = "cpu", "native_sparse_attention_pytorch", None, native_sparse_attention_pytorch
 PEERS = {  # name: ours, device, module, function, how it is called
-    "gla, fla naive": ("gla", "cpu", "gla/naive", "naive_recurrent_gla", fla_gla),
+    "gla, fla naive": ("gla", "cpu", "gla/naive", "naive_recurrent_gla", lambda f, *x: f(*x)[0]),
     "gsa, fla naive": ("gsa", "cpu", "gsa/naive", "naive_recurrent_gsa", fla_gsa),
-    "gla, fla chunk": ("gla", "cuda", "gla", "chunk_gla", fla_gla),
+    "gla, fla chunk": ("gla", "cuda", "gla", "chunk_gla", lambda f, *x: f(*x)[0]),
     "gsa, fla chunk": ("gsa", "cuda", "gsa", "chunk_gsa", fla_gsa),
     "performer, performer-pytorch": ("performer", "cpu", "performer_pytorch", None, performer_pytorch),
     "nsa layer, native-sparse-attention-pytorch": ("nsa layer", *NSA),

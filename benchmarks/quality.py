@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from benchmarks.runs import read_log, runs
+from benchmarks.runs import read_config, read_log, runs
 from benchmarks.tables import LINES, pyplot, save_figure
 from data.scoring import evaluate
 from model import GPTConfig
@@ -39,10 +39,8 @@ def bench_quality(bench, runtime, report):
     columns |= {"executed in training (GFLOP)": None, "loss (nats/token)": ".4f"}
     with report.table("scaling", "loss against what it cost", columns, keys=3) as scaling:
         for row in table.rows:
-            cost = costs[row["folder"]]
-            scaling.add(
-                row["folder"], row["attention"], row["split"], row["parameters (count)"], *cost, row["nats/token"]
-            )
+            names = [row[name] for name in ("folder", "attention", "split", "parameters (count)")]
+            scaling.add(*names, *costs[row["folder"]], row["nats/token"])
     over_seeds(table.rows, report)
     plot_quality(curves, scaling.rows, bench.png or "out/quality.png")
     for folder, scores in labelled:
@@ -62,8 +60,7 @@ def score_checkpoint(folder, model, dataset, bench, runtime, table, curves, cost
     labelled = []
     context, stride = eval_window(model, dataset, bench.eval_context, bench.eval_stride)
     for name in bench.split.split(","):
-        split = dataset.split(name.strip())
-        each = []
+        split, each = dataset.split(name.strip()), []
         s = evaluate(model, split, context, stride, bench.eval_batch_size, runtime, each=each)
         row = (folder, model.config.attention_type, model.num_params(), dataset.meta["label"], split.name)
         nats = torch.cat([nats for _, nats in each])
@@ -107,8 +104,7 @@ def recipe(folder):
     """What a run was, but for its folder and keys that leave its figures alone, and its seed; of a folder that does not
     say, the folder and None."""
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            stored = json.load(f)
+        stored = read_config(folder)
         idle = ("out_dir", "export", "checkpoint_interval", "log_interval", "device", "compile")
         idle += ("eval_only", "eval_context", "eval_stride", "eval_batch_size")
         model, cfg = asdict(GPTConfig()) | stored["model"], asdict(TrainConfig()) | stored["train"]
@@ -142,8 +138,7 @@ def training_cost(folder, model):
     Tokens are those that the log counted, between two of its lines in proportion; after its last line, or without a
     log, those of the run's keys."""
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            stored = json.load(f)
+        stored = read_config(folder)
         cfg, T = stored["train"], stored["data"].get("record_len") or model.config.block_size
         steps, each = read_checkpoint(folder)["iter_num"], cfg["batch_size"] * cfg["gradient_accumulation_steps"] * T
         log = read_log(folder)[0] if os.path.exists(os.path.join(folder, "log.jsonl")) else []
@@ -168,9 +163,8 @@ def plot_quality(curves, rows, path):
         axes[0, 0].plot(list(curve), list(curve.values()), label=name, **LINES[i % len(LINES)])
     axes[0, 0].set(xscale="log", xlabel="context (tokens)", ylabel=f"{split} loss (nats per token)")
     axes[0, 0].legend(frameon=False, fontsize=10)
-    for axis, column in zip(
-        axes.flat[1:], ("parameters (count)", "trained on (tokens)", "executed in training (GFLOP)")
-    ):
+    columns = "parameters (count)", "trained on (tokens)", "executed in training (GFLOP)"
+    for axis, column in zip(axes.flat[1:], columns):
         for i, name in enumerate(types):
             points = sorted((r[column], r["loss (nats/token)"]) for r in rows if r["attention"] == name and r[column])
             if points:

@@ -30,10 +30,14 @@ def runs(bench, runtime):
 
 def trained_on(folder):
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            return json.load(f)["train"]["dataset"]
+        return read_config(folder)["train"]["dataset"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{folder}/config.json does not say the data set: write --dataset=NAME") from None
+
+
+def read_config(folder):
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+        return json.load(f)
 
 
 def read_log(folder):

@@ -32,9 +32,8 @@ class PlainBlock(nn.Module):
         self.ln_1, self.ln_2 = (nn.LayerNorm(c.n_embd, bias=False) for _ in range(2))
         self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
         self.proj = nn.Linear(c.n_embd, c.n_embd, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(c.n_embd, 4 * c.n_embd, bias=False), nn.GELU(), nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
-        )
+        up, down = nn.Linear(c.n_embd, 4 * c.n_embd, bias=False), nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
+        self.mlp = nn.Sequential(up, nn.GELU(), down)
 
     def forward(self, x):
         B, T, C = x.shape

@@ -54,6 +54,9 @@ class Table:
     def add(self, *cells):
         self.rows.append(dict(zip(self.specs, cells, strict=True)))
 
+    def contents(self):
+        return {"title": self.title, "columns": list(self.specs), "keys": self.keys, "rows": self.rows}
+
     def __enter__(self):
         return self
 
@@ -128,11 +131,7 @@ class Report:
         found = {"schema": 1, "what": self.config["bench"]["what"], "machine": machine | self.peaks}
         found |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": self.commit}
         found |= {"versions": {"python": platform.python_version(), "torch": torch.__version__}, "config": self.config}
-        tables = {
-            name: {"title": t.title, "columns": list(t.specs), "keys": t.keys, "rows": t.rows}
-            for name, t in self.tables.items()
-        }
-        found |= {"tables": tables, "notes": self.notes}
+        found |= {"tables": {name: table.contents() for name, table in self.tables.items()}, "notes": self.notes}
         text = json.dumps(found, indent=1)
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         write_atomically(self.path, lambda f: f.write(text.encode()))
@@ -213,9 +212,8 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update(
-        {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
-    )
+    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3})
     return plt
 
 

@@ -34,12 +34,6 @@ class Case(NamedTuple):
     executed: int | None  # operations of a forward pass of the batch; None: not counted
 
 
-def log_gates(q, width):
-    """Mild log-gates (B, T, H, width) of q's tokens and heads, in fp32, drawn anew."""
-    z = torch.randn(*q.shape[:3], width, device=q.device)
-    return (torch.nn.functional.logsigmoid(z) / 16).requires_grad_()
-
-
 def jit(kernel):
     """triton.jit, or the bare function on a machine without Triton. T changes from call to call: no variant per T."""
     return kernel if triton is None else triton.jit(kernel, do_not_specialize=["T"])
@@ -81,8 +75,26 @@ def operator(name, schema):
     return register
 
 
+def like_inputs(n):
+    """The fake of an operator that returns a tensor like each of its first n inputs."""
+    return lambda *xs: tuple(x.new_empty(x.shape) for x in xs[:n])
+
+
 def compute_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check(op, q, k, v, backend, *backends):
+    """ValueError, of one line, unless q, k (B, T, H, D) and v (B, T, H, V) fit each other and `op` has the backend."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or not x.is_floating_point() or min(x.shape) < 1:
+            raise ValueError(f"{op}: {name} must be a float (B, T, H, D), none 0, got {x.dtype} {tuple(x.shape)}")
+    if k.shape != q.shape:
+        raise ValueError(f"{op}: k must have q's shape {tuple(q.shape)}, got {tuple(k.shape)}")
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"{op}: v must be {tuple(q.shape[:3])} and its width, got {tuple(v.shape)}")
+    if backend not in backends:
+        raise ValueError(f"{op}: backend must be {', '.join(backends[:-1])} or {backends[-1]}, got {backend!r}")
 
 
 def power(n):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
-from . import Case, compute_dtype, in_autocast, leave_autocast, operator
+from . import Case, check, compute_dtype, in_autocast, leave_autocast, like_inputs, operator
 
 SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
 CALLS = 2**13  # scores that take the time of a segment's calls
@@ -447,12 +447,10 @@ def in_rows(*xs):
     return [x if fits else x.clone(memory_format=torch.contiguous_format) for x, fits in zip(xs, whole)]
 
 
-@operator(
+distance_op = operator(
     "distance",
     "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, float scale, bool constant_ones) -> (Tensor, Tensor)",
-)
-def distance_op(q, k, v, table, prefix, scale, constant_ones):
-    return banded_forward(q, k, v, table, prefix, scale, constant_ones)
+)(banded_forward)
 
 
 @distance_op.register_fake
@@ -461,18 +459,12 @@ def _(q, k, v, table, prefix, scale, constant_ones):
     return v.new_empty(v.shape), q.new_empty(B, H, T, dtype=compute_dtype(q.dtype))
 
 
-@operator(
+distance_backward_op = operator(
     "distance_backward",
     "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, Tensor o, Tensor lse, Tensor do, float scale,"
     " bool constant_ones) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def distance_backward_op(q, k, v, table, prefix, o, lse, do, scale, constant_ones):
-    return banded_backward(q, k, v, table, prefix, o, lse, do, scale, constant_ones)
-
-
-@distance_backward_op.register_fake
-def _(q, k, v, table, prefix, o, lse, do, scale, constant_ones):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, table, prefix))
+)(banded_backward)
+distance_backward_op.register_fake(like_inputs(5))
 
 
 def setup_context(ctx, inputs, output):
@@ -656,6 +648,7 @@ def paths(table, prefix, width, constant_ones=False):
     """(what computes it, query-key pairs that a forward pass computes) for each row of the table, on the table's device
     and of its precision; width: the smaller of D and V."""
     T = table.shape[1]
+    prefix = table.new_empty(len(table), 0, T) if prefix is None else prefix
     if not flex_fits(table, T, width):
         return [(str(plan), executed_pairs(plan, T)) for plan in plans(table, prefix, constant_ones)]
     tiles, n = seen_tiles(table, prefix).sum((1, 2)).tolist(), T // TILE
@@ -666,12 +659,11 @@ def paths(table, prefix, width, constant_ones=False):
 def operations(table, prefix, H, D, V, constant_ones=False):
     """(nominal, executed) of a sequence as long as the table: pairs that the masks keep, and those in the blocks of a
     training step."""
-    T = table.shape[1]
-    prefix = table.new_empty(len(table), 0, T) if prefix is None else prefix
+    T, P = table.shape[1], 0 if prefix is None else prefix.shape[1]
     each = 2 * (D + V) * H // len(table)
     seen = ((table > -math.inf).sum(0) * (T - torch.arange(T, device=table.device))).sum()
     executed = sum(pairs for _, pairs in paths(table, prefix, min(D, V), constant_ones))
-    for s in range(min(T, prefix.shape[1])):  # the first keys have masks of their own
+    for s in range(min(T, P)):  # the first keys have masks of their own
         seen += (prefix[:, s, : T - s] > -math.inf).sum() - (table[:, : T - s] > -math.inf).sum()
     return each * int(seen), each * executed
 
@@ -686,7 +678,7 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_o
     constant_ones: a table row of zeros, which masks nothing, is a constant: it has gradient 0 and, on a CPU, becomes
     PyTorch's causal attention. So it is where the table needs no gradient.
     """
-    check(q, k, v, table, prefix, backend)
+    check_inputs(q, k, v, table, prefix, backend)
     q, k, v = in_autocast(q, k, v)  # the mask keeps its precision
     prefix = table.new_empty(table.shape[0], 0, table.shape[1]) if prefix is None else prefix
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
@@ -700,20 +692,13 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_o
     return distance_op(q, k, v, table, prefix, scale, constant_ones)[0]
 
 
-def check(q, k, v, table, prefix, backend):
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or not x.is_floating_point() or min(x.shape) < 1:
-            raise ValueError(f"distance: {name} must be a float (B, T, H, D), none 0, got {x.dtype} {tuple(x.shape)}")
-    if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"distance: k must have q's shape {tuple(q.shape)} and v its first three, got "
-                         f"{tuple(k.shape)} and {tuple(v.shape)}")  # fmt: skip
+def check_inputs(q, k, v, table, prefix, backend):
+    check("distance", q, k, v, backend, "auto", "banded", "flex", "dense")
     _, T, H, _ = q.shape
     if table.shape not in ((H, T), (1, T)):
         raise ValueError(f"distance: table must be {(H, T)} or {(1, T)}, got {tuple(table.shape)}")
     if prefix is not None and (prefix.dim() != 3 or (prefix.shape[0], prefix.shape[2]) != tuple(table.shape)):
         raise ValueError(f"distance: prefix must be ({table.shape[0]}, P, {T}), got {tuple(prefix.shape)}")
-    if backend not in ("auto", "banded", "flex", "dense"):
-        raise ValueError(f"distance: backend must be auto, banded, flex or dense, got {backend!r}")
 
 
 def masked(q, k, v, table, constant_ones=False):

@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import Case, choose, compute_dtype, in_autocast, jit, leave_autocast, log_gates, operator, power, tl, triton
+from . import Case, check, choose, compute_dtype, in_autocast, jit, leave_autocast, operator, power, tl, triton
 from .gla import LOG2E, double_sums, tree_level
 
 CHUNK = 64  # tokens a chunk, in every backend
@@ -644,18 +644,9 @@ def gsa_input_kernel(
 
 # The default first; with AUTOTUNE all are tried, once per head size. BD, BK, BV: tiles of columns of the states.
 AUTOTUNE = False
-CHUNK_CONFIGS = [
-    dict(BK=64, BV=64, num_warps=8, num_stages=1),
-    dict(BK=64, BV=64, num_warps=4, num_stages=1),
-    dict(BK=32, BV=32, num_warps=8, num_stages=2),
-    dict(BK=32, BV=32, num_warps=4, num_stages=1),
-]
-SCAN_CONFIGS = [
-    dict(BD=64, num_warps=4, num_stages=2),
-    dict(BD=32, num_warps=4, num_stages=2),
-    dict(BD=32, num_warps=2, num_stages=3),
-    dict(BD=64, num_warps=8, num_stages=2),
-]
+TILES, SCANS = ((64, 8, 1), (64, 4, 1), (32, 8, 2), (32, 4, 1)), ((64, 4, 2), (32, 4, 2), (32, 2, 3), (64, 8, 2))
+CHUNK_CONFIGS = [dict(BK=n, BV=n, num_warps=warps, num_stages=stages) for n, warps, stages in TILES]
+SCAN_CONFIGS = [dict(BD=n, num_warps=warps, num_stages=stages) for n, warps, stages in SCANS]
 KERNELS = {
     "scan": (gsa_scan_kernel, SCAN_CONFIGS),
     "read": (gsa_read_kernel, CHUNK_CONFIGS),
@@ -756,10 +747,7 @@ def aot_specs():
     forms = [
         ("gsa_scan", "scan", dict(first, REVERSE=False)),
         ("gsa_scan reverse", "scan", dict(first, REVERSE=True)),
-        ("gsa_read", "read", {}),
-        ("gsa_logit", "logit", {}),
-        ("gsa_write", "write", {}),
-        ("gsa_input", "input", {}),
+        *((f"gsa_{name}", name, {}) for name in ("read", "logit", "write", "input")),
     ]
     low = {"p_q", "p_k", "p_v", "p_o", "p_do", "p_xk", "p_xv", "p_dq", "p_dk", "p_dv"}
     specs = []
@@ -791,15 +779,9 @@ def fwd_op(q, k, v, s, g, hk, hv, scale, backend):
 @fwd_op.register_fake
 def _(q, k, v, s, g, hk, hv, scale, backend):
     B, _, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
-    acc = compute_dtype(q.dtype)
     borders = (0,) if backend == "triton" else borders_shape(q, v, s)
-    return (
-        v.new_empty(v.shape),
-        q.new_empty(B, H, K, M, dtype=acc),
-        q.new_empty(B, H, M, V, dtype=acc),
-        s.new_empty(s.shape, dtype=acc),
-        q.new_empty(borders, dtype=acc),
-    )
+    shapes = (B, H, K, M), (B, H, M, V), s.shape, borders
+    return v.new_empty(v.shape), *(q.new_empty(shape, dtype=compute_dtype(q.dtype)) for shape in shapes)
 
 
 @operator(
@@ -851,7 +833,7 @@ def gsa(q, k, v, s, g, scale=None, initial_state=None, output_final_state=False,
     -> o (B, T, H, V) in v's dtype, (hk, hv) in fp32 (fp64 for fp64 inputs), or (None, None) unless output_final_state.
     """
     hk, hv = initial_state if initial_state is not None else (None, None)
-    check(q, k, v, s, g, hk, hv, backend)
+    check_inputs(q, k, v, s, g, hk, hv, backend)
     q, k, v = in_autocast(q, k, v)  # gates and states keep their precision
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend == "recurrent":
@@ -865,17 +847,13 @@ def gsa(q, k, v, s, g, scale=None, initial_state=None, output_final_state=False,
     return o, tuple(state) if output_final_state else (None, None)
 
 
-def check(q, k, v, s, g, hk, hv, backend):
-    if backend not in ("auto", "triton", "torch", "recurrent"):
-        raise ValueError(f"gsa: backend must be auto, triton, torch or recurrent, got {backend!r}")
-    for name, x in (("q", q), ("k", k), ("v", v), ("s", s), ("g", g)):
-        if x.dim() != 4 or not x.is_floating_point() or min(x.shape) < 1:
-            raise ValueError(f"gsa: {name} must be non-empty floats (B, T, H, D), got {x.dtype} {tuple(x.shape)}")
-    B, T, H, K = q.shape
-    V, M = v.shape[-1], s.shape[-1]
-    for name, x, width in (("k", k, K), ("v", v, V), ("s", s, M), ("g", g, M)):
-        if x.shape != (B, T, H, width):
-            raise ValueError(f"gsa: {name} must be {(B, T, H, width)} to match q and s, got {tuple(x.shape)}")
+def check_inputs(q, k, v, s, g, hk, hv, backend):
+    check("gsa", q, k, v, backend, "auto", "triton", "torch", "recurrent")
+    want = (*q.shape[:3], *s.shape[3:])
+    for name, x in (("s", s), ("g", g)):
+        if x.dim() != 4 or x.shape != want or not x.is_floating_point() or x.shape[3] < 1:
+            raise ValueError(f"gsa: {name} must be floats {want} to match q and s, got {x.dtype} {tuple(x.shape)}")
+    (B, _, H, K), V, M = q.shape, v.shape[3], s.shape[3]
     if (hk is None) != (hv is None):
         raise ValueError("gsa: initial_state must be a pair (hk, hv), got only one of them")
     for name, x, want in (("hk", hk, (B, H, K, M)), ("hv", hv, (B, H, M, V))):
@@ -890,8 +868,9 @@ def case(q, k, v, slots=64, **_):
     def call(q, k, v, g, backend="auto"):
         return gsa(q, k, v, -torch.expm1(g), g, scale=1.0, backend=backend)[0]
 
-    inputs, executed = [q, k, v, log_gates(q, slots)], B * operations(T, H, K, V, slots)[1]
-    return {"gsa": Case(call, inputs, functools.partial(call, backend="recurrent"), executed)}
+    g = (F.logsigmoid(torch.randn(B, T, H, slots, device=q.device)) / 16).requires_grad_()
+    executed = B * operations(T, H, K, V, slots)[1]
+    return {"gsa": Case(call, [q, k, v, g], functools.partial(call, backend="recurrent"), executed)}
 
 
 CASES = {"gsa": case}

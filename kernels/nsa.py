@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import Case, choose, compute_dtype, in_autocast, jit, leave_autocast, operator, power, tl, triton
+from . import Case, choose, compute_dtype, in_autocast, jit, leave_autocast, like_inputs, operator, power, tl, triton
 from .gla import LOG2E, Workspace
 
 SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
@@ -754,17 +754,11 @@ def aot_specs():
 # ----------------------------------------------------------------------------- ops
 
 
-def new_like(*xs):
-    return tuple(x.new_empty(x.shape) for x in xs)
-
-
-@operator(
+compressed_op = operator(
     "nsa_compressed",
     "(Tensor q, Tensor k, Tensor v, float scale, int block, int stride, int select_block, int select_count, int offset)"
     " -> (Tensor, Tensor)",
-)
-def compressed_op(q, k, v, scale, block, stride, select_block, select_count, offset):
-    return compressed_forward(q, k, v, scale, block, stride, select_block, select_count, offset)
+)(compressed_forward)
 
 
 @compressed_op.register_fake
@@ -783,9 +777,7 @@ def compressed_backward_op(q, k, v, do, scale, block, stride, offset):
     return tuple(compressed_backward(q, k, v, do, scale, block, stride, offset))
 
 
-@compressed_backward_op.register_fake
-def _(q, k, v, do, *_):
-    return new_like(q, k, v)
+compressed_backward_op.register_fake(like_inputs(3))
 
 
 def compressed_context(ctx, inputs, output):
@@ -824,9 +816,7 @@ def selected_backward_op(q, k, v, index, o, lse, do, scale, select_block, by_tri
     return tuple((selected_bwd if by_triton else selected_backward)(q, k, v, index, o, lse, do, scale, select_block))
 
 
-@selected_backward_op.register_fake
-def _(q, k, v, *_):
-    return new_like(q, k, v)
+selected_backward_op.register_fake(like_inputs(3))
 
 
 def selected_context(ctx, inputs, output):
@@ -842,27 +832,15 @@ def selected_autograd(ctx, do, _):
 selected_op.register_autograd(selected_autograd, setup_context=selected_context)
 
 
-@operator("nsa_window", "(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")
-def window_op(q, k, v, scale, window):
-    return window_forward(q, k, v, scale, window)
+window_op = operator("nsa_window", "(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")(window_forward)
+window_op.register_fake(lambda q, *_: q.new_empty(q.shape))
 
 
-@window_op.register_fake
-def _(q, k, v, scale, window):
-    return q.new_empty(q.shape)
-
-
-@operator(
+window_backward_op = operator(
     "nsa_window_backward",
     "(Tensor q, Tensor k, Tensor v, Tensor do, float scale, int window) -> (Tensor, Tensor, Tensor)",
-)
-def window_backward_op(q, k, v, do, scale, window):
-    return window_backward(q, k, v, do, scale, window)
-
-
-@window_backward_op.register_fake
-def _(q, k, v, *_):
-    return new_like(q, k, v)
+)(window_backward)
+window_backward_op.register_fake(like_inputs(3))
 
 
 def window_context(ctx, inputs, output):

@@ -17,7 +17,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import Case, choose, compute_dtype, in_autocast, jit, leave_autocast, operator, tl, triton
+from . import Case, check, choose, compute_dtype, in_autocast, jit, leave_autocast, operator, tl, triton
 from .gla import CHUNK, Workspace, block, chunked, gla_recurrent, load, store
 
 SEGMENT = 2**18  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
@@ -497,7 +497,7 @@ def performer(
     features: softmax | relu | learned.  initial_state (B, H, M, V + 1), of which the last column is the normaliser.
     backend: auto | triton | torch | recurrent.  States are fp32, fp64 for fp64 inputs.
     """
-    check(q, k, v, wq, wk, features, initial_state, backend)
+    check_inputs(q, k, v, wq, wk, features, initial_state, backend)
     (B, _, H, _), M, V, dtype = q.shape, wq.shape[1], v.shape[3], compute_dtype(q.dtype)
     (v,) = in_autocast(v)  # exponents and states keep their precision
     wq, wk = wq.to(dtype), wk.to(dtype)
@@ -511,15 +511,9 @@ def performer(
     return o, state if output_final_state else None
 
 
-def check(q, k, v, wq, wk, features, initial_state, backend):
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or not x.is_floating_point() or min(x.shape) < 1:
-            raise ValueError(f"performer: {name} must be a float (B, T, H, D), none 0, got {x.dtype} {tuple(x.shape)}")
+def check_inputs(q, k, v, wq, wk, features, initial_state, backend):
+    check("performer", q, k, v, backend, "auto", "triton", "torch", "recurrent")
     (B, _, H, D), V = q.shape, v.shape[3]
-    if k.shape != q.shape:
-        raise ValueError(f"performer: k must have the shape of q {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"performer: v must be {tuple(q.shape[:3])} and its width, got {tuple(v.shape)}")
     for name, w in (("wq", wq), ("wk", wk)):
         if w.dim() != 3 or (w.shape[0], w.shape[2]) != (H, D) or w.shape != wq.shape or w.shape[1] < 1:
             raise ValueError(f"performer: {name} must be ({H}, features, {D}), both alike, got {tuple(w.shape)}")
@@ -528,8 +522,6 @@ def check(q, k, v, wq, wk, features, initial_state, backend):
     shape = (B, H, wq.shape[1], V + 1)
     if initial_state is not None and initial_state.shape != shape:
         raise ValueError(f"performer: initial_state must be {shape}, got {tuple(initial_state.shape)}")
-    if backend not in ("auto", "triton", "torch", "recurrent"):
-        raise ValueError(f"performer: backend must be auto, triton, torch or recurrent, got {backend!r}")
 
 
 def case(q, k, v, n_feature=256, **_):
