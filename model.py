@@ -21,12 +21,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import build, key, stray_key
-from kernels import compute_dtype
 from kernels.distance import BandCache, distance
 from kernels.distance import operations as distance_operations
 from kernels.gated import executed_pairs as gated_pairs
 from kernels.gated import gated, gated_map
-from kernels.gla import gla
+from kernels.gla import compute_dtype, gla
 from kernels.gla import operations as gla_operations
 from kernels.gsa import gsa
 from kernels.gsa import operations as gsa_operations

@@ -80,10 +80,6 @@ def like_inputs(n):
     return lambda *xs: tuple(x.new_empty(x.shape) for x in xs[:n])
 
 
-def compute_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def check(op, q, k, v, backend, *backends):
     """ValueError, of one line, unless q, k (B, T, H, D) and v (B, T, H, V) fit each other and `op` has the backend."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -97,27 +93,7 @@ def check(op, q, k, v, backend, *backends):
         raise ValueError(f"{op}: backend must be {', '.join(backends[:-1])} or {backends[-1]}, got {backend!r}")
 
 
-def power(n):
-    """The width of a Triton tile for n columns."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
-def choose(name, backend, q, beyond=None):
-    """triton or torch. A wish that cannot be met is answered with its reason, once; beyond: why not at these sizes."""
-    if backend == "torch" or (backend == "auto" and not q.is_cuda):
-        return "torch"
-    if triton is None:
-        beyond = "Triton is not installed"
-    elif not q.is_cuda and not interpreting():
-        beyond = f"Triton does not run on {q.device.type}"
-    elif q.dtype == torch.float64:
-        beyond = "the Triton kernels do not compute in fp64"
-    if beyond:
-        warn_once(f"{name} runs its PyTorch form: {beyond}")
-    return "torch" if beyond else "triton"
-
-
 def warn_once(reason):
     if reason not in _said:
         _said.add(reason)
-        warnings.warn(reason, stacklevel=4)
+        warnings.warn(reason, stacklevel=3)

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
-from . import Case, check, compute_dtype, in_autocast, leave_autocast, like_inputs, operator
+from . import Case, check, in_autocast, leave_autocast, like_inputs, operator
+from .gla import compute_dtype
 
 SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
 CALLS = 2**13  # scores that take the time of a segment's calls

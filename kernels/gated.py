@@ -16,7 +16,8 @@ import math
 
 import torch
 
-from . import check, compute_dtype, in_autocast, leave_autocast, like_inputs, operator
+from . import check, in_autocast, leave_autocast, like_inputs, operator
+from .gla import compute_dtype
 
 POWER = 0.6  # of the penalty: below 1 it wants one open head for a pair, not several half open
 FLOOR = 1e-6  # of gamma in the penalty: the slope of gamma^0.6 at 0 is infinite

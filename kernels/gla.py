@@ -13,11 +13,15 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import Case, check, choose, compute_dtype, in_autocast, jit, leave_autocast, like_inputs, operator, tl, triton
+from . import Case, check, in_autocast, interpreting, jit, leave_autocast, like_inputs, operator, tl, triton, warn_once
 
 CHUNK = 64  # tokens a chunk, in every backend
 SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its tensors stay in cache
 SAFE_EXPONENT = 40.0  # the factorised form may multiply by e^x for |x| up to this
+
+
+def compute_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ----------------------------------------------------------------------------- oracle
@@ -793,8 +797,7 @@ def gla(
             g, gate_min = torch.zeros((), dtype=compute_dtype(q.dtype), device=q.device).expand(q.shape), -1.0
         dtype = compute_dtype(q.dtype)
         state = q.new_zeros(B, H, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-        wide = f"the Triton kernels take heads up to {MAX_WIDTH} wide" if max(q.shape[3], V) > MAX_WIDTH else None
-        o, state, _ = gla_op(q, k, v, g, state, float(scale), gate_min, choose("gla", backend, q, wide))
+        o, state, _ = gla_op(q, k, v, g, state, float(scale), gate_min, choose(backend, q, V))
     return o, state if output_final_state else None
 
 
@@ -808,6 +811,24 @@ def check_inputs(q, k, v, g, gate_min, initial_state, backend):
     if initial_state is not None and initial_state.shape != (B, H, K, v.shape[3]):
         shape = tuple(initial_state.shape)
         raise ValueError(f"gla: initial_state must be {(B, H, K, v.shape[3])}, got {shape}")
+
+
+def choose(backend, q, V):
+    """triton or torch. A wish that cannot be met is answered with its reason, once."""
+    if backend == "torch" or (backend == "auto" and not q.is_cuda):
+        return "torch"
+    reason = None
+    if triton is None:
+        reason = "Triton is not installed"
+    elif not q.is_cuda and not interpreting():
+        reason = f"Triton does not run on {q.device.type}"
+    elif q.dtype == torch.float64:
+        reason = "the Triton kernels do not compute in fp64"
+    elif max(q.shape[3], V) > MAX_WIDTH:
+        reason = f"the Triton kernels take heads up to {MAX_WIDTH} wide"
+    if reason:
+        warn_once(f"gla runs its PyTorch form: {reason}")
+    return "torch" if reason else "triton"
 
 
 def case(name, gate_min, q, k, v, **_):

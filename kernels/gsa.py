@@ -13,8 +13,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import Case, check, choose, compute_dtype, in_autocast, jit, leave_autocast, operator, power, tl, triton
-from .gla import LOG2E, double_sums, tree_level
+from . import Case, check, in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
+from .gla import LOG2E, compute_dtype, double_sums, tree_level
 
 CHUNK = 64  # tokens a chunk, in every backend
 SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its blocks stay in cache
@@ -644,9 +644,18 @@ def gsa_input_kernel(
 
 # The default first; with AUTOTUNE all are tried, once per head size. BD, BK, BV: tiles of columns of the states.
 AUTOTUNE = False
-TILES, SCANS = ((64, 8, 1), (64, 4, 1), (32, 8, 2), (32, 4, 1)), ((64, 4, 2), (32, 4, 2), (32, 2, 3), (64, 8, 2))
-CHUNK_CONFIGS = [dict(BK=n, BV=n, num_warps=warps, num_stages=stages) for n, warps, stages in TILES]
-SCAN_CONFIGS = [dict(BD=n, num_warps=warps, num_stages=stages) for n, warps, stages in SCANS]
+CHUNK_CONFIGS = [
+    dict(BK=64, BV=64, num_warps=8, num_stages=1),
+    dict(BK=64, BV=64, num_warps=4, num_stages=1),
+    dict(BK=32, BV=32, num_warps=8, num_stages=2),
+    dict(BK=32, BV=32, num_warps=4, num_stages=1),
+]
+SCAN_CONFIGS = [
+    dict(BD=64, num_warps=4, num_stages=2),
+    dict(BD=32, num_warps=4, num_stages=2),
+    dict(BD=32, num_warps=2, num_stages=3),
+    dict(BD=64, num_warps=8, num_stages=2),
+]
 KERNELS = {
     "scan": (gsa_scan_kernel, SCAN_CONFIGS),
     "read": (gsa_read_kernel, CHUNK_CONFIGS),
@@ -655,6 +664,10 @@ KERNELS = {
     "input": (gsa_input_kernel, CHUNK_CONFIGS),
 }
 MAX_SLOTS = 256
+
+
+def power(n):
+    return max(16, 1 << (n - 1).bit_length())
 
 
 def chunk(M):
@@ -747,7 +760,10 @@ def aot_specs():
     forms = [
         ("gsa_scan", "scan", dict(first, REVERSE=False)),
         ("gsa_scan reverse", "scan", dict(first, REVERSE=True)),
-        *((f"gsa_{name}", name, {}) for name in ("read", "logit", "write", "input")),
+        ("gsa_read", "read", {}),
+        ("gsa_logit", "logit", {}),
+        ("gsa_write", "write", {}),
+        ("gsa_input", "input", {}),
     ]
     low = {"p_q", "p_k", "p_v", "p_o", "p_do", "p_xk", "p_xv", "p_dq", "p_dk", "p_dv"}
     specs = []
@@ -779,9 +795,15 @@ def fwd_op(q, k, v, s, g, hk, hv, scale, backend):
 @fwd_op.register_fake
 def _(q, k, v, s, g, hk, hv, scale, backend):
     B, _, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
+    acc = compute_dtype(q.dtype)
     borders = (0,) if backend == "triton" else borders_shape(q, v, s)
-    shapes = (B, H, K, M), (B, H, M, V), s.shape, borders
-    return v.new_empty(v.shape), *(q.new_empty(shape, dtype=compute_dtype(q.dtype)) for shape in shapes)
+    return (
+        v.new_empty(v.shape),
+        q.new_empty(B, H, K, M, dtype=acc),
+        q.new_empty(B, H, M, V, dtype=acc),
+        s.new_empty(s.shape, dtype=acc),
+        q.new_empty(borders, dtype=acc),
+    )
 
 
 @operator(
@@ -842,8 +864,7 @@ def gsa(q, k, v, s, g, scale=None, initial_state=None, output_final_state=False,
     else:
         if hk is not None:
             hk, hv = hk.to(compute_dtype(q.dtype)), hv.to(compute_dtype(q.dtype))
-        wide = f"the Triton kernels take up to {MAX_SLOTS} slots" if s.shape[-1] > MAX_SLOTS else None
-        o, *state = fwd_op(q, k, v, s, g, hk, hv, scale, choose("gsa", backend, q, wide))[:3]
+        o, *state = fwd_op(q, k, v, s, g, hk, hv, scale, choose(backend, q, v, s))[:3]
     return o, tuple(state) if output_final_state else (None, None)
 
 
@@ -859,6 +880,29 @@ def check_inputs(q, k, v, s, g, hk, hv, backend):
     for name, x, want in (("hk", hk, (B, H, K, M)), ("hv", hv, (B, H, M, V))):
         if x is not None and x.shape != want:
             raise ValueError(f"gsa: initial_state {name} must be {want}, got {tuple(x.shape)}")
+
+
+def choose(backend, q, v, s):
+    """triton or torch. A wish that cannot be met is answered with its reason, once."""
+    if backend == "torch" or (backend == "auto" and not q.is_cuda):
+        return "torch"
+    reason = obstacle(q, v, s)
+    if reason:
+        warn_once(f"gsa runs its PyTorch form: {reason}")
+    return "torch" if reason else "triton"
+
+
+def obstacle(q, v, s):
+    """Why the Triton kernels cannot run, or None."""
+    if triton is None:
+        return "Triton is not installed"
+    if not q.is_cuda and not interpreting():
+        return f"Triton does not run on {q.device.type}"
+    if q.dtype == torch.float64:
+        return "the Triton kernels do not compute in fp64"
+    if s.shape[-1] > MAX_SLOTS:
+        return f"the Triton kernels take up to {MAX_SLOTS} slots"
+    return None
 
 
 def case(q, k, v, slots=64, **_):

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import Case, choose, compute_dtype, in_autocast, jit, leave_autocast, like_inputs, operator, power, tl, triton
-from .gla import LOG2E, Workspace
+from . import Case, in_autocast, interpreting, jit, leave_autocast, like_inputs, operator, tl, triton, warn_once
+from .gla import LOG2E, Workspace, compute_dtype
 
 SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
     128: (8, 4, 8, 4, 16),
@@ -686,6 +686,10 @@ def launch(name, programs, *args, **constants):
         kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
 
 
+def power(n):
+    return max(16, 1 << (n - 1).bit_length())
+
+
 def triton_inputs(q, k, v, index, select_block):
     """q (N, T, G, D), k, v (N, S, D) in one type, the tiles of all pairs, the pairs' places, and the constants."""
     B, T, Hk, n = index.shape
@@ -898,9 +902,7 @@ def nsa_selected(q, k, v, index, select_block, scale=None, backend="auto"):
     if backend == "gather":
         with leave_autocast(q):
             return selected_gathered(q, k, v, index, select_block, scaling(q, scale))
-    wide = f"the Triton kernels take heads and blocks up to {MAX_WIDTH} wide, groups up to {ROWS}"
-    fits = max(q.shape[3], select_block) <= MAX_WIDTH and q.shape[2] // k.shape[2] <= ROWS
-    by_triton = choose("nsa_selected", backend, q, None if fits else wide) == "triton"
+    by_triton = takes_triton(backend, q, k.shape[2], select_block)
     return selected_op(q, k, v, index, scaling(q, scale), select_block, by_triton)[0]
 
 
@@ -911,6 +913,24 @@ def nsa_window(q, k, v, window, scale=None):
     if window < 1:
         raise ValueError(f"nsa_window: window must be at least 1, got {window}")
     return window_op(q, k, v, scaling(q, scale), window)
+
+
+def takes_triton(backend, q, Hk, select_block):
+    """A wish that cannot be met is answered with its reason, once."""
+    if backend == "torch" or (backend == "auto" and not q.is_cuda):
+        return False
+    reason = None
+    if triton is None:
+        reason = "Triton is not installed"
+    elif not q.is_cuda and not interpreting():
+        reason = f"Triton does not run on {q.device.type}"
+    elif q.dtype == torch.float64:
+        reason = "the Triton kernels do not compute in fp64"
+    elif max(q.shape[3], select_block) > MAX_WIDTH or q.shape[2] // Hk > ROWS:
+        reason = f"the Triton kernels take heads and blocks up to {MAX_WIDTH} wide, groups up to {ROWS}"
+    if reason:
+        warn_once(f"nsa_selected runs its PyTorch form: {reason}")
+    return reason is None
 
 
 def scaling(q, scale):

@@ -17,8 +17,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import Case, check, choose, compute_dtype, in_autocast, jit, leave_autocast, operator, tl, triton
-from .gla import CHUNK, Workspace, block, chunked, gla_recurrent, load, store
+from . import Case, check, in_autocast, interpreting, jit, leave_autocast, operator, tl, triton, warn_once
+from .gla import CHUNK, Workspace, block, chunked, compute_dtype, gla_recurrent, load, store
 
 SEGMENT = 2**18  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
 FLOOR = 1e-3  # of the relu features: no query is without keys
@@ -506,8 +506,7 @@ def performer(
             o, state = performer_recurrent(q, k, v, wq, wk, features, initial_state)
     else:
         state = q.new_zeros(B, H, M, V + 1, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-        wide = f"the Triton kernels take values up to {MAX_WIDTH} wide" if V > MAX_WIDTH else None
-        o, _, state, _ = performer_op(q, k, v, wq, wk, state, features, choose("performer", backend, q, wide))
+        o, _, state, _ = performer_op(q, k, v, wq, wk, state, features, choose(backend, q, V))
     return o, state if output_final_state else None
 
 
@@ -522,6 +521,24 @@ def check_inputs(q, k, v, wq, wk, features, initial_state, backend):
     shape = (B, H, wq.shape[1], V + 1)
     if initial_state is not None and initial_state.shape != shape:
         raise ValueError(f"performer: initial_state must be {shape}, got {tuple(initial_state.shape)}")
+
+
+def choose(backend, q, V):
+    """triton or torch. A wish that cannot be met is answered with its reason, once."""
+    if backend == "torch" or (backend == "auto" and not q.is_cuda):
+        return "torch"
+    reason = None
+    if triton is None:
+        reason = "Triton is not installed"
+    elif not q.is_cuda and not interpreting():
+        reason = f"Triton does not run on {q.device.type}"
+    elif q.dtype == torch.float64:
+        reason = "the Triton kernels do not compute in fp64"
+    elif V > MAX_WIDTH:
+        reason = f"the Triton kernels take values up to {MAX_WIDTH} wide"
+    if reason:
+        warn_once(f"performer runs its PyTorch form: {reason}")
+    return "torch" if reason else "triton"
 
 
 def case(q, k, v, n_feature=256, **_):
