@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 
 BIN = $(VENV)/bin
 PY = $(BIN)/python
-SOURCES = *.py config data kernels tests .ci
+SOURCES = *.py benchmarks config data docs kernels tests .ci
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all format check-format bench bench-step bench-ops compare kernel-report gpu clean
@@ -51,7 +51,7 @@ check-format: $(VENV)/dev.stamp  ## fail if format would change a file
 	$(BIN)/ruff check $(wildcard $(SOURCES))
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
 
-bench: $(VENV)/run.stamp  ## what a layer of each attention type costs: table, bench.json, bench.png
+bench: $(VENV)/run.stamp  ## what a layer of each attention type costs: table, out/bench.json, out/bench.png
 	$(PY) bench.py
 
 bench-step: $(VENV)/run.stamp  ## training speed against the matmul peak and a plain PyTorch stack

@@ -21,13 +21,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import build, key, stray_key
-from kernels.distance import BandCache, distance, paths
+from kernels.distance import BandCache, distance
+from kernels.distance import operations as distance_operations
 from kernels.gated import executed_pairs as gated_pairs
 from kernels.gated import gated, gated_map
-from kernels.gla import gla, gla_products
-from kernels.gsa import gsa, gsa_products
-from kernels.nsa import nsa_compressed, nsa_pairs, nsa_selected, nsa_sizes, nsa_window
-from kernels.performer import feature_map, performer, performer_products, random_features
+from kernels.gla import compute_dtype, gla
+from kernels.gla import operations as gla_operations
+from kernels.gsa import gsa
+from kernels.gsa import operations as gsa_operations
+from kernels.nsa import nsa_compressed, nsa_selected, nsa_sizes, nsa_window
+from kernels.nsa import operations as nsa_operations
+from kernels.performer import feature_map, performer, random_features
+from kernels.performer import operations as performer_operations
 from weights import ModelError, load_weights, read_checkpoint, read_gpt2
 
 
@@ -151,6 +156,7 @@ class Attention(nn.Module):
     meaning = {}  # {parameter: what its numbers mean}: loading copies numbers between layers that agree
     positions = False  # whether pos_emb=rope turns its queries and keys
     families = ()  # owners of the keys that it shares with other types
+    keeps_keys = False  # whether its decoding state holds keys, and grows with the context
 
     @classmethod
     def check(cls, config):
@@ -242,7 +248,7 @@ class SoftmaxAttention(Attention):
 
     Decoding keeps a ring of the last max_len keys and values."""
 
-    positions = True
+    positions = keeps_keys = True
     families = ("softmax family", "output gate")
 
     def __init__(self, config):
@@ -468,8 +474,8 @@ class DistanceAttention(SoftmaxAttention):
         p_ts = m_h(t - s) e^(a_ts) / sum_{s' <= t} m_h(t - s') e^(a_ts'),   a_ts = q_t . k_s / sqrt(D)
 
     Distances with m = 0 are not computed, in training either, and decoding reads only the others. m is 0 from
-    block_size on, also in longer sequences: the ring of decoding keeps no more. A type of this family has `log_mask`
-    and `penalty`. Dropout acts on the residual, not on p."""
+    block_size on, also in longer sequences: the ring of decoding keeps no more. A type of this family has `log_mask`,
+    `penalty`, `parameter_stats` and `simplify`. Dropout acts on the residual, not on p."""
 
     constant_ones = False  # whether a mask of ones has no slope, and so costs what softmax attention costs
 
@@ -505,17 +511,8 @@ class DistanceAttention(SoftmaxAttention):
         y = distance(q, keys, values, *self.log_mask(past + t))[:, past:]
         return self._project(y, x), state
 
-    @torch.no_grad()
     def flops(self, T):
-        """The pairs that the masks keep, and those that the blocks of a training step hold."""
-        table, first = self.log_mask(T)
-        first = table.new_empty(len(table), 0, T) if first is None else first
-        P, each = min(T, first.size(1)), 4 * self.d_head * self.n_head // len(table)
-        seen = ((table > -math.inf).sum(0) * (T - torch.arange(T, device=table.device))).sum()
-        executed = sum(pairs for _, pairs in paths(table, first, self.d_head, self.constant_ones))
-        for s in range(P):  # the first keys have masks of their own
-            seen += (first[:, s, : T - s] > -math.inf).sum() - (table[:, : T - s] > -math.inf).sum()
-        return each * int(seen), each * executed
+        return distance_operations(*self.log_mask(T), self.n_head, self.d_head, self.d_head, self.constant_ones)
 
     @torch.no_grad()
     def stats(self, x=None):
@@ -608,10 +605,13 @@ class AdaptiveSpan(DistanceAttention):
         return self.reg * keys.mean()
 
     @torch.no_grad()
-    def snap_periods(self):
-        """Round the periods to whole tokens: those of narrow waves then fall into short dense sequences."""
+    def simplify(self, share):
+        """Round the periods to whole tokens: those of narrow waves then fall into short dense sequences. Says so."""
+        if not self.wave:
+            return None
         low, high = self.period_range
         self.period.copy_(((self.periods()[0].round().clamp(low, high) - low) / (high - low)).logit())
+        return "with periods rounded to whole tokens"
 
     def parameter_stats(self):
         stats = {"span": self.spans().detach()}
@@ -673,6 +673,11 @@ class MaskMix(DistanceAttention):
         f = (w[:, :, None] * first).sum(1)  # (H or 1, P), P = n_first
         return log_or_drop(u), log_or_drop(u[:, None] + f[:, :, None])
 
+    def simplify(self, share):
+        """Drop candidates below this share of the largest. Says so."""
+        self.prune = share
+        return f"without candidates below {share:g} of the largest"
+
     def penalty(self):
         p = self.alpha.sigmoid()
         p = p / p.sum(1, keepdim=True)
@@ -733,8 +738,7 @@ class GatedLinearAttention(Attention):
 
     def init_state(self, batch, max_len):
         w = self.c_attn.weight
-        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-        return torch.zeros(batch, self.n_head, self.d_k, self.d_v, dtype=dtype, device=w.device)
+        return torch.zeros(batch, self.n_head, self.d_k, self.d_v, dtype=compute_dtype(w.dtype), device=w.device)
 
     def step(self, x, state):
         q, k, v, g, r = self._inputs(x)
@@ -744,9 +748,7 @@ class GatedLinearAttention(Attention):
         return self._project(o, r), state
 
     def flops(self, T):
-        """The recurrence, and the matrix products of the chunks of 64 that a training step executes."""
-        K, V, H = self.d_k, self.d_v, self.n_head
-        return 4 * K * V * H * T, H * gla_products(T, K, V, self.gate_min)
+        return gla_operations(T, self.n_head, self.d_k, self.d_v, self.gate_min)
 
     @torch.no_grad()
     def stats(self, x=None):
@@ -802,7 +804,7 @@ class GatedSlotAttention(Attention):
 
     def init_state(self, batch, max_len):
         w, H, D, M = self.c_attn.weight, self.n_head, self.d_head, self.n_slot
-        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(w.dtype)
         return tuple(torch.zeros(shape, dtype=dtype, device=w.device) for shape in ((batch, H, D, M), (batch, H, M, D)))
 
     def step(self, x, state):
@@ -812,9 +814,7 @@ class GatedSlotAttention(Attention):
         return self._project(o, x), state
 
     def flops(self, T):
-        """The recurrence, and the matrix products of the chunks of up to 64 that a training step executes."""
-        D, M, H = self.d_head, self.n_slot, self.n_head
-        return 8 * M * D * H * T, H * gsa_products(T, D, D, M)
+        return gsa_operations(T, self.n_head, self.d_head, self.d_head, self.n_slot)
 
     @torch.no_grad()
     def stats(self, x=None):
@@ -885,8 +885,7 @@ class PerformerAttention(Attention):
     def init_state(self, batch, max_len):
         """[S, z] of each head, and the position."""
         w, shape = self.c_attn.weight, (batch, self.n_head, self.n_feature, self.d_head + 1)
-        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-        return torch.zeros(shape, dtype=dtype, device=w.device), 0
+        return torch.zeros(shape, dtype=compute_dtype(w.dtype), device=w.device), 0
 
     def step(self, x, state):
         sums, position = state
@@ -897,9 +896,7 @@ class PerformerAttention(Attention):
         return self._project(o, x), (sums, position + x.size(1))
 
     def flops(self, T):
-        """Features and the recurrence, and the matrix products of the chunks of 64 that a training step executes."""
-        M, D, H = self.n_feature, self.d_head, self.n_head
-        return (8 * M * D + 4 * M) * H * T, H * performer_products(T, D, D, M)
+        return performer_operations(T, self.n_head, self.d_head, self.d_head, self.n_feature)
 
     @torch.no_grad()
     def stats(self, x=None):
@@ -963,7 +960,7 @@ class NativeSparseAttention(Attention):
     keys, values and selection. Rotary positions turn the selected and the window branch; the compressed one has its
     slots."""
 
-    positions = True
+    positions = keeps_keys = True
     families = ("output gate",)
 
     @staticmethod
@@ -1030,14 +1027,7 @@ class NativeSparseAttention(Attention):
         return self._attend(x, q, *caches, n, "gather" if t <= 16 else "auto"), state
 
     def flops(self, T):
-        """The pairs that are read, and those in the tiles of a training step; both with what compresses the blocks, but
-        for the slots, whose product is one for a whole batch."""
-        block, stride = self.sizes[:2]
-        H, Hk, D, N = self.n_head, self.n_kv, self.d_head, max(0, (T - block) // stride + 1)
-        first, second = (0, block * D) if self.mean else (4 * block * D * D, 4 * D * D)
-        run = N and N + block // stride - 1  # of the MLP's first matrix; N blocks have so many parts
-        read, executed = (4 * H * D * pairs for pairs in nsa_pairs(T, self.sizes, H // Hk))
-        return read + 2 * Hk * N * (first + second), executed + 2 * Hk * (run * first + N * second)
+        return nsa_operations(T, self.sizes, self.n_head, self.n_kv, self.d_head, self.mean)
 
     @torch.no_grad()
     def stats(self, x=None):
@@ -1143,9 +1133,7 @@ def make_norm(config):
 
 
 def make_dropout(config):
-    return (
-        nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-    )  # a call saved for each token that is decoded
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()  # a call less for each decoded token
 
 
 class GeluMLP(nn.Module):

@@ -80,10 +80,8 @@ def draw_scores(axis, found):
         mean, deviation, _ = found[name]
         axis.errorbar(mean, y, xerr=deviation, color=COLORS[name], marker="o", markersize=5, capsize=4, linewidth=2)
     axis.axvline(control, color=COLORS["none"], linestyle="--", linewidth=1.5)
-    place = dict(
-        xy=(control, (len(order) - 1) / 2), xytext=(-8, 0), textcoords="offset points", ha="right", va="center"
-    )
-    axis.annotate("none\n(no attention)", color=COLORS["none"], **place)
+    place = dict(xytext=(-8, 0), textcoords="offset points", ha="right", va="center", color=COLORS["none"])
+    axis.annotate("none\n(no attention)", (control, (len(order) - 1) / 2), **place)
     axis.set_yticks(range(len(order)), order)
     for label, name in zip(axis.get_yticklabels(), order):
         label.set_color(COLORS[name])

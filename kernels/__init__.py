@@ -4,6 +4,7 @@ import contextlib
 import functools
 import types
 import warnings
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +15,23 @@ except ImportError:
     triton, tl = None, types.SimpleNamespace(constexpr=None)  # enough for the kernels' definitions to be read
 
 _said = set()
+
+MODULES = (
+    "gla",
+    "gsa",
+    "nsa",
+    "performer",
+    "distance",
+)  # of each, CASES: {operator: f}, f(q, k, v, **options) -> {row: Case}
+
+
+class Case(NamedTuple):
+    """An operator and the inputs that it is timed with."""
+
+    call: object  # of the inputs
+    inputs: list  # tensors that take gradients, tokens in dim 1
+    oracle: object  # of the inputs in float64, a prefix of their tokens too: what defines the operator
+    executed: int | None  # operations of a forward pass of the batch; None: not counted
 
 
 def jit(kernel):
@@ -55,6 +73,24 @@ def operator(name, schema):
         return torch.library.custom_op(f"nanoattention::{name}", run, mutates_args=(), schema=schema)
 
     return register
+
+
+def like_inputs(n):
+    """The fake of an operator that returns a tensor like each of its first n inputs."""
+    return lambda *xs: tuple(x.new_empty(x.shape) for x in xs[:n])
+
+
+def check(op, q, k, v, backend, *backends):
+    """ValueError, of one line, unless q, k (B, T, H, D) and v (B, T, H, V) fit each other and `op` has the backend."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or not x.is_floating_point() or min(x.shape) < 1:
+            raise ValueError(f"{op}: {name} must be a float (B, T, H, D), none 0, got {x.dtype} {tuple(x.shape)}")
+    if k.shape != q.shape:
+        raise ValueError(f"{op}: k must have q's shape {tuple(q.shape)}, got {tuple(k.shape)}")
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"{op}: v must be {tuple(q.shape[:3])} and its width, got {tuple(v.shape)}")
+    if backend not in backends:
+        raise ValueError(f"{op}: backend must be {', '.join(backends[:-1])} or {backends[-1]}, got {backend!r}")
 
 
 def warn_once(reason):

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
-from . import in_autocast, leave_autocast, operator
+from . import Case, check, in_autocast, leave_autocast, like_inputs, operator
+from .gla import compute_dtype
 
 SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
 CALLS = 2**13  # scores that take the time of a segment's calls
@@ -30,10 +31,6 @@ BLOCKS = (16, 32, 64, 128)  # queries a block
 BATCH = 4  # sequences that the choice of a plan counts with: several share the calls of a segment
 TILE = 128  # queries and keys of a block of FlexAttention
 HIDDEN = -1e30  # a logit that softmax turns into an exact 0, without the NaN of a row of infinities
-
-
-def compute_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ----------------------------------------------------------------------------- oracle
@@ -451,12 +448,10 @@ def in_rows(*xs):
     return [x if fits else x.clone(memory_format=torch.contiguous_format) for x, fits in zip(xs, whole)]
 
 
-@operator(
+distance_op = operator(
     "distance",
     "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, float scale, bool constant_ones) -> (Tensor, Tensor)",
-)
-def distance_op(q, k, v, table, prefix, scale, constant_ones):
-    return banded_forward(q, k, v, table, prefix, scale, constant_ones)
+)(banded_forward)
 
 
 @distance_op.register_fake
@@ -465,18 +460,12 @@ def _(q, k, v, table, prefix, scale, constant_ones):
     return v.new_empty(v.shape), q.new_empty(B, H, T, dtype=compute_dtype(q.dtype))
 
 
-@operator(
+distance_backward_op = operator(
     "distance_backward",
     "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, Tensor o, Tensor lse, Tensor do, float scale,"
     " bool constant_ones) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def distance_backward_op(q, k, v, table, prefix, o, lse, do, scale, constant_ones):
-    return banded_backward(q, k, v, table, prefix, o, lse, do, scale, constant_ones)
-
-
-@distance_backward_op.register_fake
-def _(q, k, v, table, prefix, o, lse, do, scale, constant_ones):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, table, prefix))
+)(banded_backward)
+distance_backward_op.register_fake(like_inputs(5))
 
 
 def setup_context(ctx, inputs, output):
@@ -660,10 +649,24 @@ def paths(table, prefix, width, constant_ones=False):
     """(what computes it, query-key pairs that a forward pass computes) for each row of the table, on the table's device
     and of its precision; width: the smaller of D and V."""
     T = table.shape[1]
+    prefix = table.new_empty(len(table), 0, T) if prefix is None else prefix
     if not flex_fits(table, T, width):
         return [(str(plan), executed_pairs(plan, T)) for plan in plans(table, prefix, constant_ones)]
     tiles, n = seen_tiles(table, prefix).sum((1, 2)).tolist(), T // TILE
     return [(f"FlexAttention, {m} of {n * (n + 1) // 2} blocks of {TILE}", m * TILE**2) for m in tiles]
+
+
+@torch.no_grad()
+def operations(table, prefix, H, D, V, constant_ones=False):
+    """(nominal, executed) of a sequence as long as the table: pairs that the masks keep, and those in the blocks of a
+    training step."""
+    T, P = table.shape[1], 0 if prefix is None else prefix.shape[1]
+    each = 2 * (D + V) * H // len(table)
+    seen = ((table > -math.inf).sum(0) * (T - torch.arange(T, device=table.device))).sum()
+    executed = sum(pairs for _, pairs in paths(table, prefix, min(D, V), constant_ones))
+    for s in range(min(T, P)):  # the first keys have masks of their own
+        seen += (prefix[:, s, : T - s] > -math.inf).sum() - (table[:, : T - s] > -math.inf).sum()
+    return each * int(seen), each * executed
 
 
 def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_ones=False):
@@ -676,7 +679,7 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_o
     constant_ones: a table row of zeros, which masks nothing, is a constant: it has gradient 0 and, on a CPU, becomes
     PyTorch's causal attention. So it is where the table needs no gradient.
     """
-    check(q, k, v, table, prefix, backend)
+    check_inputs(q, k, v, table, prefix, backend)
     q, k, v = in_autocast(q, k, v)  # the mask keeps its precision
     prefix = table.new_empty(table.shape[0], 0, table.shape[1]) if prefix is None else prefix
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
@@ -690,17 +693,41 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_o
     return distance_op(q, k, v, table, prefix, scale, constant_ones)[0]
 
 
-def check(q, k, v, table, prefix, backend):
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or not x.is_floating_point() or min(x.shape) < 1:
-            raise ValueError(f"distance: {name} must be a float (B, T, H, D), none 0, got {x.dtype} {tuple(x.shape)}")
-    if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"distance: k must have q's shape {tuple(q.shape)} and v its first three, got "
-                         f"{tuple(k.shape)} and {tuple(v.shape)}")  # fmt: skip
+def check_inputs(q, k, v, table, prefix, backend):
+    check("distance", q, k, v, backend, "auto", "banded", "flex", "dense")
     _, T, H, _ = q.shape
     if table.shape not in ((H, T), (1, T)):
         raise ValueError(f"distance: table must be {(H, T)} or {(1, T)}, got {tuple(table.shape)}")
     if prefix is not None and (prefix.dim() != 3 or (prefix.shape[0], prefix.shape[2]) != tuple(table.shape)):
         raise ValueError(f"distance: prefix must be ({table.shape[0]}, P, {T}), got {tuple(prefix.shape)}")
-    if backend not in ("auto", "banded", "flex", "dense"):
-        raise ValueError(f"distance: backend must be auto, banded, flex or dense, got {backend!r}")
+
+
+def masked(q, k, v, table, constant_ones=False):
+    """What is timed of a mask by distance."""
+    call = functools.partial(distance, constant_ones=constant_ones)
+    sizes = q.shape[2], q.shape[3], v.shape[3]
+    executed = len(q) * operations(table, None, *sizes, constant_ones)[1]
+    return Case(call, [q, k, v, table.requires_grad_()], functools.partial(distance, backend="dense"), executed)
+
+
+def span_cases(q, k, v, spans=(256,), **_):
+    """As adaptive spans call it, for each span, a ramp of 32 included."""
+    found, x = {}, torch.arange(q.shape[1], device=q.device)
+    for span in spans:
+        table = ((span - x) / 32).clamp(0, 1).log().repeat(q.shape[2], 1)
+        case = found[f"span {span}"] = masked(q, k, v, table, constant_ones=True)
+        if q.is_cuda:  # where FlexAttention is taken: the form that it must beat
+            banded = functools.partial(case.call, backend="banded")
+            found[f"span {span}, banded"] = case._replace(call=banded, executed=None)
+    return found
+
+
+def mix_case(q, k, v, offsets=range(5), **_):
+    """As mixtures of masks call it: weights of some distances."""
+    table = torch.full((1, q.shape[1]), -math.inf, device=q.device)
+    kept = [o for o in offsets if o < q.shape[1]]
+    table[0, kept] = -torch.rand(len(kept), device=q.device)
+    return {f"mask_mix of {len(kept)}": masked(q, k, v, table)}
+
+
+CASES = {"span": span_cases, "mask_mix": mix_case}

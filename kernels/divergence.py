@@ -27,10 +27,8 @@ class Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, teacher_logits, logits, temperature):
         rows = max(1, Divergence.CACHED // logits.size(-1))
-        kl, ctx.grad = (
-            logits.new_empty(logits.shape[:-1], dtype=torch.float32),
-            torch.empty_like(logits, memory_format=torch.contiguous_format),
-        )
+        kl = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+        ctx.grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         tensors = (x.flatten(0, 1).split(rows) for x in (teacher_logits, logits, kl[..., None], ctx.grad))
         for *pq, found, grad in zip(*tensors):
             p, q = ((x.float() / temperature).log_softmax(-1) for x in pq)

@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from . import in_autocast, leave_autocast, operator
+from . import check, in_autocast, leave_autocast, like_inputs, operator
 from .gla import compute_dtype
 
 POWER = 0.6  # of the penalty: below 1 it wants one open head for a pair, not several half open
@@ -172,18 +172,12 @@ def _(q, k, v, a, b, scale, penalise):
     return v.new_empty(v.shape), v.new_empty((), dtype=dtype), v.new_empty((B, H, T), dtype=dtype)
 
 
-@operator(
+gated_backward_op = operator(
     "gated_backward",
     "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor o, Tensor lse, Tensor do,"
     " Tensor dpenalty, float scale, bool penalise) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def gated_backward_op(q, k, v, a, b, o, lse, do, dpenalty, scale, penalise):
-    return block_backward(q, k, v, a, b, o, lse, do, dpenalty, scale, penalise)
-
-
-@gated_backward_op.register_fake
-def _(q, k, v, a, b, o, lse, do, dpenalty, scale, penalise):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, a, b))
+)(block_backward)
+gated_backward_op.register_fake(like_inputs(5))
 
 
 def setup_context(ctx, inputs, output):
@@ -212,7 +206,7 @@ def gated(q, k, v, a, b, scale=None, penalise=True, backend="auto"):
     q, k (B, T, H, D)   v (B, T, H, V)   a, b (B, T, H), the gates of queries and of keys.
     scale=None is D^-1/2.  backend: auto | torch | dense.
     """
-    check(q, k, v, a, b, backend)
+    check_inputs(q, k, v, a, b, backend)
     q, k, v = in_autocast(q, k, v)  # gates keep their precision
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "dense":
@@ -222,16 +216,8 @@ def gated(q, k, v, a, b, scale=None, penalise=True, backend="auto"):
     return o, penalty
 
 
-def check(q, k, v, a, b, backend):
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or not x.is_floating_point() or min(x.shape) < 1:
-            raise ValueError(f"gated: {name} must be a float (B, T, H, D), none 0, got {x.dtype} {tuple(x.shape)}")
-    if k.shape != q.shape:
-        raise ValueError(f"gated: k must have the shape of q {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"gated: v must be {tuple(q.shape[:3])} and its width, got {tuple(v.shape)}")
+def check_inputs(q, k, v, a, b, backend):
+    check("gated", q, k, v, backend, "auto", "torch", "dense")
     for name, x in (("a", a), ("b", b)):
         if x.shape != q.shape[:3] or not x.is_floating_point():
             raise ValueError(f"gated: {name} must be a float {tuple(q.shape[:3])}, got {x.dtype} {tuple(x.shape)}")
-    if backend not in ("auto", "torch", "dense"):
-        raise ValueError(f"gated: backend must be auto, torch or dense, got {backend!r}")

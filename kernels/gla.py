@@ -7,12 +7,13 @@ tokens in matrix products (the CPU path); `triton`. Axes: B batch, T time, H hea
 a chunk, n chunks in a segment, N = n * B * H. Inside a chunk b is the cumulative sum of g, up to and with the token.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
-from . import in_autocast, jit, leave_autocast, operator, tl, triton
+from . import Case, check, in_autocast, jit, leave_autocast, like_inputs, operator, tl, triton
 from .launch import Kernel, choose, configurations, dot_type, split
 
 CHUNK = 64  # tokens a chunk, in every backend
@@ -229,12 +230,12 @@ def store(out, segment, chunk, write):
     out[:, lo:hi].copy_(padded[:, : hi - lo])
 
 
-def gla_products(T, K, V, gate_min):
-    """Operations of the matrix products that `chunk_forward` runs for one head and sequence of T, a whole last chunk
-    included. Elementwise work is not counted: of a tree the levels of one and two tokens are elementwise too."""
+def operations(T, H, K, V, gate_min):
+    """(nominal, executed) of a sequence of T: the recurrence, and the matrix products that `chunk_forward` runs, a
+    whole last chunk included. Elementwise work is not counted, nor the levels of one and two tokens of a tree."""
     C = CHUNK
     scores = 2 * C * C * K if is_factorised(gate_min) else C * (C - 4) * K  # C h K at each level of h = 4 ... C / 2
-    return -(-T // C) * (4 * C * K * V + scores + 2 * C * C * V)
+    return 4 * K * V * H * T, H * -(-T // C) * (4 * C * K * V + scores + 2 * C * C * V)
 
 
 def prepare(q, k, g, segment, chunk, gate_min, new):
@@ -768,9 +769,7 @@ def gla_backward_op(q, k, v, g, state, states, do, dstate, scale, gate_min, back
     return chunk_backward(q, k, v, g, states, do, dstate, scale, gate_min)
 
 
-@gla_backward_op.register_fake
-def _(q, k, v, g, state, states, do, dstate, scale, gate_min, backend):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, g, state))
+gla_backward_op.register_fake(like_inputs(5))
 
 
 def setup_context(ctx, inputs, output):
@@ -801,7 +800,7 @@ def gla(
     scale: K^-1/2 unless given.  gate_min: g is clamped there, with no gradient below; from -1.25 up the operator then
     takes its faster form.  backend: auto | triton | torch | recurrent.  States are fp32, fp64 for fp64 inputs.
     """
-    check(q, k, v, g, gate_min, initial_state, backend)
+    check_inputs(q, k, v, g, gate_min, initial_state, backend)
     (B, _, H, K), V = q.shape, v.shape[3]
     q, k, v = in_autocast(q, k, v)  # gates and states keep their precision
     scale = K**-0.5 if scale is None else scale
@@ -817,14 +816,8 @@ def gla(
     return o, state if output_final_state else None
 
 
-def check(q, k, v, g, gate_min, initial_state, backend):
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or not x.is_floating_point() or min(x.shape) < 1:
-            raise ValueError(f"gla: {name} must be a float (B, T, H, D), none 0, got {x.dtype} {tuple(x.shape)}")
-    if k.shape != q.shape:
-        raise ValueError(f"gla: k must have the shape of q {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"gla: v must be {tuple(q.shape[:3])} and its width, got {tuple(v.shape)}")
+def check_inputs(q, k, v, g, gate_min, initial_state, backend):
+    check("gla", q, k, v, backend, "auto", "triton", "torch", "recurrent")
     if g is not None and g.shape != q.shape:
         raise ValueError(f"gla: g must have the shape of q {tuple(q.shape)}, got {tuple(g.shape)}")
     if gate_min is not None and gate_min > 0:
@@ -833,10 +826,24 @@ def check(q, k, v, g, gate_min, initial_state, backend):
     if initial_state is not None and initial_state.shape != (B, H, K, v.shape[3]):
         shape = tuple(initial_state.shape)
         raise ValueError(f"gla: initial_state must be {(B, H, K, v.shape[3])}, got {shape}")
-    if backend not in ("auto", "triton", "torch", "recurrent"):
-        raise ValueError(f"gla: backend must be auto, triton, torch or recurrent, got {backend!r}")
 
 
 def too_wide(K, V):
     """What the Triton kernels do not take, or None."""
     return f"the Triton kernels take heads up to {MAX_WIDTH} wide" if max(K, V) > MAX_WIDTH else None
+
+
+def case(name, gate_min, q, k, v, **_):
+    """What is timed: mild gates, bounded below or not."""
+    (B, T, H, K), V = q.shape, v.shape[3]
+    call = functools.partial(gated_output, gate_min=gate_min)
+    g = (F.logsigmoid(torch.randn(B, T, H, K, device=q.device)) / 16).requires_grad_()
+    executed = B * operations(T, H, K, V, gate_min)[1]
+    return {name: Case(call, [q, k, v, g], functools.partial(call, backend="recurrent"), executed)}
+
+
+def gated_output(*inputs, **options):
+    return gla(*inputs, **options)[0]
+
+
+CASES = {name: functools.partial(case, name, low) for name, low in (("gla", -1.25), ("gla_exact", None))}

@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import in_autocast, jit, leave_autocast, operator, tl, triton
+from . import Case, check, in_autocast, jit, leave_autocast, operator, tl, triton
 from .gla import LOG2E, compute_dtype, double_sums, tree_level
 from .launch import Kernel, choose, configurations, dot_type, power, split
 
@@ -165,12 +165,11 @@ def segment_length(B, H):
     return CHUNK * max(1, SEGMENT // (CHUNK * B * H))
 
 
-def gsa_products(T, K, V, M):
-    """Operations of the matrix products that `chunk_fwd` runs for one head and sequence of T, a whole last chunk
-    included, where gates are mild enough to be factorised. Strong gates, which `Decay` takes by halves, run fewer."""
+def operations(T, H, K, V, M):
+    """(nominal, executed) of a sequence of T: the recurrence, and the matrix products that `chunk_fwd` runs, a whole
+    last chunk included, where gates are mild enough to be factorised. Strong ones, taken by halves, run fewer."""
     C = chunk_length(T)
-    decay = 2 * C * C * M
-    return -(-T // C) * (4 * C * M * (K + V) + 2 * C * C * (K + M) + 2 * C * C * (M + V) + decay)
+    return 4 * M * (K + V) * H * T, H * -(-T // C) * (4 * C * M * (K + V) + 2 * C * C * (K + V + 3 * M))
 
 
 def chunk_fwd(q, k, v, s, g, hk, hv, scale):
@@ -821,7 +820,7 @@ def gsa(q, k, v, s, g, scale=None, initial_state=None, output_final_state=False,
     -> o (B, T, H, V) in v's dtype, (hk, hv) in fp32 (fp64 for fp64 inputs), or (None, None) unless output_final_state.
     """
     hk, hv = initial_state if initial_state is not None else (None, None)
-    check(q, k, v, s, g, hk, hv, backend)
+    check_inputs(q, k, v, s, g, hk, hv, backend)
     q, k, v = in_autocast(q, k, v)  # gates and states keep their precision
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend == "recurrent":
@@ -835,17 +834,13 @@ def gsa(q, k, v, s, g, scale=None, initial_state=None, output_final_state=False,
     return o, tuple(state) if output_final_state else (None, None)
 
 
-def check(q, k, v, s, g, hk, hv, backend):
-    if backend not in ("auto", "triton", "torch", "recurrent"):
-        raise ValueError(f"gsa: backend must be auto, triton, torch or recurrent, got {backend!r}")
-    for name, x in (("q", q), ("k", k), ("v", v), ("s", s), ("g", g)):
-        if x.dim() != 4 or not x.is_floating_point() or min(x.shape) < 1:
-            raise ValueError(f"gsa: {name} must be non-empty floats (B, T, H, D), got {x.dtype} {tuple(x.shape)}")
-    B, T, H, K = q.shape
-    V, M = v.shape[-1], s.shape[-1]
-    for name, x, width in (("k", k, K), ("v", v, V), ("s", s, M), ("g", g, M)):
-        if x.shape != (B, T, H, width):
-            raise ValueError(f"gsa: {name} must be {(B, T, H, width)} to match q and s, got {tuple(x.shape)}")
+def check_inputs(q, k, v, s, g, hk, hv, backend):
+    check("gsa", q, k, v, backend, "auto", "triton", "torch", "recurrent")
+    want = (*q.shape[:3], *s.shape[3:])
+    for name, x in (("s", s), ("g", g)):
+        if x.dim() != 4 or x.shape != want or not x.is_floating_point() or x.shape[3] < 1:
+            raise ValueError(f"gsa: {name} must be floats {want} to match q and s, got {x.dtype} {tuple(x.shape)}")
+    (B, _, H, K), V, M = q.shape, v.shape[3], s.shape[3]
     if (hk is None) != (hv is None):
         raise ValueError("gsa: initial_state must be a pair (hk, hv), got only one of them")
     for name, x, want in (("hk", hk, (B, H, K, M)), ("hv", hv, (B, H, M, V))):
@@ -856,3 +851,18 @@ def check(q, k, v, s, g, hk, hv, backend):
 def too_many(M):
     """What the Triton kernels do not take, or None."""
     return f"the Triton kernels take up to {MAX_SLOTS} slots" if M > MAX_SLOTS else None
+
+
+def case(q, k, v, slots=64, **_):
+    """What is timed: mild gates g, and writes of 1 - e^g."""
+    (B, T, H, K), V = q.shape, v.shape[3]
+
+    def call(q, k, v, g, backend="auto"):
+        return gsa(q, k, v, -torch.expm1(g), g, scale=1.0, backend=backend)[0]
+
+    g = (F.logsigmoid(torch.randn(B, T, H, slots, device=q.device)) / 16).requires_grad_()
+    executed = B * operations(T, H, K, V, slots)[1]
+    return {"gsa": Case(call, [q, k, v, g], functools.partial(call, backend="recurrent"), executed)}
+
+
+CASES = {"gsa": case}

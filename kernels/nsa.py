@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import in_autocast, jit, leave_autocast, operator, tl
+from . import Case, in_autocast, jit, leave_autocast, like_inputs, operator, tl
 from .gla import LOG2E, Workspace, compute_dtype
 from .launch import Kernel, choose, configurations, power
 
@@ -53,6 +53,18 @@ def nsa_pairs(T, sizes, G=1):
     ends = [min(T, t + QUERIES) for t in range(block - 1, T, QUERIES)]
     compressed = sum((b - a) * ((b - block) // stride + 1) for a, b in zip([block - 1, *ends], ends))
     return read + chosen, compressed + selected_pairs(T, select_block, count, G) + -(-T // c) * c * (w + c)
+
+
+def operations(T, sizes, H, Hk, D, mean=True):
+    """(nominal, executed) of a sequence of T: the pairs that are read, and those in the tiles of a training step; both
+    with what compresses the blocks, their mean or an MLP of 2 D hidden channels, but for the slots: one product for
+    a whole batch."""
+    block, stride = sizes[:2]
+    N = max(0, (T - block) // stride + 1)
+    first, second = (0, block * D) if mean else (4 * block * D * D, 4 * D * D)
+    run = N and N + block // stride - 1  # of the MLP's first matrix; N blocks have so many parts
+    read, executed = (4 * H * D * pairs for pairs in nsa_pairs(T, sizes, H // Hk))
+    return read + 2 * Hk * N * (first + second), executed + 2 * Hk * (run * first + N * second)
 
 
 def selected_pairs(T, select_block, count, G):
@@ -733,17 +745,11 @@ def aot_specs():
 # ----------------------------------------------------------------------------- ops
 
 
-def new_like(*xs):
-    return tuple(x.new_empty(x.shape) for x in xs)
-
-
-@operator(
+compressed_op = operator(
     "nsa_compressed",
     "(Tensor q, Tensor k, Tensor v, float scale, int block, int stride, int select_block, int select_count, int offset)"
     " -> (Tensor, Tensor)",
-)
-def compressed_op(q, k, v, scale, block, stride, select_block, select_count, offset):
-    return compressed_forward(q, k, v, scale, block, stride, select_block, select_count, offset)
+)(compressed_forward)
 
 
 @compressed_op.register_fake
@@ -762,9 +768,7 @@ def compressed_backward_op(q, k, v, do, scale, block, stride, offset):
     return tuple(compressed_backward(q, k, v, do, scale, block, stride, offset))
 
 
-@compressed_backward_op.register_fake
-def _(q, k, v, do, *_):
-    return new_like(q, k, v)
+compressed_backward_op.register_fake(like_inputs(3))
 
 
 def compressed_context(ctx, inputs, output):
@@ -803,9 +807,7 @@ def selected_backward_op(q, k, v, index, o, lse, do, scale, select_block, by_tri
     return tuple((selected_bwd if by_triton else selected_backward)(q, k, v, index, o, lse, do, scale, select_block))
 
 
-@selected_backward_op.register_fake
-def _(q, k, v, *_):
-    return new_like(q, k, v)
+selected_backward_op.register_fake(like_inputs(3))
 
 
 def selected_context(ctx, inputs, output):
@@ -821,27 +823,15 @@ def selected_autograd(ctx, do, _):
 selected_op.register_autograd(selected_autograd, setup_context=selected_context)
 
 
-@operator("nsa_window", "(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")
-def window_op(q, k, v, scale, window):
-    return window_forward(q, k, v, scale, window)
+window_op = operator("nsa_window", "(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")(window_forward)
+window_op.register_fake(lambda q, *_: q.new_empty(q.shape))
 
 
-@window_op.register_fake
-def _(q, k, v, scale, window):
-    return q.new_empty(q.shape)
-
-
-@operator(
+window_backward_op = operator(
     "nsa_window_backward",
     "(Tensor q, Tensor k, Tensor v, Tensor do, float scale, int window) -> (Tensor, Tensor, Tensor)",
-)
-def window_backward_op(q, k, v, do, scale, window):
-    return window_backward(q, k, v, do, scale, window)
-
-
-@window_backward_op.register_fake
-def _(q, k, v, *_):
-    return new_like(q, k, v)
+)(window_backward)
+window_backward_op.register_fake(like_inputs(3))
 
 
 def window_context(ctx, inputs, output):
@@ -934,3 +924,24 @@ def check(name, q, k, v, longer=False):
         raise ValueError(f"{name}: k has {k.shape[2]} heads, which do not divide the {q.shape[2]} of q")
     if longer and k.shape[1] < q.shape[1]:
         raise ValueError(f"{name}: k must be at least as long as q, {q.shape[1]}, got {k.shape[1]}")
+
+
+def branches(q, k, v, dense=False):
+    """All three with the sizes for T, a key head for all query heads, blocks compressed to their means, gates of 1."""
+    sizes, k, v = nsa_sizes(q.shape[1]), k[:, :, :1], v[:, :, :1]
+    compressed, selected, window = nsa_compressed, nsa_selected, nsa_window
+    if dense:
+        compressed, selected, window = nsa_compressed_dense, nsa_selected_dense, nsa_window_dense
+    blocks = (x.unfold(1, sizes[0], sizes[1]).mean(-1) for x in (k, v))  # (B, N, 1, D)
+    o, index = compressed(q, *blocks, *sizes[:4])
+    return o + selected(q, k, v, index, sizes[2]) + window(q, k, v, sizes[4])
+
+
+def case(q, k, v, **_):
+    """What is timed, where values are as wide as keys."""
+    (B, T, H, D), oracle = q.shape, functools.partial(branches, dense=True)
+    executed = B * operations(T, nsa_sizes(T), H, 1, D)[1]
+    return {"nsa": Case(branches, [q, k, v], oracle, executed)} if v.shape[3] == D else {}
+
+
+CASES = {"nsa": case}

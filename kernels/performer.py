@@ -12,10 +12,12 @@ tokens in matrix products (the CPU path); `triton`. Axes: B batch, T time, H hea
 width, C tokens a chunk, N chunks in flight. Between forward and backward features are not kept but computed again.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
-from . import in_autocast, jit, leave_autocast, operator, tl, triton
+from . import Case, check, in_autocast, jit, leave_autocast, operator, tl, triton
 from .gla import (
     CHUNK,
     COLUMNS,
@@ -161,10 +163,11 @@ def running_sums(x, first, out, last=None, reverse=False):
     return out
 
 
-def performer_products(T, D, V, M):
-    """Operations of the matrix products that `chunk_forward` runs for one head and sequence of T, a whole last chunk
-    included: features, states, and what a chunk adds."""
-    return -(-T // CHUNK) * CHUNK * (4 * M * D + 4 * M * (V + 1) + 2 * CHUNK * (M + V + 1))
+def operations(T, H, D, V, M):
+    """(nominal, executed) of a sequence of T: features and the recurrence, and the matrix products that `chunk_forward`
+    runs, a whole last chunk included: features, states, and what a chunk adds."""
+    each = 4 * M * (D + V + 1)  # of a token
+    return each * H * T, H * -(-T // CHUNK) * CHUNK * (each + 2 * CHUNK * (M + V + 1))
 
 
 def chunk_forward(q, k, v, wq, wk, state, features, chunk=CHUNK):
@@ -431,7 +434,7 @@ def performer(
     features: softmax | relu | learned.  initial_state (B, H, M, V + 1), of which the last column is the normaliser.
     backend: auto | triton | torch | recurrent.  States are fp32, fp64 for fp64 inputs.
     """
-    check(q, k, v, wq, wk, features, initial_state, backend)
+    check_inputs(q, k, v, wq, wk, features, initial_state, backend)
     (B, _, H, _), M, V, dtype = q.shape, wq.shape[1], v.shape[3], compute_dtype(q.dtype)
     (v,) = in_autocast(v)  # exponents and states keep their precision
     wq, wk = wq.to(dtype), wk.to(dtype)
@@ -445,15 +448,9 @@ def performer(
     return o, state if output_final_state else None
 
 
-def check(q, k, v, wq, wk, features, initial_state, backend):
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or not x.is_floating_point() or min(x.shape) < 1:
-            raise ValueError(f"performer: {name} must be a float (B, T, H, D), none 0, got {x.dtype} {tuple(x.shape)}")
+def check_inputs(q, k, v, wq, wk, features, initial_state, backend):
+    check("performer", q, k, v, backend, "auto", "triton", "torch", "recurrent")
     (B, _, H, D), V = q.shape, v.shape[3]
-    if k.shape != q.shape:
-        raise ValueError(f"performer: k must have the shape of q {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"performer: v must be {tuple(q.shape[:3])} and its width, got {tuple(v.shape)}")
     for name, w in (("wq", wq), ("wk", wk)):
         if w.dim() != 3 or (w.shape[0], w.shape[2]) != (H, D) or w.shape != wq.shape or w.shape[1] < 1:
             raise ValueError(f"performer: {name} must be ({H}, features, {D}), both alike, got {tuple(w.shape)}")
@@ -462,5 +459,19 @@ def check(q, k, v, wq, wk, features, initial_state, backend):
     shape = (B, H, wq.shape[1], V + 1)
     if initial_state is not None and initial_state.shape != shape:
         raise ValueError(f"performer: initial_state must be {shape}, got {tuple(initial_state.shape)}")
-    if backend not in ("auto", "triton", "torch", "recurrent"):
-        raise ValueError(f"performer: backend must be auto, triton, torch or recurrent, got {backend!r}")
+
+
+def case(q, k, v, n_feature=256, **_):
+    """What is timed: keys and queries of norm 1, and features that all heads share."""
+    (B, T, H, K), V = q.shape, v.shape[3]
+    w = random_features(1, n_feature, K).expand(H, -1, -1).to(q.device)
+    unit = [F.normalize(x.detach(), dim=-1).requires_grad_() for x in (q, k)]
+    call, oracle = functools.partial(of_features, w), functools.partial(of_features, w.double(), backend="recurrent")
+    return {"performer": Case(call, [*unit, v], oracle, B * operations(T, H, K, V, n_feature)[1])}
+
+
+def of_features(w, q, k, v, backend="auto"):
+    return performer(q, k, v, w, w, backend=backend)[0]
+
+
+CASES = {"performer": case}

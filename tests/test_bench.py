@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from conftest import check_units
 
 import bench
 import train
-from bench import Table, crossover, number, speed_ratio, spread
+from benchmarks import clocks, decoding, layers, operators, peers, quality, tables
+from benchmarks.layers import crossover
+from benchmarks.tables import Table, number, speed_ratio, spread
 from config import ConfigError, Runtime
 from data import Dataset
 from model import ATTENTION, GPT, GPTConfig, ModelError, read_checkpoint
@@ -70,18 +73,18 @@ def test_peak_memory_of_known_allocations():
         c = torch.empty(4 * MiB)
         del b, c
 
-    assert bench.peak_memory(call, "cpu") == 24.0
-    assert bench.peak_memory(lambda: [torch.empty(2 * MiB) for _ in range(5)], "cpu") == 10.0
+    assert clocks.peak_memory(call, "cpu") == 24.0
+    assert clocks.peak_memory(lambda: [torch.empty(2 * MiB) for _ in range(5)], "cpu") == 10.0
 
     @torch.library.custom_op("test_bench::scratch", mutates_args=())
     def scratch(x: torch.Tensor) -> torch.Tensor:
         torch.empty(32 * MiB)
         return x.clone()
 
-    assert bench.peak_memory(lambda: scratch(torch.empty(MiB)), "cpu") == 33.0
+    assert clocks.peak_memory(lambda: scratch(torch.empty(MiB)), "cpu") == 33.0
     x = torch.zeros(MiB, requires_grad=True)
     grad = torch.ones(MiB)
-    taken = bench.peak_memory(lambda: torch.autograd.grad(x.exp(), x, grad), "cpu")
+    taken = clocks.peak_memory(lambda: torch.autograd.grad(x.exp(), x, grad), "cpu")
     assert taken == 2.0  # exp(x) is kept, its gradient is made
 
 
@@ -148,7 +151,7 @@ def test_operations_are_those_of_the_products(name, products):
     backward: no more is said than runs."""
     runtime = Runtime("cpu", "float32", False, "")
     for T in (64, 192, 200):
-        layer = bench.Layer.make(name, T, bench.LAYER, 2, runtime)
+        layer = layers.Layer.make(name, T, layers.LAYER, 2, runtime)
         said = layer.operations()[2]
         assert products(layer.forward) == pytest.approx(said, rel=0.01)
         assert products(layer.forward_backward) >= 3 * 0.995 * said
@@ -158,15 +161,16 @@ def test_operations_of_operators(products):
     """What is said of an operator is what runs (of `nsa`, whose tiles follow what is selected, to 3 %), and less than
     that forward and backward; the rest has no count."""
     shape, runtime = (2, 192, 4, 32, 32), Runtime("cpu", "float32", False, "")
-    names = [*bench.OPERATORS, *bench.WITH_TABLES]
-    rows = bench.operator_rows(names, shape, bench.BenchConfig(spans="16,50,300", peers=True), runtime)
-    counted = {name for name in rows if bench.operations(name, *rows[name], shape)}
-    assert rows.keys() - counted == {name for name in rows if " layer" in name or name in bench.PEERS}
+    rows = operators.operator_rows(
+        operators.OPERATORS, shape, bench.BenchConfig(spans="16,50,300", peers=True), runtime
+    )
+    counted = {name for name, case in rows.items() if case.executed}
+    assert rows.keys() - counted == {name for name in rows if " layer" in name or name in peers.PEERS}
     for name in counted:
-        (call, inputs), said = rows[name], bench.operations(name, *rows[name], shape)
+        call, inputs, _, said = rows[name]
         forward = products(lambda: call(*[x.detach() for x in inputs]))  # noqa: B023
         assert forward == pytest.approx(said, rel=0.03 if name == "nsa" else 0.001), name
-        both = products(lambda: bench.operator_step(lambda: call(*inputs), inputs))  # noqa: B023
+        both = products(lambda: operators.operator_step(lambda: call(*inputs), inputs))  # noqa: B023
         assert both >= 3 * 0.999 * said, name
 
 
@@ -208,7 +212,7 @@ def results(tmp_path, fresh_rng):
     `slower` are multiplied, and all by `drift`, the machine."""
 
     def write(name, slower, drift=1.0):
-        report = bench.Report(
+        report = tables.Report(
             bench.BenchConfig(what="ops", json=str(tmp_path / name)), Runtime("cpu", "float32", False, ""), {}
         )
         table = report.table(
@@ -249,16 +253,19 @@ def test_compare_finds_a_planted_slow_down_of_an_operator(tmp_path, monkeypatch,
         return (clock[0] - start) * fresh_rng.uniform(0.98, 1.02)
 
     def slowed(name, plain):
-        def call(*inputs, **options):
+        def call(call, *inputs):
             clock[0] += 0.001 * factor.get(name, 1.0)
-            return plain(*inputs, **options)
+            return call(*inputs)
 
-        return call
+        def cases(*qkv, **options):
+            return {k: case._replace(call=partial(call, case.call)) for k, case in plain(*qkv, **options).items()}
 
-    monkeypatch.setattr(bench, "timed", timed)
-    monkeypatch.setattr(bench.Report, "measure_machine", lambda self, _: self.peaks.update(matmul_gflops=100.0))
+        return cases
+
+    monkeypatch.setattr(clocks, "timed", timed)
+    monkeypatch.setattr(tables.Report, "measure_machine", lambda self, _: self.peaks.update(matmul_gflops=100.0))
     for name in ("softmax", "gla", "gsa"):
-        monkeypatch.setitem(bench.OPERATORS, name, slowed(name, bench.OPERATORS[name]))
+        monkeypatch.setitem(operators.OPERATORS, name, slowed(name, operators.OPERATORS[name]))
     options = ["--what=ops", "--shapes=1x32x1x8x8", "--operators=gla,gsa", "--rounds=5", "--device=cpu"]
     files = [str(tmp_path / name) for name in ("a.json", "b.json", "c.json")]
     for file, factor["gla"] in zip(files, (1.0, 1.2, 1.0)):
@@ -291,7 +298,7 @@ TIMED = {
 def test_compare_reads_what_each_measurement_wrote(what, tiny, tmp_path, monkeypatch, capsys):
     """Also where rounds cross over in one file alone, and softmax has no such length."""
     lengths = iter(([9.0, 11.0], [10.0, 12.0], [10.0, 9.0], "below 8"))  # two printed lengths of two files
-    monkeypatch.setattr(bench, "crossover", lambda *_: next(lengths, "uncertain: 9 to above 32"))
+    monkeypatch.setattr(layers, "crossover", lambda *_: next(lengths, "uncertain: 9 to above 32"))
     options = [*TIMED[what], "--device=cpu", "--rounds=2", "--seconds=0.01", f"--png={tmp_path / 'a.png'}"]
     if what == "inspect":
         train.main(tiny(max_iters=1, attention_type="adaptive_span", n_layer=1))
@@ -323,9 +330,13 @@ def test_compare_says_what_is_wrong(results, tmp_path):
 
 def test_the_check_finds_a_wrong_operator(tmp_path, monkeypatch):
     options = ["--what=ops", "--shapes=1x40x2x16x16", "--rounds=1", "--seconds=0.01", "--device=cpu", "--json="]
-    wrong = lambda q, k, v, g, s, backend="auto": right(q, k, v, g, s, backend) * (1.01 if backend == "auto" else 1)  # noqa: E731
-    right = bench.OPERATORS["gsa"]
-    monkeypatch.setitem(bench.OPERATORS, "gsa", wrong)
+    right = operators.OPERATORS["gsa"]
+
+    def wrong(*qkv, **options):
+        case = right(*qkv, **options)["gsa"]
+        return {"gsa": case._replace(call=lambda *inputs: case.call(*inputs) * 1.01)}
+
+    monkeypatch.setitem(operators.OPERATORS, "gsa", wrong)
     with pytest.raises(ModelError, match="gsa at T 40: its output is off by 1.0e-02"):
         bench.main([*options, "--operators=gsa"])
     assert bench.main([*options, "--operators=gsa", "--check=False"]) == 0
@@ -335,18 +346,18 @@ def test_standard_error_of_segments(fresh_rng):
     """Of equal segments it is the textbook's, of their means; of independent tokens that of the tokens, nearly."""
     nats = torch.from_numpy(fresh_rng.gamma(2.0, 1.5, 64_000))
     means = nats.view(-1, 64).mean(1)
-    assert bench.standard_error(nats, 64) == pytest.approx(float(means.std() / len(means) ** 0.5), rel=1e-9)
-    assert bench.standard_error(nats, 64) == pytest.approx(float(nats.std() / len(nats) ** 0.5), rel=0.15)
+    assert quality.standard_error(nats, 64) == pytest.approx(float(means.std() / len(means) ** 0.5), rel=1e-9)
+    assert quality.standard_error(nats, 64) == pytest.approx(float(nats.std() / len(nats) ** 0.5), rel=0.15)
     lengths = torch.tensor([64] * 999 + [32, 32])
-    assert bench.standard_error(nats, lengths) == pytest.approx(bench.standard_error(nats, 64), rel=0.05)
+    assert quality.standard_error(nats, lengths) == pytest.approx(quality.standard_error(nats, 64), rel=0.05)
     alike = nats[:1000].repeat_interleave(64)
-    assert bench.standard_error(alike, 64) == pytest.approx(8 * bench.standard_error(alike, 1), rel=0.01)
-    assert bench.standard_error(nats, 64_000) is None
+    assert quality.standard_error(alike, 64) == pytest.approx(8 * quality.standard_error(alike, 1), rel=0.01)
+    assert quality.standard_error(nats, 64_000) is None
 
 
 def test_loss_by_context():
     seen = torch.tensor([1, 2, 3, 4, 5, 8, 9])
-    assert bench.loss_by_context(torch.tensor([1.0, 2, 3, 4, 5, 6, 7]), seen) == {1: 1, 2: 2, 4: 3.5, 8: 5.5, 16: 7}
+    assert quality.loss_by_context(torch.tensor([1.0, 2, 3, 4, 5, 6, 7]), seen) == {1: 1, 2: 2, 4: 3.5, 8: 5.5, 16: 7}
 
 
 def test_quality_adds_up(tiny, text_dataset, tmp_path):
@@ -383,7 +394,7 @@ def test_training_is_counted_as_the_log_has_it(tiny, labelled_dataset, tmp_path)
     def cost(steps):
         stored = read_checkpoint(folder) | {"iter_num": steps}
         torch.save({k: v for k, v in stored.items() if k != "path"}, tmp_path / "run" / "best.pt")
-        return bench.training_cost(folder, model)
+        return quality.training_cost(folder, model)
 
     for steps, sequences in wanted.items():
         assert cost(steps) == (6 * sequences, pytest.approx(3 * sequences * model.flops(6)[1] / 1e9))
@@ -434,7 +445,7 @@ def test_a_part_that_fails_or_is_stopped_loses_nothing(tmp_path, monkeypatch, ca
                 raise KeyboardInterrupt if stop else RuntimeError("out of\nluck")
 
     monkeypatch.setattr(bench, "measure", measure)
-    monkeypatch.setattr(bench.Report, "measure_machine", lambda *_: None)
+    monkeypatch.setattr(tables.Report, "measure_machine", lambda *_: None)
     assert bench.main(["--what=all", "--device=cpu", f"--json={path}"]) == 1
     assert "\nops failed: RuntimeError: out of luck\n" in capsys.readouterr().out
     parts = ["overview", "ops", "step", "decode"]
@@ -456,7 +467,7 @@ def test_a_part_that_fails_or_is_stopped_loses_nothing(tmp_path, monkeypatch, ca
 
 
 def test_no_share_of_what_a_cache_gave():
-    report = bench.Report(bench.BenchConfig(), Runtime("cpu", "float32", False, ""), {})
+    report = tables.Report(bench.BenchConfig(), Runtime("cpu", "float32", False, ""), {})
     report.peaks = {"matmul_gflops": 100.0, "copy_gb_s": 10.0}
     assert report.share_of_bandwidth(1e9, [0.2, 0.4]) == [0.5, 0.25]
     assert report.share_of_bandwidth(1e9, [0.2, 0.09]) == "above 1: from caches"
@@ -468,18 +479,18 @@ def test_bytes_that_a_token_reads():
     shape = dict(block_size=32, vocab_size=20, n_layer=2, n_head=2, n_embd=16, pos_emb="rope")
     for name, state in (("gla", 2 * 8 * 16), ("softmax", 2 * 2 * 2 * 9 * 8), ("none", 0)):
         lm = GPT(GPTConfig(attention_type=name, **shape)).eval()
-        decoding = lm.init_state(1)
-        lm.step(torch.randint(20, (1, 8)), decoding)
-        keys, size = bench.keys_read(lambda: lm.step(torch.randint(20, (1, 1)), decoding))  # noqa: B023
+        state_of = lm.init_state(1)
+        lm.step(torch.randint(20, (1, 8)), state_of)
+        keys, size = decoding.keys_read(lambda: lm.step(torch.randint(20, (1, 1)), state_of))  # noqa: B023
         weights = sum(p.numel() for p in lm.parameters() if p.dim() == 2)  # the embedding is the output matrix
-        assert size + bench.fixed_bytes(lm, decoding.layers) == 4 * (weights + state)
+        assert size + decoding.fixed_bytes(lm, state_of.layers) == 4 * (weights + state)
         assert keys == (2 * 2 * 9 if name == "softmax" else 0)
 
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_each_timed_token_comes_after_the_named_ones(name, tmp_path, monkeypatch):
     """Every call of a row starts from the same state, whatever a step replaces in it or changes in place."""
-    plain, step, calls, rows = bench.timed, GPT.step, [], []
+    plain, step, calls, rows = clocks.timed, GPT.step, [], []
 
     def watched(self, idx, state):
         before = state.pos
@@ -495,8 +506,8 @@ def test_each_timed_token_comes_after_the_named_ones(name, tmp_path, monkeypatch
         return 0.001
 
     monkeypatch.setattr(GPT, "step", watched)
-    monkeypatch.setattr(bench, "timed", timed)
-    monkeypatch.setattr(bench.Report, "measure_machine", lambda self, _: self.peaks.update(copy_gb_s=100.0))
+    monkeypatch.setattr(clocks, "timed", timed)
+    monkeypatch.setattr(tables.Report, "measure_machine", lambda self, _: self.peaks.update(copy_gb_s=100.0))
     options = ["--what=decode", "--positions=7,20", "--tokens=2", "--rounds=1", "--device=cpu", "--json="]
     bench.main([*options, *SMALL, f"--attention_type={name}"])
     rows = [row for row in rows if row]
@@ -508,9 +519,9 @@ def test_each_timed_token_comes_after_the_named_ones(name, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_a_layer_decodes_after_the_same_tokens_each_time(name, fresh_rng):
-    layer = bench.Layer.make(name, 24, bench.LAYER, 1, Runtime("cpu", "float32", False, ""))
+    layer = layers.Layer.make(name, 24, layers.LAYER, 1, Runtime("cpu", "float32", False, ""))
     decode, state = layer.decoder()
-    inputs = bench.fresh(state)
+    inputs = clocks.fresh(state)
     found = [decode(*inputs()) for _ in range(3)]
     tokens = torch.cat((layer.x[:, 1:], layer.x[:, :1]), 1)
     expected = layer.attn.eval()(tokens)[0][:, -1:]
@@ -521,7 +532,7 @@ def test_a_layer_decodes_after_the_same_tokens_each_time(name, fresh_rng):
 def test_all_that_needs_no_run(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(bench, "measure", lambda what, *_: done.append(what))
-    monkeypatch.setattr(bench.Report, "measure_machine", lambda *_: done.append("machine"))
+    monkeypatch.setattr(tables.Report, "measure_machine", lambda *_: done.append("machine"))
     assert bench.main(["--what=all", "--device=cpu", "--out_dir=x"]) == 0
     assert done == ["machine", "overview", "ops", "step", "decode", "quality", "curves"]
     with pytest.raises(ConfigError, match="--png"):
@@ -530,18 +541,18 @@ def test_all_that_needs_no_run(tmp_path, monkeypatch):
 
 def test_the_clock(monkeypatch):
     """One thread's processor time where nothing but arithmetic is timed; else the monotonic clock."""
-    assert bench.clock_name("cpu") == "process_time"  # the tests' one thread
-    assert {bench.clock_name("cpu", statistics.mean), bench.clock_name("mps")} == {"perf_counter"}
+    assert clocks.clock_name("cpu") == "process_time"  # the tests' one thread
+    assert {clocks.clock_name("cpu", statistics.mean), clocks.clock_name("mps")} == {"perf_counter"}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert bench.clock_name("cpu") == "perf_counter"
+    assert clocks.clock_name("cpu") == "perf_counter"
 
 
 def test_rounds_take_turns():
     calls, seen = {name: (lambda name=name: seen.append(name)) for name in "abc"}, []
-    times = bench.interleaved(calls, 3, 0.0, Runtime("cpu", "float32", False, ""), "test")
+    times = clocks.interleaved(calls, 3, 0.0, Runtime("cpu", "float32", False, ""), "test")
     order = [name for i, name in enumerate(seen) if i == 0 or seen[i - 1] != name]
     assert "".join(order).startswith("cbabcba") and {name: len(t) for name, t in times.items()} == dict.fromkeys(
         "abc", 3
     )
-    times = bench.interleaved(calls, 9, 0.0, Runtime("cpu", "float32", False, ""), "test", until=0.0)
+    times = clocks.interleaved(calls, 9, 0.0, Runtime("cpu", "float32", False, ""), "test", until=0.0)
     assert {len(t) for t in times.values()} == {2}  # out of time: the first two rounds

@@ -24,6 +24,7 @@ import bench
 import config
 import sample
 import train
+from benchmarks import decoding, layers, steps
 from config import ConfigError, Runtime, build, key, load, override, read_file, resolve_device
 from data import DataError
 from model import ATTENTION, GPT, GPTConfig, ModelError
@@ -951,9 +952,9 @@ def test_mutations_end_in_one_line(monkeypatch, tmp_path, text_dataset, checkpoi
         raise AssertionError("a mutated run began to train")
 
     monkeypatch.setattr(train.Run, "train", trained)
-    monkeypatch.setattr(bench, "bench_step", trained)
-    monkeypatch.setattr(bench, "bench_decode", trained)
-    monkeypatch.setattr(bench, "overview", trained)
+    monkeypatch.setattr(steps, "bench_step", trained)
+    monkeypatch.setattr(decoding, "bench_decode", trained)
+    monkeypatch.setattr(layers, "overview", trained)
     monkeypatch.setattr(sample, "print_stream", trained)
     monkeypatch.chdir(tmp_path)
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import bench
 import train
+from benchmarks import decoding
 from config import ConfigError
 from kernels import distance as D
 from kernels.distance import distance
@@ -534,7 +535,7 @@ def test_decoding_reads_fewer_keys():
         lm = GPT(GPTConfig(attention_type=name, **shape, **keys)).eval()
         state = lm.init_state(1)
         lm.step(torch.randint(50, (1, 4095)), state)
-        counts[name], size = bench.keys_read(lambda: lm.step(torch.randint(50, (1, 1)), state))  # noqa: B023
+        counts[name], size = decoding.keys_read(lambda: lm.step(torch.randint(50, (1, 1)), state))  # noqa: B023
         assert size == counts[name] * 2 * 8 * 4  # a key and a value of 8 floats each
     assert counts["softmax"] == 2 * 2 * 4096 and counts["adaptive_span"] == 2 * 2 * 128
     assert counts["softmax"] >= 3 * counts["adaptive_span"]

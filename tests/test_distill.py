@@ -15,6 +15,7 @@ import bench
 import config
 import sample
 import train
+from benchmarks import curves
 from data.scoring import evaluate
 from kernels.divergence import Divergence, divergence, kl_divergence
 from model import ATTENTION, GPT, GPTConfig, ModelError, load_weights, read_checkpoint
@@ -511,7 +512,7 @@ def test_curves_of_a_student(tiny, tmp_path, teacher, monkeypatch):
     keys = dict(distill_attention_iters=10, attention_type="mask_mix", mask_mix_candidates="offset_0,window_3")
     train.main(student(tiny, tmp_path, teacher, **keys))
     figures = []
-    monkeypatch.setattr(bench, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(curves, "save_figure", lambda figure, path: figures.append(figure))
     assert bench.main(["--what=curves", f"--out_dir={tmp_path / 'student'}", "--json=", "--device=cpu"]) == 0
     panels = {panel.get_ylabel() or panel.get_xlabel(): panel for panel in figures[0].axes}
     rows = [e for e in read_log(tmp_path / "student") if e.get("split") == "val"]
@@ -520,7 +521,7 @@ def test_curves_of_a_student(tiny, tmp_path, teacher, monkeypatch):
     losses = panels["cross-entropy (nats per token)"].lines
     assert [len(line.get_xdata()) for line in losses] == [30, 5]
     assert {"training time (s)", "processor time (s)", "peak memory (MB)"} <= panels.keys()
-    assert sum(len(line.get_xdata()) == 5 for line in panels[bench.TRAJECTORIES["alpha"]].lines) == 4  # 2 layers
+    assert sum(len(line.get_xdata()) == 5 for line in panels[curves.TRAJECTORIES["alpha"]].lines) == 4  # 2 layers
 
 
 def test_only_masks_move(tiny, tmp_path, teacher):

@@ -10,6 +10,7 @@ import test_attention
 
 import bench
 import model
+from benchmarks import layers
 
 ROOT = pathlib.Path(bench.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,7 +35,7 @@ def measured(name, page):
 
 def test_results_show_the_committed_costs():
     sweep = measured("bench.json", RESULTS)["tables"]["sweep"]["rows"]
-    tables = bench.summary(sweep, "", "")
+    tables = layers.summary(sweep, "", "")
     assert len(tables) == 2 and "(bench.png)" in RESULTS
     for table in tables:
         assert "\n".join(table.lines()) in RESULTS, f"paste the table {table.name!r} of bench.py into docs/results.md"

@@ -14,6 +14,7 @@ import config
 import data
 import sample
 import train
+from benchmarks import curves, operators, peers, runs, steps, tables
 from data import BytesCodec, DataError, SymbolsCodec
 from data.scoring import evaluate
 from model import GPT
@@ -71,7 +72,7 @@ def test_unfinished_characters_wait(capsys):
 
 def test_symbols_outside_the_vocabulary_are_named(tiny, tmp_path, capsys):
     folder = str(tmp_path / "symbols")
-    dataset = bench.random_dataset(folder, vocab_size=12, n=3000)
+    dataset = steps.random_dataset(folder, vocab_size=12, n=3000)
     assert isinstance(dataset.codec, SymbolsCodec)
     train.main(tiny(dataset=folder, max_iters=1, vocab_size=64))
     capsys.readouterr()
@@ -203,8 +204,8 @@ def test_operators_beside_softmax_and_other_implementations(measured, capsys):
     rows = measured("--what=ops", *options)["ops"]["rows"]
     shapes = list(dict.fromkeys(row["B x T x H x K x V"] for row in rows))
     names = [[row["operator"] for row in rows if row["B x T x H x K x V"] == shape] for shape in shapes]
-    on_cpu = {name for name, (_, device, *_) in bench.PEERS.items() if device == "cpu"}
-    wanted = {*bench.OPERATORS, "performer", "span 256", "mask_mix of 5"} | on_cpu
+    on_cpu = {name for name, (_, device, *_) in peers.PEERS.items() if device == "cpu"}
+    wanted = {*operators.OPERATORS} - {"span", "mask_mix"} | {"span 256", "mask_mix of 5"} | on_cpu
     assert shapes == ["1 x 40 x 2 x 16 x 24", "2 x 33 x 1 x 16 x 16"]
     assert {n for n in wanted if "nsa" not in n} == set(names[0])  # nsa wants values like keys
     assert wanted < set(names[1]) and names[0][0] == names[1][0] == "softmax"
@@ -247,9 +248,9 @@ def test_curves_follow_the_masks(tiny, tmp_path):
     """Each parameter of a mask is a line through what the log holds at each evaluation, named after its candidate."""
     keys = dict(mask_mix_candidates="offset_1,full", mask_mix_per_head=True)
     train.main(tiny(attention_type="softmax,mask_mix", **keys))
-    steps, evaluations, stats = bench.read_log(str(tmp_path / "run"))
-    figure, panel = bench.pyplot().subplots()
-    bench.draw_trajectories(str(tmp_path / "run"), "a run", stats, "alpha", panel, {})
+    steps, evaluations, stats = runs.read_log(str(tmp_path / "run"))
+    figure, panel = tables.pyplot().subplots()
+    curves.draw_trajectories(str(tmp_path / "run"), "a run", stats, "alpha", panel, {})
     lines = [line for line in panel.lines if len(line.get_xdata())]
     assert len(lines) == 2 * 2 and [e["iter"] for e in stats] == [0, 10, 20]
     for i, line in enumerate(lines):

@@ -15,6 +15,7 @@ from conftest import ROOT, check_units
 import bench
 import config
 import train
+from benchmarks import superposition
 from model import GPT, GPTConfig
 
 TRIGRAMS = runpy.run_path(f"{ROOT}/data/skip_trigrams/prepare.py")
@@ -52,14 +53,14 @@ def test_a_trigram_that_two_heads_hold_together_is_distributed():
     model, both = toy(3, 2), {1: 10.0, 3: 6.0}
     other = {2: 10.0, 3: 6.0}
     set_by_hand(model, 3, [{1: both, 3: both}, {2: other, 3: other}])
-    rows = bench.superposition(model, *records(3))
+    rows = superposition.superposition(model, *records(3))
     assert [row["token"] for row in rows] == [1, 2, 3] and [row["target"] for row in rows] == [4, 5, 6]
     assert all(row["learnt"] and row["accuracy"] == 1 for row in rows)
     assert [row["heads"] for row in rows] == [[0], [1], []]
     assert [row["distributed"] for row in rows] == [False, False, True]
     for row in rows:
         row["name"] = "B -> C"
-    assert bench.describe_heads(rows, 2) == (
+    assert superposition.describe_heads(rows, 2) == (
         "learnt 3 of 3; distributed: B -> C; one head for each trigram: no; unused heads: none"
     )
 
@@ -76,18 +77,18 @@ def test_a_head_for_each_trigram():
         for h, b in ((0, 1), (2, 3), (3, 2)):
             attn.gate[0, h, b] = 9.0
         attn.gate_bias[4:] = 1.0
-    rows = bench.superposition(model, *records(3))
+    rows = superposition.superposition(model, *records(3))
     assert [row["heads"] for row in rows] == [[0], [3], [2]]
     for row in rows:
         row["name"] = "B -> C"
-    assert bench.describe_heads(rows, 4).endswith("one head for each trigram: yes; unused heads: 1")
+    assert superposition.describe_heads(rows, 4).endswith("one head for each trigram: yes; unused heads: 1")
 
 
 def test_an_untrained_model_has_learnt_nothing(fresh_rng):
     for keys in ({}, dict(attention_type="gated", gated_unit_norm=True)):
         model = toy(4, 3, **keys)
         model.transformer.h[0].attn.c_proj.weight.data *= 0.1
-        rows = bench.superposition(model, *records(4, 1000))
+        rows = superposition.superposition(model, *records(4, 1000))
         assert not any(row["learnt"] or row["distributed"] or row["heads"] for row in rows)
 
 
@@ -96,7 +97,7 @@ def test_ablation_is_the_published_procedure(fresh_rng):
     H, N, V = 4, 60, 5
     outputs, wanted = torch.randn(H, N, V) + 1.0, torch.randint(V, (N,))
     outputs[:, torch.arange(N), wanted] += 1.5
-    alone, together = bench.head_ablation(outputs, wanted, torch.nn.Identity())
+    alone, together = superposition.head_ablation(outputs, wanted, torch.nn.Identity())
     for h, i in itertools.product(range(H), range(N)):
         others, passed = [o for o in range(H) if o != h], True
         for size in range(1, H):
@@ -116,7 +117,7 @@ def test_heads_add_up_to_the_layers_output(name, fresh_rng):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     idx = torch.randint(16, (3, 9))
-    outputs, y = bench.head_outputs(model, idx), model.trace(idx)[0][1]
+    outputs, y = superposition.head_outputs(model, idx), model.trace(idx)[0][1]
     assert outputs.shape == (2, 3, 9, 16)
     torch.testing.assert_close(outputs.sum(0) + model.transformer.h[0].attn.c_proj.bias, y)
 
