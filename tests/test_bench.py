@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import statistics
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -556,3 +558,28 @@ def test_rounds_take_turns():
     )
     times = clocks.interleaved(calls, 9, 0.0, Runtime("cpu", "float32", False, ""), "test", until=0.0)
     assert {len(t) for t in times.values()} == {2}  # out of time: the first two rounds
+
+
+def test_what_is_written_goes_to_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert bench.main([*OVERVIEW, "--attention_type=none"]) == 0
+    assert "sweep" in json.loads((tmp_path / "out" / "bench.json").read_text())["tables"]
+    assert (tmp_path / "out" / "bench.png").read_bytes()[:4] == b"\x89PNG" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("path", sorted(Path(tables.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_each_measurement_is_a_short_file_that_needs_no_door(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith('"""') and len(text.splitlines()) <= 300
+    assert not re.search(r"^(import|from) bench\b", text, re.M)
+
+
+def test_a_new_operator_needs_its_kernel_alone(tmp_path, monkeypatch):
+    """What operators.py reads of a module is its CASES; what they give is timed and checked."""
+    case = operators.OPERATORS["gla"]
+    monkeypatch.setitem(operators.OPERATORS, "new", lambda *qkv, **options: {"new": case(*qkv, **options)["gla"]})
+    options = ["--what=ops", "--shapes=1x33x1x8x8", "--operators=new", "--rounds=1", "--seconds=0.01", "--device=cpu"]
+    assert bench.main([*options, f"--json={tmp_path / 'a.json'}"]) == 0
+    rows = json.loads((tmp_path / "a.json").read_text())["tables"]["ops"]["rows"]
+    assert [row["operator"] for row in rows] == ["softmax", "new"]
+    assert {name for module in operators.MODULES for name in module.CASES} <= operators.OPERATORS.keys()
