@@ -21,18 +21,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import build, key, stray_key
-from kernels.distance import BandCache, distance
-from kernels.distance import operations as distance_operations
-from kernels.gated import executed_pairs as gated_pairs
-from kernels.gated import gated, gated_map
-from kernels.gla import compute_dtype, gla
-from kernels.gla import operations as gla_operations
-from kernels.gsa import gsa
-from kernels.gsa import operations as gsa_operations
-from kernels.nsa import nsa_compressed, nsa_selected, nsa_sizes, nsa_window
-from kernels.nsa import operations as nsa_operations
-from kernels.performer import feature_map, performer, random_features
-from kernels.performer import operations as performer_operations
+from kernels.distance import BandCache, distance, operations as distance_operations
+from kernels.gated import executed_pairs as gated_pairs, gated, gated_map
+from kernels.gla import compute_dtype, gla, operations as gla_operations
+from kernels.gsa import gsa, operations as gsa_operations
+from kernels.nsa import nsa_compressed, nsa_selected, nsa_sizes, nsa_window, operations as nsa_operations
+from kernels.performer import feature_map, operations as performer_operations, performer, random_features
 from weights import ModelError, load_weights, read_checkpoint, read_gpt2
 
 
@@ -156,11 +150,15 @@ class Attention(nn.Module):
     meaning = {}  # {parameter: what its numbers mean}: loading copies numbers between layers that agree
     positions = False  # whether pos_emb=rope turns its queries and keys
     families = ()  # owners of the keys that it shares with other types
+    token_weights = ()  # names of its own weights that multiply each token, beside those of linear layers
     keeps_keys = False  # whether its decoding state holds keys, and grows with the context
 
     @classmethod
     def check(cls, config):
         """ValueError, of one line, where keys of this type do not fit each other."""
+
+    def make_masks(self, config):
+        """Set the parameters of masks. Counting operations without weights calls it alone."""
 
     def initialise(self, config):
         """First weights that are neither the model's normal of 0.02 nor set by __init__."""
@@ -352,6 +350,8 @@ class OutputGate(nn.Module):
     X is what the queries are made of. A gate for each channel (H D rows of W) or for each head (H rows). Without
     gate_output, Y."""
 
+    token_weights = ("weight",)
+
     def __init__(self, config, n_head, d_head):
         super().__init__()
         rows = n_head * (d_head if config.gate_output_kind == "elementwise" else 1)
@@ -403,6 +403,7 @@ class GatedAttention(SoftmaxAttention):
     together, in superposition, comes apart. Gates begin open: w = 0 and beta = 1 is softmax, and still learns."""
 
     mask_parameters = ("gate", "gate_bias")
+    token_weights = ("gate",)
 
     def __init__(self, config):
         super().__init__(config)
@@ -482,6 +483,7 @@ class DistanceAttention(SoftmaxAttention):
     def __init__(self, config):
         super().__init__(config)
         self.block_size = config.block_size
+        self.make_masks(config)
 
     def forward(self, x):
         y = distance(*self._qkv(x, 0), *self.log_mask(x.size(1)), constant_ones=self.constant_ones)
@@ -566,8 +568,7 @@ class AdaptiveSpan(DistanceAttention):
         if low >= high:
             raise ValueError(f"period_max_triangle_wave_masking={high:g} must be above period_min...={low:g}")
 
-    def __init__(self, config):
-        super().__init__(config)
+    def make_masks(self, config):
         self.S, self.R, self.reg = config.span_max or config.block_size, config.softness_span_mask, config.span_reg
         self.sigmoid, self.wave = config.span_param == "sigmoid", config.use_triangle_wave_masking
         init = torch.full((self.n_head,), config.span_init)
@@ -648,8 +649,7 @@ class MaskMix(DistanceAttention):
         for name in config.mask_mix_candidates.split(","):
             parse_candidate(name)
 
-    def __init__(self, config):
-        super().__init__(config)
+    def make_masks(self, config):
         self.candidates = [parse_candidate(name) for name in config.mask_mix_candidates.split(",")]
         self.n_first = max(k if kind == "first" else 0 for kind, k in self.candidates)
         self.reg, self.prune = config.mask_mix_reg, config.mask_mix_prune
@@ -1385,8 +1385,9 @@ class GPT(nn.Module):
 
 def matrices(module):
     """Weights that multiply every token: of linear layers and of gates."""
-    linear = [m.weight for m in module.modules() if isinstance(m, (nn.Linear, OutputGate)) and m.weight is not None]
-    return linear + [m.gate for m in module.modules() if isinstance(m, GatedAttention)]
+    linear = [m.weight for m in module.modules() if isinstance(m, nn.Linear)]
+    own = [getattr(m, name) for m in module.modules() for name in getattr(m, "token_weights", ())]
+    return linear + [w for w in own if w is not None]
 
 
 def cross_entropy(logits, targets):

@@ -12,17 +12,14 @@ moves the files of an earlier one to out_dir/previous/, once it has a checkpoint
 """
 
 import contextlib
-import copy
 import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 
@@ -30,18 +27,18 @@ if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of their
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import config
+import weights
 from config import ConfigError, key, printable
 from data import Batches, DataError, Dataset, windows
-from data.scoring import evaluate, perplexity, print_scores, token_nats
-from files import TrainError, cannot_write, lock_folder, place_new_run, write_atomically
+from data.scoring import compare_with_teacher, describe_comparison, evaluate, print_scores, token_nats
 from kernels.divergence import kl_divergence
 from model import GPT, GPTConfig, cross_entropy, param_groups, stored_config
-from weights import ModelError, checksum, is_dense, is_training_folder, load_weights, read_checkpoint
+from parallel import processes
+from weights import ModelError, TrainError, read_checkpoint, save_checkpoint
 
 try:
     import resource
@@ -176,75 +173,6 @@ class Progress:
 
 
 # -----------------------------------------------------------------------------
-# processes
-
-
-@dataclass
-class World:
-    """This process among those of torchrun."""
-
-    rank: int
-    size: int
-    local_rank: int
-
-    @property
-    def master(self):
-        return self.rank == 0
-
-    def max(self, values):
-        """Element-wise maximum over processes of a short list of numbers, so that all take the same branch."""
-        return self._reduce(values, dist.ReduceOp.MAX)
-
-    def sum(self, values):
-        return self._reduce(values, dist.ReduceOp.SUM)
-
-    def _reduce(self, values, op):
-        if self.size == 1:
-            return values
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        tensor = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(tensor, op)
-        return tensor.tolist()
-
-    def gather(self, value):
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-
-def start_world(device):
-    """The processes that torchrun started, joined (NCCL on CUDA, gloo elsewhere), and this one's device."""
-    if "RANK" not in os.environ:
-        return World(0, 1, 0), device
-    try:
-        world = World(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    except (KeyError, ValueError):
-        raise ConfigError("RANK is set, but not RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them") from None
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if cuda:
-        device = f"cuda:{world.local_rank}"
-        torch.cuda.set_device(device)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=end_with_launcher, args=(os.getppid(),), daemon=True).start()
-    try:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    except ValueError as error:  # an address is missing
-        raise ConfigError(f"RANK is set, but not all that torchrun sets: {error}") from None
-    return world, device
-
-
-def end_with_launcher(launcher):
-    """torchrun ends its processes when it ends, but not when it is killed. They finish the step then, and save."""
-    while os.getppid() == launcher:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(30)  # as long as torchrun waits: another process may never answer
-    os._exit(128 + signal.SIGTERM)
-
-
-# -----------------------------------------------------------------------------
 # model and optimizer
 
 
@@ -262,7 +190,7 @@ def make_model(cfg, model_config, given, dataset):
         return resume_model(cfg, explicit, given)
     if not os.path.isdir(cfg.init_from) and not cfg.init_from.startswith("gpt2"):
         raise ConfigError(f"init_from={cfg.init_from}: neither scratch, resume, gpt2... nor a folder")
-    ours = is_training_folder(cfg.init_from)
+    ours = weights.is_training_folder(cfg.init_from)
     model = (GPT.from_checkpoint if ours else GPT.from_pretrained)(cfg.init_from, **explicit)
     if not model.loaded.copied:
         raise ModelError(f"init_from={cfg.init_from}: none of its tensors has a place in a model of these sizes")
@@ -271,7 +199,7 @@ def make_model(cfg, model_config, given, dataset):
 
 def load_teacher(cfg, model):
     """The frozen model that `teacher` names, in eval mode; it must read the student's tokens, at all its positions."""
-    ours = is_training_folder(cfg.teacher)
+    ours = weights.is_training_folder(cfg.teacher)
     if not ours and not os.path.isdir(cfg.teacher) and not cfg.teacher.startswith("gpt2"):
         raise ConfigError(f"teacher={cfg.teacher}: neither a folder nor gpt2...")
     teacher = (GPT.from_checkpoint if ours else GPT.from_pretrained)(cfg.teacher).eval().requires_grad_(False)
@@ -306,14 +234,6 @@ def freeze(model, train_only):
         raise ConfigError(f"train_only={train_only}: attention_type={model.config.attention_type} has none to train")
 
 
-def source_folder(cfg):
-    """The folder of the checkpoint that the run starts from."""
-    folder = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
-    if not is_training_folder(folder):
-        raise ConfigError(f"--dry_run adds up a new model or a run's: {folder} holds no checkpoint of train.py")
-    return folder
-
-
 def resume_model(cfg, explicit, given):
     folders = [os.path.join(cfg.out_dir, name) for name in (".new", ".placing", "")]  # the first two after a kill
     folder = next((f for f in folders if os.path.exists(os.path.join(f, "ckpt.pt"))), cfg.out_dir)
@@ -328,7 +248,7 @@ def resume_model(cfg, explicit, given):
             was = getattr(model_config, name)
             raise ConfigError(f"{name}={value} ({given[name]}), but the checkpoint in {cfg.out_dir} has {name}={was}")
     model = GPT(model_config)
-    report = load_weights(model, stored["model"], model_config)
+    report = weights.load_weights(model, stored["model"], model_config)
     if report.new:
         raise ModelError(f"{stored['path']}: the checkpoint lacks {', '.join(report.new)}")
     return model, stored, f"resumed from {stored['path']} at iteration {stored.get('iter_num', 0)}: {report}"
@@ -349,8 +269,7 @@ def make_optimizers(model, cfg, device_type):
     if cfg.optimizer == "muon" and any(p.dim() == 2 for p in model.transformer.h.parameters()):
         inner = {id(p) for p in model.transformer.h.parameters()}
         hidden = [p for p in groups["matrix"] if id(p) in inner and p.dim() == 2]
-        chosen = {id(p) for p in hidden}
-        groups["matrix"] = [p for p in groups["matrix"] if id(p) not in chosen]
+        groups["matrix"] = [p for p in groups["matrix"] if not any(p is other for other in hidden)]
         if hidden:
             muon = [{"params": hidden, "peak_lr": cfg.muon_learning_rate}]
             optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_learning_rate, weight_decay=cfg.weight_decay))
@@ -360,10 +279,9 @@ def make_optimizers(model, cfg, device_type):
         for name, params in groups.items()
         if params
     ]
-    fused = device_type in ("cpu", "cuda")
     if members:
-        betas = (cfg.beta1, cfg.beta2)
-        optimizers.insert(0, torch.optim.AdamW(members, lr=cfg.learning_rate, betas=betas, fused=fused))
+        options = dict(betas=(cfg.beta1, cfg.beta2), fused=device_type in ("cpu", "cuda"))
+        optimizers.insert(0, torch.optim.AdamW(members, lr=cfg.learning_rate, **options))
     return optimizers
 
 
@@ -425,36 +343,6 @@ def estimate_loss(model, batches, cfg, runtime, world):
     return losses
 
 
-@torch.no_grad()
-def compare_with_teacher(model, teacher, batches, runtime, world, chunk=2**24):
-    """Means over the scored tokens of `batches` of (x, y): KL(teacher || student) in nats, the cross-entropy of both,
-    and how often both find the same token likeliest."""
-    was_training = model.training
-    model.eval()
-    kl, ours, theirs, agreed, count = 0.0, 0.0, 0.0, 0.0, 0
-    for x, y in batches:
-        x, y = x.to(runtime.device), y.to(runtime.device)
-        with runtime.autocast():
-            hidden, wanted = (m.hidden(x)[0][y >= 0] for m in (model, teacher))  # (n, C)
-            y, rows = y[y >= 0], chunk // model.config.vocab_size + 1
-            for h, w, t in zip(hidden.split(rows), wanted.split(rows), y.split(rows)):
-                q, p = (m.lm_head(z).float().log_softmax(-1) for m, z in ((model, h), (teacher, w)))
-                kl += (p.exp() * (p - q)).sum(-1).cpu().double().sum().item()
-                ours, theirs = (a - b.gather(1, t[:, None]).cpu().double().sum() for a, b in ((ours, q), (theirs, p)))
-                agreed += (q.argmax(-1) == p.argmax(-1)).sum().item()
-                count += len(t)
-    model.train(was_training)
-    *sums, count = world.sum([kl, float(ours), float(theirs), agreed, count])
-    means = [s / count if count else math.nan for s in sums]
-    return dict(zip(("kl", "student_ce", "teacher_ce", "agreement"), means))
-
-
-def describe_comparison(c):
-    ours, theirs = (f"{perplexity(c[name], 1):.3f}" for name in ("student_ce", "teacher_ce"))
-    agreed = f"same likeliest token {100 * c['agreement']:.1f} %"
-    return f"KL from the teacher {c['kl']:.4f} nats a token, token perplexity {ours} (teacher {theirs}), {agreed}"
-
-
 def eval_window(model, dataset, context, stride):
     """(context, stride) of the full pass, from the keys eval_context and eval_stride; 0: not given."""
     if dataset.record_len is not None and (context or stride):
@@ -484,7 +372,7 @@ def full_evaluation(model, dataset, cfg, runtime, world, teacher=None):
                 passes = windows(split, context, stride, cfg.eval_batch_size)
                 mine = (w for i, w in enumerate(passes) if i % world.size == world.rank)
                 scored = ((x, y.masked_fill(~s, -1)) for x, y, s in mine)
-                comparison = compare_with_teacher(model, teacher, scored, runtime, world)
+                comparison = compare_with_teacher(model, teacher, scored, runtime, world.sum)
                 if world.master:
                     print(f"  {describe_comparison(comparison)}")
     return rows
@@ -502,68 +390,6 @@ def progress_bar(total, label, unit, world, initial=0):
     return tqdm(total=total, desc=label, unit=unit, initial=initial, disable=not shown, dynamic_ncols=True, leave=False)
 
 
-class Log:
-    """log.jsonl in `folder`, and W&B when asked. On resume the file is cut where the checkpoint was written."""
-
-    def __init__(self, cfg, folder, progress, size, resolved):
-        self.wandb = start_wandb(cfg, progress, resolved) if cfg.wandb_log else None
-        self.folder = folder
-        with self.open() as f:
-            f.seek(0)
-            kept = f.read()[:size]
-            f.truncate(kept.rfind(b"\n") + 1)
-        if len(kept) < (size or 0):
-            print(f"{f.name} lacks {size - len(kept)} bytes that the checkpoint counts: lines are missing")
-
-    @contextlib.contextmanager
-    def open(self):
-        """The file, to be written at its end. It is open for a moment only: its folder may change."""
-        path = os.path.join(self.folder, "log.jsonl")
-        try:
-            with open(path, "a+b") as f:
-                yield f
-        except OSError as error:
-            raise cannot_write(path, error) from None
-
-    def write(self, **entry):
-        with self.open() as f:
-            numbers = json.loads(json.dumps(entry), parse_constant=lambda name: None)  # JSON has no NaN, no Infinity
-            f.write((json.dumps(numbers) + "\n").encode())
-        if self.wandb is not None:
-            prefix = f"{entry['split']}/" if "split" in entry else "train/"
-            numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, (int, float)) and k != "iter"}
-            if "stats" in entry:
-                from wandb import Histogram
-
-                numbers = {f"stats/{name}": Histogram(values) for name, values in entry["stats"].items()}
-            self.wandb.log(numbers, step=entry["iter"])
-
-    def size(self):
-        with self.open() as f:
-            os.fsync(f.fileno())
-            return f.tell()
-
-    def close(self, status):
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=status)
-
-
-def start_wandb(cfg, progress, resolved):
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError("wandb_log: the package is missing; pip install wandb, or --wandb_log=False") from None
-    name = cfg.wandb_run_name or os.path.basename(os.path.abspath(cfg.out_dir))
-    options = dict(project=cfg.wandb_project, name=name, id=progress.wandb_id or None, mode=cfg.wandb_mode)
-    try:
-        run = wandb.init(config=resolved, dir=cfg.out_dir, resume="allow", **options)
-    except Exception as error:  # no key, no network
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"wandb_log: {reason}; --wandb_mode=offline works without a network") from None
-    progress.wandb_id = run.id
-    return run
-
-
 def memory(device_type):
     """Peak resident memory of the process, but on Windows, and peak CUDA memory, in MB."""
     entry = {}
@@ -573,30 +399,6 @@ def memory(device_type):
     if device_type == "cuda":
         entry["cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
     return entry
-
-
-def save_checkpoint(path, model, **extra):
-    """Tensors and plain values only, under nanoGPT's names, so that torch.load(weights_only=True) reads it."""
-    stored = {"format": 1, "model": model.state_dict(), "model_args": dataclasses.asdict(model.config), **extra}
-    write_atomically(path, lambda f: torch.save(stored, f))
-
-
-def export(model, out_dir):
-    """model.safetensors, with its config and a checksum; a tied head is stored once, as the embedding."""
-    from safetensors.torch import save
-
-    weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
-    if model.config.embedding == "tied":
-        del weights["lm_head.weight"]
-    model_args = json.dumps(dataclasses.asdict(model.config))
-    metadata = {"model_args": model_args, "crc32": checksum(weights, model_args)}
-    write_atomically(os.path.join(out_dir, "model.safetensors"), lambda f: f.write(save(weights, metadata)))
-
-
-def checksums(dataset):
-    """{split: those of its files}, by which a resumed run knows its data."""
-    splits = dataset.meta["splits"].items()
-    return {name: {k: v for k, v in info.items() if k.endswith("sha256")} for name, info in splits}
 
 
 def git_commit():
@@ -655,25 +457,12 @@ class Run:
         # what is on record is where the run began, not that it was resumed
         self.cfg = dataclasses.replace(self.cfg, **{k: began[k] for k in ("init_from", "seed") if k in began})
         for optimizer, state in zip(self.optimizers, (stored.get("optimizer"), stored.get("muon"))):
-            options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            needed = {"exp_avg", "exp_avg_sq", "step"}
-            needed = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else needed
             try:
-                for moments in state["state"].values():
-                    if needed - moments.keys() or not all(
-                        is_dense(m) and m.is_floating_point() for m in moments.values()
-                    ):
-                        raise KeyError("of another kind")
-                optimizer.load_state_dict(state)
+                weights.load_optimizer(optimizer, state)
             except (AttributeError, KeyError, TypeError, ValueError):
                 why = f"its optimizer state is not of optimizer={self.cfg.optimizer}, train_only={self.cfg.train_only}"
                 how = "--init_from=FOLDER with another --out_dir starts from its weights alone"
                 raise ModelError(f"{stored['path']}: {why}; {how}") from None
-            for group, ours in zip(optimizer.param_groups, options):  # rates and decay are the command's
-                group.update(ours)
-            for p, moments in optimizer.state.items():
-                if any(m.dim() and (m.shape, m.stride()) != (p.shape, p.stride()) for m in moments.values()):
-                    raise KeyError("an optimizer state of another shape")
         if "batches" not in stored:
             print("the checkpoint has no generator state: batches and dropout start afresh")
             return
@@ -688,7 +477,7 @@ class Run:
 
     def compare(self, stored, began):
         """Say what of the batches is not as it was; other data is another run."""
-        data = checksums(self.dataset)
+        data = self.dataset.checksums()
         before = stored.get("data", data)
         changed = sorted(name for name in {*data, *before} if data.get(name) != before.get(name))
         if changed:
@@ -699,7 +488,8 @@ class Run:
         names = ("batch_size", "gradient_accumulation_steps", "processes")
         notes = [f"{name}={now[name]}, it was {was[name]}" for name in names if was.get(name, now[name]) != now[name]]
         notes += [f"the seed stays {was['seed']}"] if was.get("seed", now["seed"]) != now["seed"] else []
-        self.say(f"note: {'; '.join(notes)}") if notes else None
+        if notes:
+            self.say(f"note: {'; '.join(notes)}")
 
     @property
     def folder(self):
@@ -719,7 +509,7 @@ class Run:
             self.objective = DistributedDataParallel(self.objective, device_ids=ids, find_unused_parameters=unused)
         self.log = None
         if self.world.master:
-            self.log = Log(self.cfg, self.folder, self.progress, self.log_size, resolved)
+            self.log = weights.Log(self.cfg, self.folder, self.progress, self.log_size, resolved)
 
     def say(self, text):
         if self.world.master:
@@ -788,7 +578,8 @@ class Run:
             self.bad_steps = 0
         else:
             self.bad_steps += 1
-        self.scaler.update() if self.scaler.is_enabled() else None
+        if self.scaler.is_enabled():
+            self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         if not finite and not overflow:
@@ -798,25 +589,17 @@ class Run:
                 self.fail(f"{MAX_BAD_STEPS} non-finite steps in a row up to iteration {number}")
 
     def evaluate(self):
-        """The cheap estimate, logged; best.pt when validation improves, and while the penalty grows: what is best
-        without it is not the run's result. Nor is a student as converted, which may be its teacher exactly."""
+        """The cheap estimate, logged, and what the masks are; best.pt."""
         losses = estimate_loss(self.model, self.batches, self.cfg, self.runtime, self.world)
         self.say(f"iteration {self.progress.iter_num}: " + ", ".join(f"{k} loss {v:.4f}" for k, v in losses.items()))
         comparison = {}
         if self.teacher is not None and "val" in losses:
             batches = self.batches.fixed("val", self.cfg.eval_iters)
-            comparison = compare_with_teacher(self.model, self.teacher, batches, self.runtime, self.world)
+            comparison = compare_with_teacher(self.model, self.teacher, batches, self.runtime, self.world.sum)
             self.say(f"  {describe_comparison(comparison)}")
-        score = losses.get("val", math.inf)
-        if comparison:  # a student is chosen by divergence and penalty: it gives up the one for the other
-            score = comparison["kl"] + self.penalty
-        early = penalty_share(self.cfg, max(0, self.progress.iter_num - 1)) < 1  # in the last step
-        early = early or (comparison and self.progress.iter_num == 0)
-        if "val" in losses and (early or score < self.progress.best_val_loss):
-            self.progress.best_val_loss = math.inf if early else score
-            if self.world.master:
-                extra = dict(iter_num=self.progress.iter_num, best_val_loss=score)
-                save_checkpoint(os.path.join(self.folder, "best.pt"), self.model, **extra)
+        if "val" in losses:
+            score = comparison["kl"] + self.penalty if comparison else losses["val"]
+            self.keep_best(score, as_converted=bool(comparison) and self.progress.iter_num == 0)
         for split, value in losses.items() if self.log else ():
             entry = {"iter": self.progress.iter_num, "split": split, f"{split}_loss": value}
             entry |= comparison if split == "val" else {}
@@ -825,6 +608,18 @@ class Run:
         stats = {f"{i}.{name}": value.tolist() for i, layer in stats.items() for name, value in layer.items()}
         if stats and self.log:  # what the masks are, from parameters alone
             self.log.write(iter=self.progress.iter_num, stats=stats)
+
+    def keep_best(self, score, as_converted):
+        """Write best.pt where `score` is the lowest of the run: the validation loss, or of a student its divergence and
+        penalty, since it gives up the one for the other. While the penalty grows each evaluation is kept and none
+        counts: what is best without it is not the run's result. Nor is a student as converted, which may be its
+        teacher exactly."""
+        grows = penalty_share(self.cfg, max(0, self.progress.iter_num - 1)) < 1  # in the last step
+        if as_converted or grows or score < self.progress.best_val_loss:
+            self.progress.best_val_loss = math.inf if as_converted or grows else score
+            if self.world.master:
+                extra = dict(iter_num=self.progress.iter_num, best_val_loss=score)
+                save_checkpoint(os.path.join(self.folder, "best.pt"), self.model, **extra)
 
     @torch.no_grad()
     def check_weights(self):
@@ -858,14 +653,11 @@ class Run:
             extra |= {"optimizer": self.optimizers[0].state_dict(), "scaler": self.scaler.state_dict()}
             if len(self.optimizers) > 1:
                 extra["muon"] = self.optimizers[1].state_dict()
-            extra |= {
-                "config": dataclasses.asdict(self.cfg),
-                "log_size": self.log.size(),
-                "data": checksums(self.dataset),
-            }
+            extra |= {"config": dataclasses.asdict(self.cfg), "data": self.dataset.checksums()}
+            extra["log_size"] = self.log.size()
             save_checkpoint(os.path.join(self.folder, "ckpt.pt"), self.model, **extra)
             if self.is_new:
-                place_new_run(self.cfg.out_dir)
+                weights.place_new_run(self.cfg.out_dir)
                 self.log.folder = self.cfg.out_dir
         self.is_new = False
 
@@ -902,7 +694,8 @@ class Run:
                 evaluates = progress.iter_num % cfg.eval_interval == 0 or at_end
                 if evaluates or stop or (cfg.checkpoint_interval and progress.iter_num % cfg.checkpoint_interval == 0):
                     self.check_weights()
-                    self.evaluate() if evaluates else None
+                    if evaluates:
+                        self.evaluate()
                     self.save()
                 if progress.iter_num % cfg.eval_interval == 0:
                     since, steps = time.perf_counter(), 0
@@ -925,7 +718,10 @@ class Run:
         extra = f" ({', '.join(f'{k} {v:.4f}' for k, v in parts.items())})" if len(parts) > 1 else ""
         line = f"iter {self.progress.iter_num}: loss {terms['loss']:.4f}{extra}, grad norm {terms['grad_norm']:.2f}, "
         line += f"lr {lr:.2e}, {ms:.0f} ms, {rate:,.0f} tokens/s"
-        bar.write(line) if not bar.disable else print(line, flush=True)
+        if bar.disable:
+            self.say(line)
+        else:
+            bar.write(line)
 
 
 def dry_run(model_config, cfg, dataset):
@@ -946,12 +742,8 @@ def dry_run(model_config, cfg, dataset):
         idx = torch.zeros(cfg.batch_size, length, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
             Objective(model)((idx, idx))
-    thin = copy.copy(model.config)  # operations follow what masks keep: their first values, of layers one channel wide
-    thin.head_dim, thin.n_embd = thin.d_head, 1
-    for block in model.transformer.h:
-        for name in block.attn.mask_parameters if hasattr(block.attn, "log_mask") else ():
-            if hasattr(block.attn, name):
-                setattr(block.attn, name, getattr(type(block.attn)(thin), name))
+    for block in model.transformer.h:  # operations follow what masks keep: their first values
+        block.attn.make_masks(model.config)
     activations = sum(size for storage, size in saved.items() if storage not in own)
     count = {name: sum(p.numel() for _, p in members) for name, members in param_groups(model).items()}
     state = 4 * (4 * sum(count.values()) - (count["matrix"] if cfg.optimizer == "muon" else 0))
@@ -975,17 +767,8 @@ def main(argv):
     model_config, cfg, given = config.load(argv, GPTConfig, TrainConfig)
     if not cfg.out_dir:
         cfg = config.override(cfg, out_dir=default_folder(argv, model_config.attention_type))
-    world, device = start_world(cfg.device)
-    try:
+    with processes(cfg.device) as (world, device):
         return train(model_config, cfg, given, world, device)
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
-        raise TrainError(f"a process of the group was lost: {reason}; --init_from=resume goes on") from None
-    finally:
-        if world.size > 1:
-            dist.destroy_process_group()
 
 
 def train(model_config, cfg, given, world, device):
@@ -1002,7 +785,10 @@ def train(model_config, cfg, given, world, device):
     if cfg.dry_run:
         explicit = config.explicit(model_config, given)
         if cfg.init_from != "scratch":
-            model_config = stored_config(read_checkpoint(source_folder(cfg)), **explicit)
+            folder = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
+            if not weights.is_training_folder(folder):
+                raise ConfigError(f"--dry_run adds up a new model or a run's: {folder} holds no checkpoint of train.py")
+            model_config = stored_config(read_checkpoint(folder), **explicit)
         dry_run(model_config, cfg, dataset)
         return 0
     with contextlib.ExitStack() as stack:
@@ -1010,8 +796,8 @@ def train(model_config, cfg, given, world, device):
             if cfg.init_from != "resume":
                 os.makedirs(cfg.out_dir, exist_ok=True)
             if os.path.isdir(cfg.out_dir):
-                stack.enter_context(lock_folder(cfg.out_dir))
-                place_new_run(cfg.out_dir)
+                stack.enter_context(weights.lock_folder(cfg.out_dir))
+                weights.place_new_run(cfg.out_dir)
         world.max([0])  # the other processes read what is in order now
         return work(model_config, cfg, given, world, runtime, dataset)
 
@@ -1021,9 +807,8 @@ def work(model_config, cfg, given, world, runtime, dataset):
     torch.manual_seed(cfg.seed)
     model, stored, what = make_model(cfg, model_config, given, dataset)
     if model.config.vocab_size < dataset.vocab_size:
-        raise ConfigError(
-            f"vocab_size={model.config.vocab_size} is less than the {dataset.vocab_size} of {cfg.dataset}"
-        )
+        size = model.config.vocab_size
+        raise ConfigError(f"vocab_size={size} is less than the {dataset.vocab_size} of {cfg.dataset}")
     model.to(runtime.device)
     freeze(model, cfg.train_only)
     teacher = load_teacher(cfg, model).to(runtime.device) if cfg.teacher else None
@@ -1034,7 +819,8 @@ def work(model_config, cfg, given, world, runtime, dataset):
             print(f"note: {', '.join(unaware)}: no positions there, pos_emb=rope does not reach them", flush=True)
     if cfg.eval_only:
         full_evaluation(model, dataset, cfg, runtime, world, teacher)
-        export(model, cfg.out_dir) if cfg.export and world.master else None
+        if cfg.export and world.master:
+            weights.export(model, cfg.out_dir)
         return 0
     run = Run(cfg, runtime, world, dataset, model, stored, teacher)
     resolved = {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(run.cfg)}
@@ -1044,7 +830,7 @@ def work(model_config, cfg, given, world, runtime, dataset):
             shutil.rmtree(run.folder, ignore_errors=True)
             os.mkdir(run.folder)
         path, text = os.path.join(run.folder, "config.json"), json.dumps(resolved, indent=1)
-        write_atomically(path, lambda f: f.write(text.encode()))
+        weights.write_atomically(path, lambda f: f.write(text.encode()))
     run.prepare(resolved)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, frame: setattr(run, "signal", received))
@@ -1055,7 +841,7 @@ def work(model_config, cfg, given, world, runtime, dataset):
         if run.log is not None:
             run.log.close(status)
     if cfg.export and world.master and status == 0:
-        export(model, cfg.out_dir)
+        weights.export(model, cfg.out_dir)
     return status
 
 

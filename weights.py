@@ -1,23 +1,171 @@
-"""What reads and writes weights: checkpoints, exports, GPT-2's files, and the copying of one model into another."""
+"""What a run keeps: its folder, its log, its weights; other projects' weights; one model copied into another."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
+
+from config import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+RUN_FILES = ("config.json", "log.jsonl", "best.pt", "ckpt.pt", "model.safetensors")  # of one run
 
 
 class ModelError(ValueError):
     """A model that cannot be built or loaded; the message is one line."""
 
 
+class TrainError(RuntimeError):
+    """A run that cannot go on; the message is one line."""
+
+
 # -----------------------------------------------------------------------------
-# files
+# the folder of a run: files are replaced whole, one run writes at a time
+
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary file beside `path`, sync it, and rename it over `path`: a reader sees the old
+    file or the new one, whole. A failure (a full disk) leaves the old one and raises TrainError."""
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise cannot_write(path, error, "; the one before it is intact" if os.path.exists(path) else "") from None
+
+
+def cannot_write(path, error, kept=""):
+    """The TrainError that says why. torch.save puts an error of its own over the system's."""
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    return TrainError(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}{kept}")
+
+
+def lock_folder(out_dir):
+    """An open file that keeps a second run out of the folder."""
+    path = os.path.join(out_dir, ".lock")
+    lock = open(path, "w") if fcntl is not None else None
+    try:
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        if os.path.exists(path):
+            os.unlink(path)  # Windows removes no file that another run holds open
+        return open(path, "x")
+    except OSError:
+        raise TrainError(f"{out_dir}: another run is writing there; take another --out_dir") from None
+
+
+def place_new_run(out_dir):
+    """Put a new run in the earlier one's place, once it has saved. A start and a save call this. What a kill leaves:
+
+    .new/ without ckpt.pt   the earlier run is whole; the new one has saved nothing
+    .new/ with ckpt.pt      the new run is whole; the earlier one's files are on their way to previous/
+    .placing/               the earlier run is whole in previous/; the new one's files are on their way to out_dir
+    none of them            the run in out_dir is whole
+    """
+
+    def move(source, target):
+        for name in RUN_FILES:
+            if os.path.exists(os.path.join(source, name)):
+                os.replace(os.path.join(source, name), os.path.join(target, name))
+
+    new, placing, previous = (os.path.join(out_dir, name) for name in (".new", ".placing", "previous"))
+    if os.path.exists(os.path.join(new, "ckpt.pt")):
+        aside = os.path.join(new, "previous")
+        os.makedirs(aside, exist_ok=True)
+        move(out_dir, aside)
+        if os.listdir(aside):
+            shutil.rmtree(previous, ignore_errors=True)
+            os.rename(aside, previous)
+            print(f"the earlier run of {out_dir} is in {previous} now (--init_from=resume would have gone on from it)")
+        os.rename(new, placing)
+    if os.path.exists(placing):
+        move(placing, out_dir)
+        shutil.rmtree(placing)
+
+
+class Log:
+    """log.jsonl in `folder`, and W&B when asked. On resume the file is cut where the checkpoint was written."""
+
+    def __init__(self, cfg, folder, progress, size, resolved):
+        self.wandb = start_wandb(cfg, progress, resolved) if cfg.wandb_log else None
+        self.folder = folder
+        with self.open() as f:
+            f.seek(0)
+            kept = f.read()[:size]
+            f.truncate(kept.rfind(b"\n") + 1)
+        if len(kept) < (size or 0):
+            print(f"{f.name} lacks {size - len(kept)} bytes that the checkpoint counts: lines are missing")
+
+    @contextlib.contextmanager
+    def open(self):
+        """The file, to be written at its end. It is open for a moment only: its folder may change."""
+        path = os.path.join(self.folder, "log.jsonl")
+        try:
+            with open(path, "a+b") as f:
+                yield f
+        except OSError as error:
+            raise cannot_write(path, error) from None
+
+    def write(self, **entry):
+        with self.open() as f:
+            numbers = json.loads(json.dumps(entry), parse_constant=lambda name: None)  # JSON has no NaN, no Infinity
+            f.write((json.dumps(numbers) + "\n").encode())
+        if self.wandb is not None:
+            prefix = f"{entry['split']}/" if "split" in entry else "train/"
+            numbers = {prefix + k: v for k, v in entry.items() if isinstance(v, (int, float)) and k != "iter"}
+            if "stats" in entry:
+                from wandb import Histogram
+
+                numbers = {f"stats/{name}": Histogram(values) for name, values in entry["stats"].items()}
+            self.wandb.log(numbers, step=entry["iter"])
+
+    def size(self):
+        with self.open() as f:
+            os.fsync(f.fileno())
+            return f.tell()
+
+    def close(self, status):
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=status)
+
+
+def start_wandb(cfg, progress, resolved):
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("wandb_log: the package is missing; pip install wandb, or --wandb_log=False") from None
+    name = cfg.wandb_run_name or os.path.basename(os.path.abspath(cfg.out_dir))
+    options = dict(project=cfg.wandb_project, name=name, id=progress.wandb_id or None, mode=cfg.wandb_mode)
+    try:
+        run = wandb.init(config=resolved, dir=cfg.out_dir, resume="allow", **options)
+    except Exception as error:  # no key, no network
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"wandb_log: {reason}; --wandb_mode=offline works without a network") from None
+    progress.wandb_id = run.id
+    return run
+
+
+# -----------------------------------------------------------------------------
+# weights in files
 
 
 def is_training_folder(folder):
@@ -60,6 +208,40 @@ def read_checkpoint(out_dir, name=None):
     stored["model"] = {k.removeprefix(prefix): v for k, v in stored["model"].items()}
     stored["path"] = path
     return stored
+
+
+def save_checkpoint(path, model, **extra):
+    """Tensors and plain values only, under nanoGPT's names, so that torch.load(weights_only=True) reads it."""
+    stored = {"format": 1, "model": model.state_dict(), "model_args": asdict(model.config), **extra}
+    write_atomically(path, lambda f: torch.save(stored, f))
+
+
+def load_optimizer(optimizer, state):
+    """The moments of a checkpoint into an AdamW or a Muon; its rates and decay stay as they are. KeyError or another
+    error where they are not those of its parameters."""
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    needed = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"exp_avg", "exp_avg_sq", "step"}
+    for moments in state["state"].values():
+        if needed - moments.keys() or not all(is_dense(m) and m.is_floating_point() for m in moments.values()):
+            raise KeyError("of another kind")
+    optimizer.load_state_dict(state)
+    for group, ours in zip(optimizer.param_groups, options):
+        group.update(ours)
+    for p, moments in optimizer.state.items():
+        if any(m.dim() and (m.shape, m.stride()) != (p.shape, p.stride()) for m in moments.values()):
+            raise LookupError("an optimizer state of another shape")
+
+
+def export(model, out_dir):
+    """model.safetensors, with its config and a checksum; a tied head is stored once, as the embedding."""
+    from safetensors.torch import save
+
+    weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
+    if model.config.embedding == "tied":
+        del weights["lm_head.weight"]
+    model_args = json.dumps(asdict(model.config))
+    metadata = {"model_args": model_args, "crc32": checksum(weights, model_args)}
+    write_atomically(os.path.join(out_dir, "model.safetensors"), lambda f: f.write(save(weights, metadata)))
 
 
 def check_archive(path):

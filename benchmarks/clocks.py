@@ -9,7 +9,8 @@ import time
 
 import torch
 
-from train import World, progress_bar
+from parallel import World
+from train import progress_bar
 from weights import ModelError
 
 

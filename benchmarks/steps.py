@@ -14,7 +14,8 @@ from benchmarks.runs import run_folders
 from config import ConfigError
 from data import Dataset, SymbolsCodec, write_meta, write_split
 from model import GPT, GPTConfig
-from train import Run, TrainConfig, World
+from parallel import World
+from train import Run, TrainConfig
 
 NANOGPT_SHAPES = [  # overhead rules; the size of a small character model; a long block
     dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, vocab_size=65),

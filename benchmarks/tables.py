@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.clocks import clock_name, copy_bandwidth, matmul_peak
 from config import ConfigError
-from files import write_atomically
 from train import git_commit
+from weights import write_atomically
 
 
 def number(x, decimals=None):

@@ -225,6 +225,11 @@ class Dataset:
     def __repr__(self):
         return f"Dataset({self._where})"
 
+    def checksums(self):
+        """{split: those of its files}, by which a resumed run knows its data."""
+        splits = self.meta["splits"].items()
+        return {name: {k: v for k, v in info.items() if k.endswith("sha256")} for name, info in splits}
+
     def split(self, name):
         """The Split called name (train, val or test), checked once against meta.json. DataError if it is not sound."""
         if name not in self._splits:

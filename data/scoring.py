@@ -131,3 +131,33 @@ def print_labels(scores):
     for row, counts in zip(scores["labels"], scores["confusion"]):
         cells = [row["label"], row["support"], *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1")), *counts]
         print("| " + " | ".join(map(str, cells)) + " |")
+
+
+@torch.no_grad()
+def compare_with_teacher(model, teacher, batches, runtime, reduce=list, chunk=2**24):
+    """Means over the scored tokens of `batches` of (x, y): KL(teacher || student) in nats, the cross-entropy of both,
+    and how often both find the same token likeliest."""
+    was_training = model.training
+    model.eval()
+    kl, ours, theirs, agreed, count = 0.0, 0.0, 0.0, 0.0, 0
+    for x, y in batches:
+        x, y = x.to(runtime.device), y.to(runtime.device)
+        with runtime.autocast():
+            hidden, wanted = (m.hidden(x)[0][y >= 0] for m in (model, teacher))  # (n, C)
+            y, rows = y[y >= 0], chunk // model.config.vocab_size + 1
+            for h, w, t in zip(hidden.split(rows), wanted.split(rows), y.split(rows)):
+                q, p = (m.lm_head(z).float().log_softmax(-1) for m, z in ((model, h), (teacher, w)))
+                kl += (p.exp() * (p - q)).sum(-1).cpu().double().sum().item()
+                ours, theirs = (a - b.gather(1, t[:, None]).cpu().double().sum() for a, b in ((ours, q), (theirs, p)))
+                agreed += (q.argmax(-1) == p.argmax(-1)).sum().item()
+                count += len(t)
+    model.train(was_training)
+    *sums, count = reduce([kl, float(ours), float(theirs), agreed, count])
+    means = [s / count if count else math.nan for s in sums]
+    return dict(zip(("kl", "student_ce", "teacher_ce", "agreement"), means))
+
+
+def describe_comparison(c):
+    ours, theirs = (f"{perplexity(c[name], 1):.3f}" for name in ("student_ce", "teacher_ce"))
+    agreed = f"same likeliest token {100 * c['agreement']:.1f} %"
+    return f"KL from the teacher {c['kl']:.4f} nats a token, token perplexity {ours} (teacher {theirs}), {agreed}"

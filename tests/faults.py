@@ -36,8 +36,8 @@ import torch
 
 import config
 import data
-import files as train_files
 import train
+import weights
 from data import DataError
 from train import TrainError
 from weights import ModelError, read_checkpoint
@@ -128,7 +128,7 @@ def full_disk(left):
             return (io.BufferedRandom if "+" in mode else io.BufferedWriter)(Disk(path, mode.replace("b", "")))
         return open(path, mode, **options)
 
-    train.open = train_files.open = limited
+    weights.open = limited
 
 
 def read_only(folder):

@@ -6,10 +6,9 @@ from conftest import NoFloat64
 
 import train
 from config import resolve_device
-from data.scoring import token_nats
+from data.scoring import compare_with_teacher, token_nats
 from model import ATTENTION, GPT, GPTConfig, matrices, param_groups, rotate
 from sample import label_probabilities
-from train import World, compare_with_teacher
 from weights import read_checkpoint
 
 TYPES = list(ATTENTION)
@@ -74,7 +73,7 @@ def test_devices_without_float64_train_score_and_decode(name, fresh_rng, monkeyp
     with NoFloat64(monkeypatch):
         gpt(idx, idx)[1].backward()
         nats = token_nats(gpt.eval(), idx, idx, scored, runtime)
-        compare_with_teacher(gpt, gpt, [(idx, idx)], runtime, World(0, 1, 0))
+        compare_with_teacher(gpt, gpt, [(idx, idx)], runtime)
         gpt.generate(idx, 3)
         gpt.flops(32)
         label_probabilities(gpt, idx[0].tolist(), 32, {"no": 0, "yes": 1}, runtime)

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import bench
 import config
 import sample
 import train
+import weights
 from benchmarks import decoding, layers, steps
 from config import ConfigError, Runtime, build, key, load, override, read_file, resolve_device
 from data import DataError
@@ -920,7 +920,7 @@ def checkpoint(text_dataset, tmp_path_factory):
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=256))
     folder = str(tmp_path_factory.mktemp("checkpoint"))
-    train.save_checkpoint(os.path.join(folder, "ckpt.pt"), model)
+    weights.save_checkpoint(os.path.join(folder, "ckpt.pt"), model)
     write(folder, '{"data": {"codec": "bytes"}}', "config.json")
     return folder
 

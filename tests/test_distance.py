@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import check_units
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import bench
 import train

@@ -16,10 +16,10 @@ import config
 import sample
 import train
 from benchmarks import curves
-from data.scoring import evaluate
+from data.scoring import compare_with_teacher, describe_comparison, evaluate
 from kernels.divergence import Divergence, divergence, kl_divergence
 from model import ATTENTION, GPT, GPTConfig, ModelError, load_weights, read_checkpoint
-from train import Objective, compare_with_teacher
+from train import Objective
 
 TINY = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
 CPU = config.resolve_device("cpu", "auto")
@@ -158,7 +158,7 @@ def test_comparison_equals_a_loop(keys, fresh_rng):
     batches = [tokens(3), tokens(2)]
     batches[0][1][0, :5] = -1
     teacher.eval()  # as load_teacher leaves it; the student is put into evaluation for the while
-    have = compare_with_teacher(student, teacher, batches, CPU, train.World(0, 1, 0), chunk=40 * 7)
+    have = compare_with_teacher(student, teacher, batches, CPU, chunk=40 * 7)
     assert student.training
     student.eval()
     kl, ours, theirs, agreed, n = 0.0, 0.0, 0.0, 0, 0
@@ -390,7 +390,7 @@ def test_rows_are_of_held_out_text_and_best_is_their_best(tiny, tmp_path, teache
     dataset = train.Dataset(json.load(open(os.path.join(folder, "config.json")))["train"]["dataset"])
     original = GPT.from_checkpoint(teacher).eval()
     batches = train.Batches(dataset, 16, 4, 1337).fixed("val", 2)
-    wanted = compare_with_teacher(last, original, batches, CPU, train.World(0, 1, 0))
+    wanted = compare_with_teacher(last, original, batches, CPU)
     assert {name: rows[40][name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
     capsys.readouterr()
     options = ["--init_from=resume", "--eval_only", "--eval_context=16", "--eval_stride=4"]
@@ -582,7 +582,7 @@ def test_a_teacher_must_be_whole_and_have_what_is_matched(tiny, tmp_path, teache
 
 
 def test_a_hopeless_teacher_is_described():
-    text = train.describe_comparison(dict(kl=1.0, student_ce=math.log(3), teacher_ce=1000.0, agreement=0.25))
+    text = describe_comparison(dict(kl=1.0, student_ce=math.log(3), teacher_ce=1000.0, agreement=0.25))
     assert "token perplexity 3.000 (teacher inf)" in text and "25.0 %" in text
 
 

@@ -22,6 +22,7 @@ import bench
 import config
 import data
 import train
+import weights
 from model import GPT
 from train import TrainError
 from weights import ModelError, is_training_folder, read_checkpoint
@@ -92,7 +93,7 @@ def test_a_running_run_can_be_scored(tiny, tmp_path, capsys):
     """Reading needs no lock, also where nothing can be written. An export is written, and needs it."""
     train.main(tiny(max_iters=2))
     scores = dict(init_from="resume", eval_only=True)
-    with train.lock_folder(str(tmp_path / "run")):
+    with weights.lock_folder(str(tmp_path / "run")):
         capsys.readouterr()
         assert train.main(tiny(**scores)) == 0
         assert "words val:" in capsys.readouterr().out
@@ -302,7 +303,7 @@ def test_the_log_is_json_without_nan(tiny, tmp_path, monkeypatch):
     assert "NaN" not in text and "Infinity" not in text
     assert [e["iter"] for e in read_log(tmp_path / "run") if e.get("loss", 0) is None] == [4, 5]
     bench.main(["--what=curves", f"--out_dir={tmp_path / 'run'}", f"--png={tmp_path / 'loss.png'}"])
-    log = train.Log(train.TrainConfig(), str(tmp_path), train.Progress(), None, {})
+    log = weights.Log(train.TrainConfig(), str(tmp_path), train.Progress(), None, {})
     log.write(iter=1, a=[1.5, math.inf, [-math.inf, 3]], b=math.nan, c=True)
     assert (tmp_path / "log.jsonl").read_text() == '{"iter": 1, "a": [1.5, null, [null, 3]], "b": null, "c": true}\n'
 

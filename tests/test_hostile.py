@@ -13,8 +13,7 @@ import os
 import zipfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from test_data import TEXT, WIKI, script, write, write_targets
 
 import data

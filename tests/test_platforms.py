@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-import files
+import weights
 
 HIDE = """
 import sys
@@ -73,7 +73,7 @@ def test_training_without_what_windows_lacks(tiny, tmp_path):
 
 def test_the_lock_without_flock(tmp_path, monkeypatch):
     """Windows refuses to remove a file that is open; what a killed run left is removed."""
-    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(weights, "fcntl", None)
     (tmp_path / ".lock").touch()
     unlink, held = os.unlink, []
 
@@ -83,8 +83,8 @@ def test_the_lock_without_flock(tmp_path, monkeypatch):
         unlink(path)
 
     monkeypatch.setattr(os, "unlink", windows)
-    held.append(files.lock_folder(tmp_path))
-    with pytest.raises(files.TrainError, match="another run is writing there"):
-        files.lock_folder(tmp_path)
+    held.append(weights.lock_folder(tmp_path))
+    with pytest.raises(weights.TrainError, match="another run is writing there"):
+        weights.lock_folder(tmp_path)
     held[-1].close()
-    files.lock_folder(tmp_path).close()
+    weights.lock_folder(tmp_path).close()

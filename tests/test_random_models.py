@@ -11,13 +11,11 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from test_nsa import some_index
 from torch.utils._pytree import tree_leaves
 
-from config import _owners as key_owners
-from config import build
+from config import _owners as key_owners, build
 from kernels import nsa
 from kernels.distance import distance
 from kernels.gated import gated, gated_dense

@@ -20,11 +20,13 @@ from torch.nn import functional as F
 import bench
 import config
 import train
+import weights
 from data import Batches, DataError, Dataset, windows
 from data.scoring import evaluate, label_scores
-from files import RUN_FILES
 from model import ATTENTION, GPT, GPTConfig, ModelError, read_checkpoint
-from train import Objective, TrainConfig, TrainError, World, lr_factor, make_optimizers
+from parallel import World
+from train import Objective, TrainConfig, TrainError, lr_factor, make_optimizers
+from weights import RUN_FILES
 
 CPU = config.resolve_device("cpu", "auto")
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -790,7 +792,7 @@ def test_a_run_that_fails_to_start_leaves_the_earlier_one_whole(tiny, tmp_path):
 
 def test_one_run_a_folder(tiny, tmp_path):
     train.main(tiny(max_iters=1))
-    lock = train.lock_folder(str(tmp_path / "run"))
+    lock = weights.lock_folder(str(tmp_path / "run"))
     with pytest.raises(TrainError, match="another run"):
         train.main(tiny(max_iters=1))
     lock.close()
