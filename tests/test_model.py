@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
-from model import GPT, GPTConfig, ModelError, NoAttention, load_weights, param_groups, sample_token
+from model import ATTENTION, GPT, GPTConfig, ModelError, NoAttention, load_weights, param_groups, sample_token
 
 TINY = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 
@@ -59,6 +59,22 @@ def test_nanogpt_checkpoint_loads(tmp_path, prefix, bias):
     idx = torch.randint(50, (3, 16))
     logits = loaded(idx, idx)[0]
     torch.testing.assert_close(logits, nanogpt_logits(weights, idx, 2, 2), rtol=0, atol=1e-5)
+
+
+STORED = os.path.join(
+    os.path.dirname(os.path.abspath(__file__)), "checkpoints"
+)  # a folder for each type, and logits.pt
+
+
+@pytest.mark.parametrize("name, file", [*((name, "ckpt.pt") for name in ATTENTION), ("gla", "model.safetensors")])
+def test_stored_checkpoints_load(name, file):
+    """Checkpoints and an export that commit 6059c3a wrote give the logits that it gave."""
+    logits = torch.load(os.path.join(STORED, "logits.pt"))
+    if name not in logits:
+        pytest.skip("a type that is younger than the stored checkpoints")
+    gpt, idx = GPT.from_checkpoint(os.path.join(STORED, name), file).eval(), torch.arange(16)[None] * 7 % 32
+    assert gpt.config.attention_type == name and not gpt.loaded.new and not gpt.loaded.left
+    torch.testing.assert_close(gpt(idx, idx)[0], logits[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -758,7 +758,7 @@ def test_masks_go_to_wandb_as_histograms(tiny, monkeypatch):
     """At each evaluation, by layer: spans, periods, kept distances, weights."""
     wandb, sent = pytest.importorskip("wandb"), []
     run = SimpleNamespace(log=lambda numbers, step: sent.append((step, numbers)), finish=lambda exit_code: None)
-    monkeypatch.setattr(train, "start_wandb", lambda *_: run)
+    monkeypatch.setattr(weights, "start_wandb", lambda *_: run)
     keys = dict(attention_type="adaptive_span,mask_mix", use_triangle_wave_masking=True, span_max=8)
     assert train.main(tiny(wandb_log=True, max_iters=4, eval_interval=2, **keys)) == 0
     stats = [(step, n) for step, n in sent if any(name.startswith("stats/") for name in n)]
