@@ -1442,6 +1442,9 @@ def stored_config(stored, **overrides):
     longer there go back to their defaults."""
     pattern = (stored["model_args"] | overrides).get("attention_type", GPTConfig.attention_type)
     try:
-        return build(GPTConfig, own_keys(stored["model_args"], pattern) | overrides)
+        found = build(GPTConfig, own_keys(stored["model_args"], pattern) | overrides)
+        if found.vocab_size:
+            return found
+        raise ValueError("damaged: its vocab_size is 0")
     except (ValueError, TypeError) as error:  # a TypeError: a key that is no text
         raise ModelError(f"{stored['path']}: {error}") from None

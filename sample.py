@@ -79,6 +79,8 @@ def load(cfg, folder):
 
 
 def load_gpt2(source):
+    if not source.startswith("gpt2") and not os.path.isdir(source):
+        raise ConfigError(f"init_from={source}: neither checkpoint, gpt2, gpt2-medium, ... nor a Hugging Face folder")
     return GPT.from_pretrained(source), {"codec": "gpt2"}
 
 
@@ -88,9 +90,14 @@ def read_prompt(start):
     path = start.removeprefix("FILE:")
     try:
         with open(path, encoding="utf-8") as f:
-            return f.read()
+            text = f.read()
     except UnicodeDecodeError:
         raise ConfigError(f"--start: {path} is not UTF-8 text") from None
+    except ValueError:  # a null byte, or a character that no file name has
+        raise ConfigError(f"--start: there is no file {path!r}") from None
+    if not text:
+        raise ConfigError(f"--start: {path} is empty: write at least one token into it")
+    return text
 
 
 def shown(text):

@@ -440,7 +440,7 @@ class Run:
         """All that a step depends on, so that a resumed run is the same run. nanoGPT's files have no generators."""
         try:
             self._restore(stored)
-        except (DataError, ModelError, torch.OutOfMemoryError):
+        except (ModelError, torch.OutOfMemoryError):
             raise
         except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise ModelError(f"{stored['path']}: damaged: {type(error).__name__}: {error}") from None

@@ -273,7 +273,8 @@ def run(main, *errors):
         error, status = "out of memory: take a smaller batch_size, block_size or model (--dry_run adds them up)", 1
     except KeyboardInterrupt:
         error, status = "interrupted", 130
-    print(f"{name}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    line = printable(" ".join(str(error).split()))
+    print(f"{name}: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
     leave(status)
 
 
