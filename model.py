@@ -1408,7 +1408,7 @@ def cross_entropy(logits, targets):
 
 def sample_token(logits, temperature, top_k, top_p):
     """Draw ids (B, 1) from logits (B, V); see GPT.stream."""
-    if logits.isnan().any():
+    if not logits.amax(-1).isfinite().all():
         raise ModelError("the model's output is not a number: its weights are damaged, take another checkpoint")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
