@@ -28,7 +28,7 @@ from kernels.gla import gla, gla_products
 from kernels.gsa import gsa, gsa_products
 from kernels.nsa import nsa_compressed, nsa_pairs, nsa_selected, nsa_sizes, nsa_window
 from kernels.performer import feature_map, performer, performer_products, random_features
-from weights import ModelError, load_weights, read_checkpoint, read_gpt2
+from weights import ModelError, found, load_weights, read_checkpoint, read_gpt2
 
 
 @dataclass
@@ -1381,6 +1381,7 @@ class GPT(nn.Module):
         """The model of a training folder (best.pt, else ckpt.pt, else an export), also of a nanoGPT checkpoint. Config
         values in `overrides` replace the stored ones; what then does not fit is in `model.loaded`."""
         stored = read_checkpoint(out_dir, name)
+        check_stored(stored)
         model = cls(stored_config(stored, **overrides))
         model.loaded = load_weights(model, stored["model"], stored_config(stored))
         return model
@@ -1456,3 +1457,23 @@ def stored_config(stored, **overrides):
         return build(GPTConfig, own_keys(stored["model_args"], pattern) | overrides)
     except (ValueError, TypeError) as error:  # a TypeError: a key that is no text
         raise ModelError(f"{stored['path']}: {error}") from None
+
+
+def check_stored(stored):
+    """Raise ModelError unless a checkpoint has the tensors of its own config, in their shapes. This builds nothing:
+    the sizes that a damaged file says may be beyond any memory."""
+    source = stored_config(stored)
+    try:
+        with torch.device("meta"):
+            model = GPT(source)
+    except (RuntimeError, OverflowError) as error:
+        raise ModelError(f"{stored['path']}: no model has these sizes: {str(error).splitlines()[0]}") from None
+    own = model.state_dict()
+    for name, w in stored["model"].items():
+        if name in own and w.shape != own[name].shape:
+            said, has = tuple(own[name].shape), tuple(w.shape)
+            raise ModelError(f"{stored['path']}: {name} has the shape {has}, by its config {said}: damaged")
+    missing = [name for name in own if name not in found(model, stored["model"])]
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ModelError(f"{stored['path']}: the checkpoint lacks {', '.join(missing[:4])}{more}")

@@ -63,8 +63,6 @@ class SampleConfig:
 def load(cfg, folder):
     """(model, meta): meta of the data set, as the run's config.json has it."""
     model = GPT.from_checkpoint(folder, cfg.checkpoint or None)
-    if model.loaded.new:
-        raise ModelError(f"{folder}: the checkpoint lacks {', '.join(model.loaded.new)}")
     if cfg.dataset:
         return model, Dataset(cfg.dataset).meta
     path = os.path.join(folder, "config.json")

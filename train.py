@@ -40,7 +40,7 @@ from data import Batches, DataError, Dataset, windows
 from data.scoring import evaluate, perplexity, print_scores, token_nats
 from files import TrainError, cannot_write, lock_folder, place_new_run, write_atomically
 from kernels.divergence import kl_divergence
-from model import GPT, GPTConfig, cross_entropy, param_groups, stored_config
+from model import GPT, GPTConfig, check_stored, cross_entropy, param_groups, stored_config
 from weights import ModelError, checksum, is_dense, is_training_folder, load_weights, read_checkpoint
 
 try:
@@ -275,8 +275,6 @@ def load_teacher(cfg, model):
     if not ours and not os.path.isdir(cfg.teacher) and not cfg.teacher.startswith("gpt2"):
         raise ConfigError(f"teacher={cfg.teacher}: neither a folder nor gpt2...")
     teacher = (GPT.from_checkpoint if ours else GPT.from_pretrained)(cfg.teacher).eval().requires_grad_(False)
-    if teacher.loaded.new:
-        raise ModelError(f"{cfg.teacher}: the checkpoint lacks {', '.join(teacher.loaded.new)}")
     same = ["vocab_size"]
     if cfg.distill == "attention" or cfg.distill_attention_iters:
         same += ["n_layer", "n_embd"]
@@ -318,6 +316,7 @@ def resume_model(cfg, explicit, given):
     folders = [os.path.join(cfg.out_dir, name) for name in (".new", ".placing", "")]  # the first two after a kill
     folder = next((f for f in folders if os.path.exists(os.path.join(f, "ckpt.pt"))), cfg.out_dir)
     stored = read_checkpoint(folder, "ckpt.pt")
+    check_stored(stored)
     model_config = stored_config(stored)
     for name, value in explicit.items():
         if name == "vocab_size" and value == 0:
@@ -329,8 +328,6 @@ def resume_model(cfg, explicit, given):
             raise ConfigError(f"{name}={value} ({given[name]}), but the checkpoint in {cfg.out_dir} has {name}={was}")
     model = GPT(model_config)
     report = load_weights(model, stored["model"], model_config)
-    if report.new:
-        raise ModelError(f"{stored['path']}: the checkpoint lacks {', '.join(report.new)}")
     return model, stored, f"resumed from {stored['path']} at iteration {stored.get('iter_num', 0)}: {report}"
 
 

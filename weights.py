@@ -151,6 +151,9 @@ def load_weights(model, weights, source):
             if fits:
                 own[name].copy_(value)
             (copied if fits else left).append(name)
+    for name in found(model, copied):
+        if not own[name].isfinite().all():
+            raise ModelError(f"{name} holds what is not a finite number: damaged weights, take another checkpoint")
     return LoadReport(copied, [name for name in own if name not in found(model, copied)] + new, left)
 
 
