@@ -27,7 +27,7 @@ from kernels.gla import compute_dtype, gla, operations as gla_operations
 from kernels.gsa import gsa, operations as gsa_operations
 from kernels.nsa import nsa_compressed, nsa_selected, nsa_sizes, nsa_window, operations as nsa_operations
 from kernels.performer import feature_map, operations as performer_operations, performer, random_features
-from weights import ModelError, load_weights, read_checkpoint, read_gpt2
+from weights import ModelError, check_stored, load_weights, read_checkpoint, read_gpt2
 
 
 @dataclass
@@ -1369,6 +1369,7 @@ class GPT(nn.Module):
         """The model of a training folder (best.pt, else ckpt.pt, else an export), also of a nanoGPT checkpoint. Config
         values in `overrides` replace the stored ones; what then does not fit is in `model.loaded`."""
         stored = read_checkpoint(out_dir, name)
+        check_stored(stored, lambda: cls(stored_config(stored)))
         model = cls(stored_config(stored, **overrides))
         model.loaded = load_weights(model, stored["model"], stored_config(stored))
         return model
@@ -1397,7 +1398,7 @@ def cross_entropy(logits, targets):
 
 def sample_token(logits, temperature, top_k, top_p):
     """Draw ids (B, 1) from logits (B, V); see GPT.stream."""
-    if logits.isnan().any():
+    if not logits.amax(-1).isfinite().all():
         raise ModelError("the model's output is not a number: its weights are damaged, take another checkpoint")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -1442,9 +1443,6 @@ def stored_config(stored, **overrides):
     longer there go back to their defaults."""
     pattern = (stored["model_args"] | overrides).get("attention_type", GPTConfig.attention_type)
     try:
-        found = build(GPTConfig, own_keys(stored["model_args"], pattern) | overrides)
-        if found.vocab_size:
-            return found
-        raise ValueError("damaged: its vocab_size is 0")
+        return build(GPTConfig, own_keys(stored["model_args"], pattern) | overrides)
     except (ValueError, TypeError) as error:  # a TypeError: a key that is no text
         raise ModelError(f"{stored['path']}: {error}") from None

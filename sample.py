@@ -33,6 +33,8 @@ from data import DataError, Dataset, get_codec
 from model import GPT
 from weights import ModelError, is_training_folder
 
+LONGEST = 1 << 24  # characters of a prompt file; a device has no end
+
 
 @dataclass
 class SampleConfig:
@@ -61,8 +63,6 @@ class SampleConfig:
 def load(cfg, folder):
     """(model, meta): meta of the data set, as the run's config.json has it."""
     model = GPT.from_checkpoint(folder, cfg.checkpoint or None)
-    if model.loaded.new:
-        raise ModelError(f"{folder}: the checkpoint lacks {', '.join(model.loaded.new)}")
     if cfg.dataset:
         return model, Dataset(cfg.dataset).meta
     path = os.path.join(folder, "config.json")
@@ -85,18 +85,19 @@ def load_gpt2(source):
 
 
 def read_prompt(start):
+    """The text of --start, or of the file that it names."""
     if not start.startswith("FILE:"):
         return start
     path = start.removeprefix("FILE:")
     try:
         with open(path, encoding="utf-8") as f:
-            text = f.read()
+            text = f.read(LONGEST + 1)
     except UnicodeDecodeError:
         raise ConfigError(f"--start: {path} is not UTF-8 text") from None
-    except ValueError:  # a null byte, or a character that no file name has
-        raise ConfigError(f"--start: there is no file {path!r}") from None
-    if not text:
-        raise ConfigError(f"--start: {path} is empty: write at least one token into it")
+    except ValueError as error:  # a path that no file can have
+        raise ConfigError(f"--start: {path!r} is no path: {error}") from None
+    if len(text) > LONGEST:
+        raise ConfigError(f"--start: {path} has more than {LONGEST} characters, no prompt has")
     return text
 
 
@@ -118,18 +119,24 @@ def print_stream(prompt, tokens, codec):
     sys.stdout.write(decoder.decode(b"", final=True) + "\n")
 
 
-def encode(model, codec, prompt):
-    ids = codec.encode(prompt)
+def encode(model, codec, prompt, start):
+    """The ids of a prompt; `start` is what --start says, to name in errors."""
+    where = f"--start={start}" if start.startswith("FILE:") else "--start"
+    try:
+        ids = codec.encode(prompt)
+    except DataError as error:
+        raise ConfigError(f"{where}: {error}") from None
     if not ids:
-        raise ConfigError("--start is empty: write at least one token")
+        into = f" into {start.removeprefix('FILE:')}" if start.startswith("FILE:") else ""
+        raise ConfigError(f"--start is empty: write at least one token{into}")
     if max(ids) >= model.config.vocab_size:
-        raise ConfigError(f"--start: token {max(ids)} is beyond the model's vocabulary of {model.config.vocab_size}")
+        raise ConfigError(f"{where}: token {max(ids)} is beyond the model's vocabulary of {model.config.vocab_size}")
     return ids
 
 
 def stream(cfg, model, codec, prompt, runtime):
     """The prompt as the codec gives it back, and the tokens (num_samples, 1) that follow, one at a time."""
-    ids = encode(model, codec, prompt)
+    ids = encode(model, codec, prompt, cfg.start)
     torch.manual_seed(cfg.seed)
     idx = torch.tensor([ids], device=runtime.device).expand(cfg.num_samples, -1)
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, vocab_size=codec.vocab_size)
@@ -212,7 +219,7 @@ def main(argv):
         model.to(runtime.device).eval()
         if meta.get("labels"):
             text = read_prompt(cfg.start)
-            ids = encode(model, codec, text.strip() if meta.get("stripped") else text)
+            ids = encode(model, codec, text.strip() if meta.get("stripped") else text, cfg.start)
             answer = label_probabilities(model, ids, meta["record_len"], meta["labels"], runtime)
             answer = {printable(label): p for label, p in answer.items()}
             print(next(iter(answer)) + "\n" + "\n".join(f"  {label:16} {p:.4f}" for label, p in answer.items()))

@@ -203,8 +203,6 @@ def load_teacher(cfg, model):
     if not ours and not os.path.isdir(cfg.teacher) and not cfg.teacher.startswith("gpt2"):
         raise ConfigError(f"teacher={cfg.teacher}: neither a folder nor gpt2...")
     teacher = (GPT.from_checkpoint if ours else GPT.from_pretrained)(cfg.teacher).eval().requires_grad_(False)
-    if teacher.loaded.new:
-        raise ModelError(f"{cfg.teacher}: the checkpoint lacks {', '.join(teacher.loaded.new)}")
     same = ["vocab_size"]
     if cfg.distill == "attention" or cfg.distill_attention_iters:
         same += ["n_layer", "n_embd"]
@@ -239,6 +237,7 @@ def resume_model(cfg, explicit, given):
     folder = next((f for f in folders if os.path.exists(os.path.join(f, "ckpt.pt"))), cfg.out_dir)
     stored = read_checkpoint(folder, "ckpt.pt")
     model_config = stored_config(stored)
+    weights.check_stored(stored, lambda: GPT(model_config))
     for name, value in explicit.items():
         if name == "vocab_size" and value == 0:
             continue
@@ -249,8 +248,6 @@ def resume_model(cfg, explicit, given):
             raise ConfigError(f"{name}={value} ({given[name]}), but the checkpoint in {cfg.out_dir} has {name}={was}")
     model = GPT(model_config)
     report = weights.load_weights(model, stored["model"], model_config)
-    if report.new:
-        raise ModelError(f"{stored['path']}: the checkpoint lacks {', '.join(report.new)}")
     return model, stored, f"resumed from {stored['path']} at iteration {stored.get('iter_num', 0)}: {report}"
 
 

@@ -216,6 +216,25 @@ def save_checkpoint(path, model, **extra):
     write_atomically(path, lambda f: torch.save(stored, f))
 
 
+def check_stored(stored, build):
+    """Raise ModelError unless a checkpoint has the tensors of the model that build() makes of its config, in their
+    shapes. This takes no memory: the sizes that a damaged file says may be beyond any."""
+    try:
+        with torch.device("meta"):
+            model = build()
+    except (ModelError, RuntimeError, OverflowError) as error:
+        raise ModelError(f"{stored['path']}: no model has these sizes: {str(error).splitlines()[0]}") from None
+    own = model.state_dict()
+    for name, w in stored["model"].items():
+        if name in own and w.shape != own[name].shape:
+            said, has = tuple(own[name].shape), tuple(w.shape)
+            raise ModelError(f"{stored['path']}: {name} has the shape {has}, by its config {said}: damaged")
+    missing = [name for name in own if name not in found(model, stored["model"])]
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ModelError(f"{stored['path']}: the checkpoint lacks {', '.join(missing[:4])}{more}")
+
+
 def load_optimizer(optimizer, state):
     """The moments of a checkpoint into an AdamW or a Muon; its rates and decay stay as they are. KeyError or another
     error where they are not those of its parameters."""
@@ -335,6 +354,9 @@ def load_weights(model, weights, source):
             if fits:
                 own[name].copy_(value)
             (copied if fits else left).append(name)
+    for name in found(model, copied):
+        if not own[name].isfinite().all():
+            raise ModelError(f"{name} holds what is not a finite number: damaged weights, take another checkpoint")
     return LoadReport(copied, [name for name in own if name not in found(model, copied)] + new, left)
 
 

@@ -6,7 +6,6 @@ import os
 from config import ConfigError
 from data import Dataset
 from model import GPT
-from weights import ModelError
 
 
 def run_folders(bench):
@@ -20,8 +19,6 @@ def runs(bench, runtime):
     """(folder, model, data set) of each folder of --out_dir."""
     for folder in run_folders(bench):
         model = GPT.from_checkpoint(folder).to(runtime.device).eval()
-        if model.loaded.new:
-            raise ModelError(f"{folder}: the checkpoint lacks {', '.join(model.loaded.new)}")
         dataset = Dataset(bench.dataset or trained_on(folder))
         if model.config.vocab_size < dataset.vocab_size:
             raise ConfigError(f"{folder}: its vocabulary of {model.config.vocab_size} is not that of {dataset.name}")

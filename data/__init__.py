@@ -144,7 +144,7 @@ class SymbolsCodec:
         unknown = sorted(set(words) - self.ids.keys())
         if unknown:
             known = " ".join(self.symbols[:8]) + (" ..." if self.vocab_size > 8 else "")
-            raise DataError(f"unknown symbol {', '.join(map(repr, unknown[:5]))}: the vocabulary is {known}")
+            raise DataError(f"unknown symbol {', '.join(map(reprlib.repr, unknown[:5]))}: the vocabulary is {known}")
         return [self.ids[word] for word in words]
 
     def encode_bytes(self, raw):

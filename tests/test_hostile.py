@@ -5,20 +5,31 @@ NANO_FUZZ is the number of examples of each test, a few by default.
 
 import bz2
 import contextlib
+import copy
+import dataclasses
 import gzip
 import io
 import json
 import lzma
 import os
+import shutil
+import time
 import zipfile
 from pathlib import Path
 
+import pytest
+import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from test_data import TEXT, WIKI, script, write, write_targets
 
+import config
 import data
+import sample
+import train
+from model import GPT, GPTConfig, stored_config
+from weights import ModelError, TrainError, checksum, is_dense, load_weights, read_checkpoint
 
-ERRORS = (data.DataError,)
+ERRORS = (data.DataError, ModelError, TrainError, config.ConfigError)
 fuzz = settings(
     max_examples=int(os.environ.get("NANO_FUZZ", 25)),
     deadline=None,
@@ -35,6 +46,9 @@ def one_line(call, culprit, folder=None):
         return call()
     except ERRORS as error:
         message = str(error)
+    except OSError as error:  # `config.run` writes it in one line
+        message = str(error)
+        assert error.filename, message
     assert "\n" not in message and len(message) < 600, message
     assert str(culprit) in message, message
     assert files(folder) == before, message
@@ -327,3 +341,276 @@ def test_record_len(tmp_path_factory, length, name):
     (source / "xml").mkdir()
     (source / "xml" / "m.py").write_text("x = 1\n" * 1000)
     one_line(lambda: prepare(name, out, "--source", source, f"--record_len={length}"), "", out.parent)
+
+
+# checkpoints
+
+
+RUN = dict(n_layer=2, n_head=2, n_embd=8, block_size=8, batch_size=2, max_iters=1, eval_interval=1, eval_iters=1)
+RUN |= dict(lr_decay_iters=1, warmup_iters=0, device="cpu", compile=False, wandb_log=False)
+
+
+def command(**keys):
+    return [f"--{k}={v}" for k, v in (RUN | keys).items()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, text_dataset):
+    """{kind: the folder of a run of one step}, each with ckpt.pt, best.pt and model.safetensors."""
+    folders = {}
+    kinds = {"softmax": {}, "muon": dict(optimizer="muon"), "span": dict(attention_type="adaptive_span,gated")}
+    kinds |= {"performer": dict(attention_type="performer", pos_emb="rope"), "gsa": dict(attention_type="gsa,gla")}
+    for kind, keys in kinds.items():
+        folders[kind] = keys, tmp_path_factory.mktemp("runs") / kind
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            train.main(command(out_dir=folders[kind][1], dataset=text_dataset, export=True, **keys))
+    return folders
+
+
+@st.composite
+def tensors(draw, like):
+    """A tensor that is not quite `like`, or not at all."""
+    kind = draw(st.integers(0, 8))
+    if kind == 0:
+        dtypes = [torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.uint8]
+        return like.to(draw(st.sampled_from([*dtypes, torch.float8_e4m3fn])))
+    if kind == 1:
+        return like * draw(st.sampled_from([float("nan"), float("inf"), 1e30, 1e38, -1e38]))
+    if kind == 2:
+        one = like.clone().float()
+        one.view(-1)[draw(st.integers(0, one.numel() - 1)) if one.numel() else slice(0)] = draw(st.floats(width=32))
+        return one
+    if kind == 3:
+        return like[draw(st.sampled_from([slice(0), slice(1), None]))] if like.dim() else like[None]
+    if kind == 4:
+        return torch.cat((like, like)) if like.dim() else like.repeat(3)
+    if kind == 5:
+        return like.t() if like.dim() == 2 else like.expand(2, *like.shape)
+    if kind == 6:
+        return like.to_sparse() if like.dim() else like
+    if kind == 7 and like.is_floating_point():
+        return torch.quantize_per_tensor(like.float(), 0.1, 0, torch.qint8)
+    return torch.rand(draw(st.lists(st.integers(0, 3), max_size=4)))
+
+
+absurd = st.sampled_from([-1, 0, 1, 2, 3, 7, 8, 9, 64, 4096, 10**6, 2**31 - 1, 2**31, 2**63, 10**30, -(10**30)])
+plain = (
+    absurd | anything | st.sampled_from(["softmax", "gla", "none", "x,", "rope", "4", b"x", [torch.ones(2)], {1: 2}])
+)
+
+
+def inner_places(value):
+    """Each (container, key) inside what a checkpoint holds."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield value, key
+        yield from inner_places(value[key])
+
+
+@st.composite
+def spoiled_checkpoint(draw, stored):
+    """A checkpoint of which some places hold anything, or nothing, or what is nearly right."""
+    stored = copy.deepcopy(stored)
+    for _ in range(draw(st.integers(1, 2))):
+        part = draw(st.sampled_from([*stored, "model", "model_args", "optimizer"]))
+        container, key = draw(st.sampled_from(list(inner_places(stored.get(part))) or [(stored, part)]))
+        if key not in stored and container is stored:
+            continue
+        kind, old = draw(st.integers(0, 9)), container[key]
+        if kind == 0 and isinstance(container, dict):
+            del container[key]
+        elif kind == 1 and isinstance(container, dict):
+            container[draw(odd | st.integers(0, 9) | st.sampled_from(list(container)))] = draw(plain | st.just(old))
+        elif torch.is_tensor(old) and kind < 9:
+            container[key] = draw(tensors(old))
+        elif isinstance(old, (bool, str)) or kind == 9:
+            container[key] = draw(plain)
+        elif isinstance(old, (int, float)):
+            container[key] = draw(absurd | numbers | plain)
+        else:
+            container[key] = draw(plain | st.sampled_from([{}, [], [old], (old,), {"": old}]))
+    return stored
+
+
+def quietly(main, arguments):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert main(list(map(str, arguments))) == 0
+
+
+def copied(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "run"
+    shutil.copytree(run, folder)
+    return folder
+
+
+def load(folder, name):
+    """What a checkpoint holds, in a model of numbers, whose parts fit another model of the same sizes."""
+    model = GPT.from_checkpoint(str(folder), name)
+    assert all(w.isfinite().all() for w in model.state_dict().values() if w.is_floating_point())
+    stored = read_checkpoint(str(folder), name)
+    load_weights(GPT(stored_config(stored)), stored["model"], stored_config(stored))
+
+
+def use_checkpoint(folder, name, text, keys=None):
+    """Weights, text from them, and where `keys` are given a resumed step: each ends well, or in one line."""
+    one_line(lambda: load(folder, name), "", folder)
+    arguments = [f"--out_dir={folder}", f"--checkpoint={name}", f"--dataset={text}", "--device=cpu"]
+    one_line(lambda: quietly(sample.main, [*arguments, "--max_new_tokens=3"]), "", folder)
+    if keys is not None:
+        resumed = command(out_dir=folder, dataset=text, init_from="resume", max_iters=2, **keys)
+        one_line(lambda: quietly(train.main, resumed), "", folder)
+
+
+KINDS = st.sampled_from(["softmax", "muon", "span", "performer", "gsa"])
+
+
+@fuzz
+@given(st.data(), KINDS)
+def test_checkpoint(tmp_path_factory, text_dataset, runs, draw, kind):
+    """Content that torch.save wrote, whose checksums fit: only what it says is wrong."""
+    keys, run = runs[kind]
+    folder = copied(run, tmp_path_factory)
+    stored = draw.draw(spoiled_checkpoint(torch.load(folder / "ckpt.pt", weights_only=True)))
+    torch.save(stored, folder / "ckpt.pt")
+    use_checkpoint(folder, "ckpt.pt", text_dataset, keys)
+
+
+@fuzz
+@given(st.data(), KINDS)
+def test_export(tmp_path_factory, text_dataset, runs, draw, kind):
+    from safetensors.torch import save_file
+
+    folder = copied(runs[kind][1], tmp_path_factory)
+    stored = read_checkpoint(str(folder), "model.safetensors")
+    stored = draw.draw(spoiled_checkpoint({k: stored[k] for k in ("model", "model_args")}))
+    weights = stored.get("model") if isinstance(stored.get("model"), dict) else {}
+    weights = {str(k): w.contiguous() for k, w in weights.items() if is_dense(w) and str(k).isprintable()}
+    text = dumps(stored.get("model_args")) if draw.draw(st.integers(0, 3)) else draw.draw(odd)
+    text = text.encode(errors="replace").decode()
+    try:
+        save_file(
+            {k: w.clone() for k, w in weights.items()},
+            folder / "model.safetensors",
+            {"model_args": text, "crc32": checksum(weights, text)},
+        )
+    except Exception:
+        return
+    use_checkpoint(folder, "model.safetensors", text_dataset)
+
+
+@fuzz
+@given(st.data(), st.sampled_from(["ckpt.pt", "best.pt", "model.safetensors"]))
+def test_checkpoint_file(tmp_path_factory, text_dataset, runs, draw, name):
+    """A file that is cut, or damaged, or another: refused by name, unless it is as it was."""
+    folder = copied(runs["softmax"][1], tmp_path_factory)
+    path = folder / name
+    raw = path.read_bytes()
+    other = draw.draw(
+        damaged(raw)
+        | zipped({"a/data.pkl": b"x"})
+        | st.binary(max_size=50)
+        | st.binary(max_size=9).map(lambda b: b + raw)
+    )
+    path.write_bytes(other)
+    model = one_line(lambda: GPT.from_checkpoint(str(folder), name), path, folder)
+    if model is not None:  # what was changed is not read
+        stored = GPT.from_checkpoint(str(runs["softmax"][1]), name).state_dict()
+        assert all(torch.equal(w, stored[k]) for k, w in model.state_dict().items())
+    use_checkpoint(folder, name, text_dataset, {} if name == "ckpt.pt" else None)
+
+
+# prompts
+
+
+prompts = (
+    st.text()
+    | odd
+    | st.sampled_from(["\0", "\udcff", "\ud800", "FILE:", "FILE:\0", "FILE:\ud800", "FILE:/", "FILE:\n"])
+)
+
+
+@fuzz
+@given(st.data(), prompts)
+def test_prompt(tmp_path_factory, text_dataset, runs, draw, text):
+    folder = tmp_path_factory.mktemp("prompt")
+    dataset = draw.draw(st.sampled_from([text_dataset, None]))
+    if dataset is None:
+        dataset = write(folder / "symbols", b"a b c a b c", data.SymbolsCodec(["a", "b", "c"]))
+    culprit, file = "", folder / "prompt.txt"
+    if draw.draw(st.booleans()):
+        raw = st.binary(max_size=20) | st.sampled_from([b"", b"\xff", b"\0", b"\r\n", b" ", b"ab " * 9000, b"a\n\nb"])
+        kind = draw.draw(st.sampled_from(["file", "file", "file", "missing", "folder", "huge", "device"]))
+        if kind == "file":
+            file.write_bytes(draw.draw(raw | st.just(text.encode(errors="replace"))))
+        elif kind == "folder":
+            file.mkdir()
+        elif kind == "huge":
+            with open(file, "wb") as f:
+                f.truncate(2**40)
+        elif kind == "device":
+            file.symlink_to("/dev/zero")
+        text = f"FILE:{file}"
+        culprit = file
+    arguments = [f"--out_dir={runs['softmax'][1]}", f"--dataset={dataset}", "--device=cpu", "--max_new_tokens=2"]
+    arguments += [f"--start={text}", f"--num_samples={draw.draw(st.integers(1, 2))}"]
+    one_line(lambda: quietly(sample.main, arguments), culprit, folder)
+
+
+# config
+
+
+@fuzz
+@given(st.data())
+def test_config(tmp_path_factory, draw):
+    """Files and arguments: each ends in records whose values are of their types, or in one line that names it."""
+    folder = tmp_path_factory.mktemp("config")
+    names = [f.name for r in (GPTConfig, train.TrainConfig) for f in dataclasses.fields(r)]
+    key = st.sampled_from([*names, "n_layer", "learning_rate", "learning_rat", "n_layer "]) | odd
+    values = anything.map(repr) | odd.map(repr) | st.sampled_from(
+        ["1e999", "float('nan')", "10**400", "1/0", "undefined", "exit()", "open('/nowhere')", "[" * 300, "'a\nb'", "(",
+         "2**10", "1_0", "lambda: 0", "print", "__import__('os')", "'\\ud800'", "{}", "b'x'", "[[]]", "True", "-0.0"]
+    )  # fmt: skip
+    statements = st.builds("{} = {}".format, key, values) | st.sampled_from(
+        ["raise SystemExit(3)", "raise Exception('a\\nb\\x1b')", "\0", "import os", "x = y",
+         "def f(): f()\nf()", "assert False", "# \ufeff", "\ttab", "n_layer = 2; n_layer = 3",
+         "class n_layer: pass", "del __file__", "globals().clear()", "raise SyntaxError('x')"]
+    )  # fmt: skip
+    arguments, culprit = [], ""
+    if draw.draw(st.booleans()):
+        path = folder / draw.draw(st.sampled_from(["a.py", "a.py", "a.txt", "a.py/b.py", ".py"]))
+        text = "\n".join(draw.draw(st.lists(statements, min_size=1, max_size=3))).encode(errors="surrogatepass")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(draw.draw(damaged(text)) if draw.draw(st.integers(0, 4)) == 0 else text)
+        arguments, culprit = [str(path)], ""
+    texts = anything.map(str) | odd | values | st.sampled_from(["nan", "inf", "1e999", "0x10", "1" * 5000, "١", "1_0"])
+    options = (
+        st.builds("--{}={}".format, key, texts) | key.map("--{}".format) | odd | st.sampled_from(["-", "--", "--="])
+    )
+    arguments += draw.draw(st.lists(options, min_size=0 if arguments else 1, max_size=3))
+    found = one_line(lambda: config.load(arguments, GPTConfig, train.TrainConfig), culprit, folder)
+    for record in (found or ())[:2]:
+        assert config.build(type(record), dataclasses.asdict(record)) == record
+
+
+# flips
+
+
+@fuzz
+@given(st.data(), st.sampled_from(["train", "val", "test"]), st.sampled_from(["text", "symbols", "records"]))
+def test_flips(tmp_path_factory, draw, split, kind):
+    """One bit of a .bin is flipped, and the time put back: nobody opens it, though it was verified before."""
+    folder = prepared(tmp_path_factory.mktemp("flips"), kind)
+    if draw.draw(st.booleans()):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data, "SETTLED", 0)
+            use(folder)
+        assert (folder / ".verified").exists()
+        time.sleep(0.02)  # the clock of a file system has ticked
+    file = folder / draw.draw(st.sampled_from([f.name for f in folder.glob(f"{split}*.bin")]))
+    raw, changed = bytearray(file.read_bytes()), file.stat().st_mtime_ns
+    bit = draw.draw(st.integers(0, 8 * len(raw) - 1))
+    raw[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(raw)
+    if draw.draw(st.booleans()):
+        os.utime(file, ns=(changed, changed))
+    assert one_line(lambda: use(folder), file, folder) is None
