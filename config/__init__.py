@@ -334,8 +334,9 @@ def resolve_device(device, dtype, compile=False):
         with _one_line(f"device={device}"):
             torch.empty(1, device=device)
     if dtype == "auto":
-        half = "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float16"
-        dtype = half if kind == "cuda" else "float32"
+        dtype = "float32"
+        if kind == "cuda":  # a V100 or T4 only emulates bfloat16, and is slow at that
+            dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if dtype == "float16" and kind != "cuda":
         raise ConfigError(f"dtype=float16 needs CUDA (its gradient scaler); write --dtype=float32 for {kind}")
     if kind == "cpu":

@@ -487,7 +487,7 @@ def test_cpu_touches_no_gpu(monkeypatch):
 )
 def test_choice_of_device(monkeypatch, device, dtype, compile, cuda, mps, bf16, want):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch, "empty", lambda n, device: None)
     got = resolve_device(device, dtype, compile)

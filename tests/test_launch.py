@@ -1,0 +1,100 @@
+"""What launches share, with a device that is not there."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernels import gla as G, gsa as S, launch, nsa as N, performer as P
+from kernels.launch import Kernel, choose, configurations
+
+
+class Function:
+    """In place of a kernel: remembers the device, the grid and the configuration of each launch; too little shared
+    memory for tiles above `most`."""
+
+    arg_names = ("BK",)
+
+    def __init__(self, entered, most=1024):
+        self.entered, self.most, self.seen = entered, most, []
+
+    def __getitem__(self, grid):
+        def run(*args, **constants):
+            if constants["BK"] > self.most:
+                raise MemoryError("shared memory")
+            self.seen.append((self.entered[-1], grid(constants), constants["BK"]))
+
+        return run
+
+
+@pytest.fixture
+def entered(monkeypatch):
+    """The devices that were entered, in order."""
+    found = []
+
+    @contextlib.contextmanager
+    def device(d):
+        found.append(d)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(launch, "OutOfResources", MemoryError)
+    return found
+
+
+def test_a_launch_goes_to_its_tensors_device(entered):
+    function = Function(entered)
+    kernel = Kernel(function, configurations("BK", (64,), (32,), (16,)), {"BK": "K"})
+    for name, K in (("cuda:1", 100), ("cuda:0", 100), ("cuda:1", 20), ("cuda:1", 20)):
+        kernel.launch(lambda meta: (70_000 * meta["BK"],), SimpleNamespace(device=name, is_cuda=True), K=K)
+    assert function.seen == [
+        ("cuda:1", (70_000 * 64,), 64), ("cuda:0", (70_000 * 64,), 64), *[("cuda:1", (70_000 * 32,), 32)] * 2,
+    ]  # fmt: skip
+
+
+def test_a_configuration_that_does_not_fit_gives_way_to_the_next(entered):
+    kernel = Kernel(Function(entered, most=32), configurations("BK", (128,), (64,), (32,), (16,)), {"BK": "K"})
+    x = SimpleNamespace(device="cuda:0", is_cuda=True)
+    for _ in range(2):
+        kernel.launch(lambda meta: (1,), x, K=300)
+    assert [tile for *_, tile in kernel.function.seen] == [32, 32]
+    kernel = Kernel(Function(entered, most=8), configurations("BK", (32,), (16,)), {"BK": "K"})
+    with pytest.raises(MemoryError, match="shared memory"):
+        kernel.launch(lambda meta: (1,), x, K=300)
+
+
+@pytest.mark.parametrize(
+    "kernels", [G.KERNELS, S.KERNELS, P.KERNELS, N.KERNELS], ids=["gla", "gsa", "performer", "nsa"]
+)
+def test_only_the_first_axis_of_a_grid_is_long(kernels, monkeypatch):
+    """With 70,000 pairs of a sequence and a head: axes beyond the first end at 65,535."""
+    pytest.importorskip("triton")
+    grids, constants = [], dict(BK=16, BV=16, BD=16)
+    monkeypatch.setattr(Kernel, "launch", lambda self, programs, *args, **kw: grids.append(programs(constants)))
+    B, T, H, D = 700, 65, 100, 16
+    x = torch.empty(B, T, H, D, device="meta")
+    if kernels is G.KERNELS:
+        G.gla_bwd(
+            x, x, x, x, torch.empty(B, H, D, D, device="meta"), x, torch.empty(B, H, D, D, device="meta"), 1.0, -1.0
+        )
+    elif kernels is S.KERNELS:
+        z = torch.empty(B, T, H, D, device="meta")
+        S.gsa_bwd(x, None, None, x, x, x, z, z, None, None, z, 1.0)
+    elif kernels is P.KERNELS:
+        w, state = torch.empty(H, D, D, device="meta"), torch.empty(B, H, D, D + 1, device="meta")
+        P.performer_fwd(x, x, x, w, w, state, "softmax")
+    else:
+        N.launch("tile", B * H)
+    assert grids and all(grid[0] >= B * H and max(grid[1:], default=1) <= 65_535 for grid in grids), grids
+
+
+def test_old_gpus_take_the_pytorch_form(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(launch, "triton", object())
+    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.warns(UserWarning, match="op runs its PyTorch form: the Triton kernels need an Ampere GPU or newer"):
+        assert choose("op", "auto", q) == "torch"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose("op", "auto", q) == "triton"
