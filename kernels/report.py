@@ -11,6 +11,7 @@ if no configuration of a kernel stays within the shared memory of a consumer car
 
 import argparse
 import importlib
+import math
 import pathlib
 import re
 import subprocess
@@ -20,7 +21,8 @@ import tempfile
 OPERATORS = ("gla", "gsa", "performer", "nsa")
 ARCHS = (80, 90)
 SMALL_SHARED = 99 * 1024
-COLUMNS = ("registers", "stack", "local", "shared", "HMMA", "HGMMA")
+COLUMNS = ("registers", "stack", "local", "shared", "programs", "HMMA", "HGMMA", "barriers", "shuffles")
+SHARED = {80: 164 * 1024, 90: 228 * 1024}  # bytes of a multiprocessor; it has 65,536 registers and 64 warps
 
 
 def specs(operators=OPERATORS):
@@ -62,21 +64,32 @@ def cuobjdump(cubin, *flags):
 
 
 def resources(kernel, signature, constants, arch):
-    """A dict with COLUMNS: counts, and bytes for stack and shared."""
+    """A dict with COLUMNS: counts, and bytes for stack and shared. programs: how many fit a multiprocessor at once.
+    barriers, shuffles: instructions inside loops, which every step of a loop pays for."""
     compiled = compile_spec(kernel, signature, constants, arch)
     usage = cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
     sass = cuobjdump(compiled.asm["cubin"], "-sass")
+    line = r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)([^\n;]*)"
+    code = [(int(place, 16), name, rest) for place, name, rest in re.findall(line, sass, re.MULTILINE)]
+    targets = [(re.search(r"0x([0-9a-f]+)", rest), place) for place, name, rest in code if name == "BRA"]
+    loops = [(int(target[1], 16), place) for target, place in targets if target and int(target[1], 16) < place]
 
-    def count(pattern):
-        return len(re.findall(rf"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?{pattern}", sass, re.MULTILINE))
+    def count(*names, places=((0, math.inf),)):
+        return sum(name in names and any(a <= place <= b for a, b in places) for place, name, _ in code)
 
+    registers, shared = int(re.search(r"REG:(\d+)", usage)[1]), compiled.metadata.shared
+    warps = constants.get("num_warps", 4)
+    held = 32 * warps * -(-registers // 8) * 8  # registers are given out by eights
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "registers": registers,
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "local": count(r"(?:LDL|STL)\b"),
-        "shared": compiled.metadata.shared,
-        "HMMA": count(r"HMMA\b"),
-        "HGMMA": count(r"HGMMA\b"),
+        "local": count("LDL", "STL"),
+        "shared": shared,
+        "programs": min(65_536 // held, 64 // warps, SHARED[arch] // (shared + 1024)),
+        "HMMA": count("HMMA"),
+        "HGMMA": count("HGMMA"),
+        "barriers": count("BAR", places=loops),
+        "shuffles": count("SHFL", places=loops),
     }
 
 
