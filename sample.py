@@ -89,6 +89,8 @@ def read_prompt(start):
     if not start.startswith("FILE:"):
         return start
     path = start.removeprefix("FILE:")
+    if not path:
+        raise ConfigError("--start=FILE: names no file: write its path after the colon")
     try:
         with open(path, encoding="utf-8") as f:
             text = f.read(LONGEST + 1)
