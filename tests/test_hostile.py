@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_data import TEXT, WIKI, script, write, write_targets
 
@@ -372,7 +372,7 @@ def runs(tmp_path_factory, text_dataset):
 @st.composite
 def tensors(draw, like):
     """A tensor that is not quite `like`, or not at all."""
-    kind = draw(st.integers(0, 8))
+    kind = draw(st.integers(0, 7))
     if kind == 0:
         dtypes = [torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.uint8]
         return like.to(draw(st.sampled_from([*dtypes, torch.float8_e4m3fn])))
@@ -390,8 +390,6 @@ def tensors(draw, like):
         return like.t() if like.dim() == 2 else like.expand(2, *like.shape)
     if kind == 6:
         return like.to_sparse() if like.dim() else like
-    if kind == 7 and like.is_floating_point():
-        return torch.quantize_per_tensor(like.float(), 0.1, 0, torch.qint8)
     return torch.rand(draw(st.lists(st.integers(0, 3), max_size=4)))
 
 
@@ -463,10 +461,11 @@ def use_checkpoint(folder, name, text, keys=None):
         one_line(lambda: quietly(train.main, resumed), "", folder)
 
 
+once = settings(fuzz, phases=[Phase.generate])  # a failure that is made smaller takes minutes here
 KINDS = st.sampled_from(["softmax", "muon", "span", "performer", "gsa"])
 
 
-@fuzz
+@once
 @given(st.data(), KINDS)
 def test_checkpoint(tmp_path_factory, text_dataset, runs, draw, kind):
     """Content that torch.save wrote, whose checksums fit: only what it says is wrong."""
@@ -477,7 +476,7 @@ def test_checkpoint(tmp_path_factory, text_dataset, runs, draw, kind):
     use_checkpoint(folder, "ckpt.pt", text_dataset, keys)
 
 
-@fuzz
+@once
 @given(st.data(), KINDS)
 def test_export(tmp_path_factory, text_dataset, runs, draw, kind):
     from safetensors.torch import save_file
