@@ -50,7 +50,7 @@ def one_line(call, culprit, folder=None):
         message = str(error)
     except OSError as error:  # `config.run` writes it in one line
         message = str(error)
-        assert error.filename, message
+        assert error.filename is not None, message
     assert "\n" not in message and len(message) < 600, message
     assert str(culprit) in message, message
     assert files(folder) == before, message
@@ -105,7 +105,7 @@ anything = st.recursive(
 
 def dumps(value):
     """JSON whose "DEEP" is a list of lists of lists ..."""
-    return json.dumps(value).replace('"DEEP"', "[" * 3000 + "]" * 3000, 1)
+    return json.dumps(value, default=str).replace('"DEEP"', "[" * 3000 + "]" * 3000, 1)
 
 
 def places(value):
