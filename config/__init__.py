@@ -195,11 +195,12 @@ def _check(field, hint, value, where):
 
 
 def _short(value):
-    return _cut(repr(value).replace("\n", " "), 60)
+    return _cut(repr(value), 60)
 
 
 def _cut(text, size=200):
-    """What was written, at a length that leaves the message around it legible."""
+    """What was written, on one line and at a length that leaves the message around it legible."""
+    text = printable(text)
     return text if len(text) <= size else text[: size - 3] + "..."
 
 

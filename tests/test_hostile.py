@@ -421,7 +421,7 @@ def spoiled_checkpoint(draw, stored):
             del container[key]
         elif kind == 1 and isinstance(container, dict):
             container[draw(odd | st.integers(0, 9) | st.sampled_from(list(container)))] = draw(plain | st.just(old))
-        elif torch.is_tensor(old) and kind < 9:
+        elif is_dense(old) and kind < 9:
             container[key] = draw(tensors(old))
         elif isinstance(old, (bool, str)) or kind == 9:
             container[key] = draw(plain)
