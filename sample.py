@@ -127,7 +127,7 @@ def encode(model, codec, prompt, start):
     try:
         ids = codec.encode(prompt)
     except DataError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise DataError(f"{where}: {error}") from None
     if not ids:
         into = f" into {start.removeprefix('FILE:')}" if start.startswith("FILE:") else ""
         raise ConfigError(f"--start is empty: write at least one token{into}")

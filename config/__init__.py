@@ -85,7 +85,7 @@ def override(record, **values):
 def read_file(path):
     """The public names that an override file leaves behind, run in a namespace of its own."""
     if not path.endswith(".py"):
-        raise ConfigError(f"{path}: not a config file; write config/<name>.py, or --key=value for one key")
+        raise ConfigError(f"{_cut(path)}: not a config file; write config/<name>.py, or --key=value for one key")
     try:
         with open(path, encoding="utf-8") as f:
             source = f.read()
@@ -132,15 +132,15 @@ def _check_known(name, fields, where):
     hint = f"did you mean {close[0]}?" if close else "--help lists the keys"
     if where.endswith(".py"):
         hint += " (a helper's name starts with _)"
-    raise ConfigError(f"{where}: unknown key {name}; {hint}")
+    raise ConfigError(f"{where}: unknown key {_cut(name)}; {hint}")
 
 
 def _parse_argument(argument, fields, hints):
     """`--key=value` -> (key, checked value); a bare `--key` switches a bool on."""
     name, equals, text = argument.lstrip("-").partition("=")
     if not argument.startswith("--") or not name:
-        raise ConfigError(f"{argument}: write --key=value")
-    _check_known(name, fields, f"--{name}")
+        raise ConfigError(f"{_cut(argument)}: write --key=value")
+    _check_known(name, fields, f"--{_cut(name)}")
     kinds = _kinds(hints[name])
     if not equals:
         if bool not in kinds:
@@ -195,8 +195,13 @@ def _check(field, hint, value, where):
 
 
 def _short(value):
-    text = repr(value).replace("\n", " ")
-    return text if len(text) <= 60 else text[:57] + "..."
+    return _cut(repr(value), 60)
+
+
+def _cut(text, size=200):
+    """What was written, on one line and at a length that leaves the message around it legible."""
+    text = printable(text)
+    return text if len(text) <= size else text[: size - 3] + "..."
 
 
 def _owners(field, records):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from test_data import TEXT, WIKI, script, write, write_targets
 
 import config
@@ -46,12 +46,10 @@ def one_line(call, culprit, folder=None):
         return call()
     except ERRORS as error:
         message = str(error)
-        if isinstance(error, config.ConfigError):  # it may quote an argument: `config.run` joins its lines
-            message = " ".join(message.split())
     except OSError as error:  # `config.run` writes it in one line
         message = str(error)
-        assert error.filename, message
-    assert "\n" not in message and len(message.replace("a" * 5000, "a")) < 600, message
+        assert error.filename is not None, message
+    assert "\n" not in message and len(message) < 600, message
     assert str(culprit) in message, message
     assert files(folder) == before, message
     return None
@@ -105,7 +103,7 @@ anything = st.recursive(
 
 def dumps(value):
     """JSON whose "DEEP" is a list of lists of lists ..."""
-    return json.dumps(value, default=repr).replace('"DEEP"', "[" * 3000 + "]" * 3000, 1)
+    return json.dumps(value, default=str).replace('"DEEP"', "[" * 3000 + "]" * 3000, 1)
 
 
 def places(value):
@@ -372,7 +370,7 @@ def runs(tmp_path_factory, text_dataset):
 @st.composite
 def tensors(draw, like):
     """A tensor that is not quite `like`, or not at all."""
-    kind = draw(st.integers(0, 8))
+    kind = draw(st.integers(0, 7))
     if kind == 0:
         dtypes = [torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.uint8]
         return like.to(draw(st.sampled_from([*dtypes, torch.float8_e4m3fn])))
@@ -390,8 +388,6 @@ def tensors(draw, like):
         return like.t() if like.dim() == 2 else like.expand(2, *like.shape)
     if kind == 6:
         return like.to_sparse() if like.dim() else like
-    if kind == 7 and like.is_floating_point():
-        return torch.quantize_per_tensor(like.float(), 0.1, 0, torch.qint8)
     return torch.rand(draw(st.lists(st.integers(0, 3), max_size=4)))
 
 
@@ -423,7 +419,7 @@ def spoiled_checkpoint(draw, stored):
             del container[key]
         elif kind == 1 and isinstance(container, dict):
             container[draw(odd | st.integers(0, 9) | st.sampled_from(list(container)))] = draw(plain | st.just(old))
-        elif torch.is_tensor(old) and kind < 9:
+        elif is_dense(old) and kind < 9:
             container[key] = draw(tensors(old))
         elif isinstance(old, (bool, str)) or kind == 9:
             container[key] = draw(plain)
@@ -463,10 +459,11 @@ def use_checkpoint(folder, name, text, keys=None):
         one_line(lambda: quietly(train.main, resumed), "", folder)
 
 
+once = settings(fuzz, phases=[Phase.generate])  # a failure that is made smaller takes minutes here
 KINDS = st.sampled_from(["softmax", "muon", "span", "performer", "gsa"])
 
 
-@fuzz
+@once
 @given(st.data(), KINDS)
 def test_checkpoint(tmp_path_factory, text_dataset, runs, draw, kind):
     """Content that torch.save wrote, whose checksums fit: only what it says is wrong."""
@@ -477,7 +474,7 @@ def test_checkpoint(tmp_path_factory, text_dataset, runs, draw, kind):
     use_checkpoint(folder, "ckpt.pt", text_dataset, keys)
 
 
-@fuzz
+@once
 @given(st.data(), KINDS)
 def test_export(tmp_path_factory, text_dataset, runs, draw, kind):
     from safetensors.torch import save_file

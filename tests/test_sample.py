@@ -15,7 +15,7 @@ import data
 import sample
 import train
 from benchmarks import curves, operators, peers, runs, steps, tables
-from data import BytesCodec, SymbolsCodec
+from data import BytesCodec, DataError, SymbolsCodec
 from data.scoring import evaluate
 from model import GPT
 
@@ -77,7 +77,7 @@ def test_symbols_outside_the_vocabulary_are_named(tiny, tmp_path, capsys):
     train.main(tiny(dataset=folder, max_iters=1, vocab_size=64))
     capsys.readouterr()
     run = f"--out_dir={tmp_path / 'run'}"
-    with pytest.raises(config.ConfigError, match="'99'"):
+    with pytest.raises(DataError, match="'99'"):
         sample.main([run, "--start=3 99 4"])
     words = text_of(capsys, run, "--start=3 4", "--temperature=5.0", "--top_k=None").split()
     assert len(words) == 41 or len(words) == 42

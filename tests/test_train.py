@@ -184,11 +184,20 @@ def test_damaged_checkpoints_are_one_line(tiny, tmp_path, key, value):
     assert "\n" not in str(error.value)
 
 
-def test_optimizer_state_of_another_shape_is_refused(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("exp_avg", torch.rand(3)),
+        ("exp_avg", torch.rand(())),
+        ("exp_avg_sq", torch.rand(())),
+        ("step", torch.rand(3)),
+    ],
+)
+def test_optimizer_state_of_another_shape_is_refused(tiny, tmp_path, name, value):
     train.main(tiny(max_iters=1))
     path = tmp_path / "run" / "ckpt.pt"
     stored = torch.load(path, weights_only=True)
-    stored["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    stored["optimizer"]["state"][0][name] = value
     torch.save(stored, path)
     with pytest.raises(ModelError, match="another shape"):
         train.main(tiny(init_from="resume"))
