@@ -377,7 +377,7 @@ def tensors(draw, like):
     if kind == 1:
         return like * draw(st.sampled_from([float("nan"), float("inf"), 1e30, 1e38, -1e38]))
     if kind == 2:
-        one = like.clone().float()
+        one = like.float().clone(memory_format=torch.contiguous_format)
         one.view(-1)[draw(st.integers(0, one.numel() - 1)) if one.numel() else slice(0)] = draw(st.floats(width=32))
         return one
     if kind == 3:
