@@ -44,7 +44,7 @@ def run(script, *argv):
         pytest.raises(SystemExit) as end,
     ):
         config.run(script.main, DataError, ModelError, TrainError)
-    said = err.getvalue()
+    said = "".join(line for line in err.getvalue().splitlines(True) if not line.startswith("warning: "))
     status = end.value.code or 0
     assert status in (0, 1, 2) and said.count("\n") == (status > 0), (status, said)
     assert said.removesuffix("\n").isprintable() and len(said) < 900 and "Traceback" not in said, said
