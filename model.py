@@ -161,7 +161,7 @@ class Attention(nn.Module):
         """Set the parameters of masks. Counting operations without weights calls it alone."""
 
     def initialise(self, config):
-        """First weights that are neither the model's normal of 0.02 nor set by __init__."""
+        """First values of linear layers, which the model draws anew after __init__, weights at 0.02, biases 0."""
 
     def forward(self, x):
         """x -> y, and a penalty that is added to the loss: a float32 scalar, 0 in eval()."""

@@ -86,7 +86,7 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 230 and len(README.encode()) <= 16_000
 
 
-def test_the_readmes_own_attention_obeys_the_protocol(monkeypatch, fresh_rng):
+def test_the_readmes_own_attention_obeys_the_protocol(monkeypatch, fresh_rng, products):
     """The class that the README adds, as printed there."""
     code = re.search(r"```python\n(class DecayAttention.*?)```", README, re.S)[1]
     names = dict(vars(model))
@@ -96,3 +96,4 @@ def test_the_readmes_own_attention_obeys_the_protocol(monkeypatch, fresh_rng):
     test_attention.test_strictly_causal_and_rows_apart("decay", "none", fresh_rng)
     test_attention.test_gradients_reach_every_parameter("decay", fresh_rng)
     test_attention.test_operations_are_counted("decay")
+    test_attention.test_executed_operations_are_those_of_the_products("decay", {}, fresh_rng, products)
