@@ -673,6 +673,8 @@ class Run:
             self.check_weights()
             self.evaluate()
             self.save()
+        if progress.iter_num >= cfg.max_iters > 0:
+            self.say(f"already at iteration {progress.iter_num}: a larger --max_iters would train on")
         with progress_bar(cfg.max_iters, "train", "it", self.world, progress.iter_num) as bar:
             since, steps = time.perf_counter(), 0
             while progress.iter_num < cfg.max_iters and not stop:
@@ -814,6 +816,8 @@ def work(model_config, cfg, given, world, runtime, dataset):
         print(f"{printable(what)}\n{runtime}\ndata: {printable(dataset.meta['label'])}", flush=True)
         if unaware := model.config.without_positions():
             print(f"note: {', '.join(unaware)}: no positions there, pos_emb=rope does not reach them", flush=True)
+    if cfg.eval_only and cfg.init_from == "scratch" and weights.is_training_folder(cfg.out_dir):
+        raise ConfigError(f"--eval_only would score a new model, not that of {cfg.out_dir}: add --init_from=resume")
     if cfg.eval_only:
         full_evaluation(model, dataset, cfg, runtime, world, teacher)
         if cfg.export and world.master:

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.runs import read_config, read_log, runs
 from benchmarks.tables import LINES, pyplot, save_figure
+from config import ConfigError
 from data.scoring import evaluate
 from model import GPTConfig
 from train import TrainConfig, eval_window
@@ -26,6 +27,9 @@ def bench_quality(bench, runtime, report):
     classes = ("accuracy", "majority class", "macro precision", "macro recall", "macro F1")
     columns |= dict.fromkeys((f"{name} (share)" for name in classes), ".4f")
     labelled, curves, costs = [], {}, {}
+    for name in bench.split.split(","):
+        if name.strip() not in ("train", "val", "test"):
+            raise ConfigError(f"split={bench.split}: {name.strip()!r} is not train, val or test")
     with report.table("quality", "full pass over whole splits", columns, keys=5) as table:
         for run in runs(bench, runtime):
             labelled += score_checkpoint(*run, bench, runtime, table, curves, costs)

@@ -364,6 +364,12 @@ def test_loss_by_context():
     assert quality.loss_by_context(torch.tensor([1.0, 2, 3, 4, 5, 6, 7]), seen) == {1: 1, 2: 2, 4: 3.5, 8: 5.5, 16: 7}
 
 
+def test_quality_refuses_a_split_before_it_prints(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="'vals' is not train, val or test"):
+        bench.main(["--what=quality", "--split=val,vals", f"--out_dir={tmp_path}", f"--json={tmp_path / 'b.json'}"])
+    assert "full pass" not in capsys.readouterr().out
+
+
 def test_quality_adds_up(tiny, text_dataset, tmp_path):
     """The parts of the loss are the loss, and what a run cost is its steps times the operations of its model."""
     train.main(tiny(max_iters=20))

@@ -398,6 +398,15 @@ def test_eval_only_prints_both_splits(tiny, capsys):
     assert "words val: " in out and "words test: " in out and "bits per byte" in out and "stride 8" in out
 
 
+def test_a_finished_run_says_what_the_user_may_have_forgotten(tiny, capsys):
+    train.main(tiny(max_iters=2))
+    capsys.readouterr()
+    with pytest.raises(config.ConfigError, match="would score a new model.*--init_from=resume"):
+        train.main(tiny(max_iters=2, eval_only=True))
+    assert train.main(tiny(max_iters=2, init_from="resume")) == 0
+    assert "already at iteration 2" in capsys.readouterr().out
+
+
 def test_scored_positions_cover_the_split_once(text_dataset):
     split = Dataset(text_dataset).split("val")
     for context, stride in ((16, 16), (16, 3)):
