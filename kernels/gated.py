@@ -4,12 +4,14 @@
 
 and the penalty on heads that share a pair: the mean over causal pairs of (sum_h gamma_h^0.6)^(1 / 0.6).
 
-`gated` is the public function. Two forms: `dense`, the equations in any precision; `torch`, blocks of query rows that
-stay in cache (the path of every device). Between forward and backward no T x T tensor is kept: p and gamma are computed
-again. Axes: B batch, T time, H heads, D head width, V value width, R query rows, S keys.
+`gated` is the public function. Two forms: `dense`, the equations in any precision; `torch`, tiles of queries and keys
+that stay in cache (the path of every device), with the maximum and the sum of the softmax carried along a row of tiles.
+Between forward and backward no T x T tensor is kept: p and gamma are computed again. Axes: B batch, T time, H heads,
+D head width, V value width, R query rows, S keys of a tile.
 
 With r = do . v_s and delta = do . o the gradients of a pair are dgamma = p r and dlogit = p (gamma r - delta): nothing
-divides by gamma or takes its logarithm, so a gate of exactly 0, the usual state, is harmless.
+divides by gamma or takes its logarithm, so a gate of exactly 0, the usual state, is harmless. The penalty's power of a
+product is the product of powers: gamma^0.6 = clamp(a^0.6 b^0.6, 0, 1), where x^0.6 keeps the sign of x.
 """
 
 import math
@@ -21,7 +23,8 @@ from .gla import compute_dtype
 
 POWER = 0.6  # of the penalty: below 1 it wants one open head for a pair, not several half open
 FLOOR = 1e-6  # of gamma in the penalty: the slope of gamma^0.6 at 0 is infinite
-SEGMENT = {"cpu": 2**17, "cuda": 2**25}  # pairs, over all heads, that are worked on at a time
+ROWS = {"cpu": 64, "cuda": 2048}  # queries of a tile
+SEGMENT = {"cpu": 2**18, "cuda": 2**25}  # pairs of a tile, over all heads
 
 
 # ----------------------------------------------------------------------------- dense
@@ -53,27 +56,27 @@ def gated_map(q, k, a, b, mask):
     return gamma * p, gamma
 
 
-# ----------------------------------------------------------------------------- blocks of query rows
-
-
-def blocking(B, T, H, device_type):
-    """Batch rows and query rows of a block."""
-    segment = SEGMENT.get(device_type, SEGMENT["cuda"])
-    rows = min(T, max(8, segment // (H * T)))
-    return min(B, max(1, segment // (H * T * rows))), rows
+# ----------------------------------------------------------------------------- tiles
 
 
 def blocks(B, T, H, device_type):
-    """(batch rows, first query, the query after the last) of each block; its keys are those before the last."""
-    batch, rows = blocking(B, T, H, device_type)
+    """(index of the queries, lo, hi, tiles) of each block of queries lo .. hi - 1; `tiles` are the (index of the keys,
+    first, last) of keys first .. last - 1, and cover the keys before hi. An index is that of (B, H, T, ...)."""
+    segment, rows = (each.get(device_type, each["cuda"]) for each in (SEGMENT, ROWS))
+    rows = min(T, rows)
+    keys = min(T, max(1, segment // (H * rows)))
+    batch = max(1, segment // (H * rows * keys))
     for start in range(0, B, batch):
+        some = slice(start, start + batch), slice(None)
         for lo in range(0, T, rows):
-            yield slice(start, start + batch), lo, min(T, lo + rows)
+            hi = min(T, lo + rows)
+            ends = [(s, min(hi, s + keys)) for s in range(0, hi, keys)]
+            yield (*some, slice(lo, hi)), lo, hi, [((*some, slice(s, e)), s, e) for s, e in ends]
 
 
 def executed_pairs(T, H):
-    """Pairs of a head that the blocks of one sequence compute on a CPU, future ones included."""
-    return sum((hi - lo) * hi for _, lo, hi in blocks(1, T, H, "cpu"))
+    """Pairs of a head that the tiles of one sequence compute on a CPU, future ones included."""
+    return sum((hi - lo) * hi for _, lo, hi, _ in blocks(1, T, H, "cpu"))
 
 
 def by_head(*xs):
@@ -87,16 +90,28 @@ def product(x, y):
     return x * y.mT if x.shape[-1] == 1 else x @ y.mT
 
 
-def block_logits(q, k, lo, hi, future):
-    """q . k of the queries lo .. hi - 1 and the keys before hi, (B, H, R, S). `future` (T, T) is the mask."""
-    logits = product(q[:, :, lo:hi], k[:, :, :hi])
-    logits[..., lo:].masked_fill_(future[: hi - lo, : hi - lo], -torch.inf)
-    return logits
+def hide_future(x, lo, hi, first, last, value):
+    """Fill x (..., R, S), of queries lo .. hi - 1 and keys first .. last - 1, with `value` where the key is later."""
+    start = max(first, lo)
+    if start < last:
+        future = torch.ones(hi - lo, last - start, dtype=torch.bool, device=x.device).triu(1 + lo - start)
+        x[..., start - first :].masked_fill_(future, value)
+    return x
 
 
-def powers(gamma):
-    """gamma^0.6 under the floor, and the sum over heads to the 1 / 0.6, (B, R, S)."""
-    each = gamma.clamp(min=FLOOR).log_().mul_(POWER).exp_()
+def root(x):
+    """x^0.6 with the sign of x: (..., T)."""
+    return x.abs().pow_(POWER).mul_(x.sign())
+
+
+def inside(x, at, low, high):
+    """x where low < at < high, else 0, whatever x is there."""
+    return torch.ops.aten.hardtanh_backward(x, at, low, high)
+
+
+def powers(root_a, root_b):
+    """gamma^0.6 above the floor (B, H, R, S), and the logarithm of its sum over heads (B, R, S)."""
+    each = (root_a.unsqueeze(-1) * root_b.unsqueeze(-2)).clamp_(FLOOR**POWER, 1)
     return each, each.sum(1).log_()
 
 
@@ -104,19 +119,24 @@ def block_forward(q, k, v, a, b, scale, penalise):
     """o (B, T, H, V), the penalty, and the logarithm of each softmax's denominator (B, H, T)."""
     q, k, v, a, b = by_head(q, k, v, a, b)
     (B, H, T, _), q = q.shape, q * scale
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     o, penalty, lse = torch.empty_like(v), v.new_zeros(()), v.new_empty(B, H, T, 1)
-    for rows, lo, hi in blocks(B, T, H, q.device.type):
-        p = block_logits(q[rows], k[rows], lo, hi, future)
-        top = p.amax(-1, keepdim=True)
-        z = p.sub_(top).exp_().sum(-1, keepdim=True)
-        lse[rows, :, lo:hi] = top.add_(z.log())
-        gamma = (a[rows, :, lo:hi, None] * b[rows, :, None, :hi]).clamp_(0, 1)
-        torch.div(p.mul_(gamma) @ v[rows, :, :hi], z, out=o[rows, :, lo:hi])
-        if penalise:
-            shared = powers(gamma)[1].mul_(1 / POWER).exp_()
-            shared[..., lo:].masked_fill_(future[: hi - lo, : hi - lo], 0.0)
-            penalty += shared.sum()
+    root_a, root_b = root(a), root(b)
+    for mine, lo, hi, tiles in blocks(B, T, H, q.device.type):
+        top = torch.full_like(lse[mine], -torch.inf)  # (B, H, R, 1)
+        z, total = torch.zeros_like(top), torch.zeros_like(o[mine])
+        for keys, first, last in tiles:
+            p = hide_future(product(q[mine], k[keys]), lo, hi, first, last, -torch.inf)
+            before = top
+            top = torch.maximum(top, p.amax(-1, keepdim=True))
+            shrink = before.sub_(top).exp_()
+            z = z.mul_(shrink).add_(p.sub_(top).exp_().sum(-1, keepdim=True))
+            p.mul_((a[mine].unsqueeze(-1) * b[keys].unsqueeze(-2)).clamp_(0, 1))
+            total = total.mul_(shrink).add_(p @ v[keys])
+            if penalise:
+                shared = powers(root_a[mine], root_b[keys])[1].mul_(1 / POWER).exp_()
+                penalty += hide_future(shared, lo, hi, first, last, 0.0).sum()
+        o[mine] = total.div_(z)
+        lse[mine] = top.add_(z.log_())
     return o.transpose(1, 2).contiguous(), penalty / (B * (T * (T + 1) // 2)), lse.squeeze(-1)
 
 
@@ -125,31 +145,32 @@ def block_backward(q, k, v, a, b, o, lse, do, dpenalty, scale, penalise):
     like = q, k, v, a, b
     q, k, v, a, b, o, do = by_head(q, k, v, a, b, o, do)
     (B, H, T, _), q, lse = q.shape, q * scale, lse.unsqueeze(-1)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    dq, da = torch.empty_like(q), torch.empty_like(a)
-    dk, dv, db = (torch.zeros_like(x) for x in (k, v, b))
+    dq, dk, dv, da, db = (torch.zeros_like(x) for x in (q, k, v, a, b))
+    root_a, root_b = root(a), root(b)
+    slope_a, slope_b = (x.abs().pow_(POWER - 1) for x in (a, b))
+    eps = torch.finfo(q.dtype).eps
     delta = (o * do).sum(-1, keepdim=True)  # (B, H, T, 1)
     share = dpenalty / (B * (T * (T + 1) // 2))
-    for rows, lo, hi in blocks(B, T, H, q.device.type):
-        mine, keys = (rows, slice(None), slice(lo, hi)), (rows, slice(None), slice(0, hi))
-        p = block_logits(q[rows], k[rows], lo, hi, future).sub_(lse[mine]).exp_()
+    pairs = ((mine, lo, hi, *tile) for mine, lo, hi, tiles in blocks(B, T, H, q.device.type) for tile in tiles)
+    for mine, lo, hi, keys, first, last in pairs:
+        p = hide_future(product(q[mine], k[keys]), lo, hi, first, last, -torch.inf).sub_(lse[mine]).exp_()
         raw = a[mine].unsqueeze(-1) * b[keys].unsqueeze(-2)  # (B, H, R, S)
-        gamma = raw.clamp(0, 1)
+        gated_p = raw.clamp(0, 1).mul_(p)
         r = product(do[mine], v[keys])
-        dgamma = p * r
         if penalise:
-            each, total = powers(gamma)
-            total = total.mul_(1 / POWER - 1).exp_().mul_(share)
-            total[..., lo:].masked_fill_(future[: hi - lo, : hi - lo], 0.0)
-            slope = each.div_(gamma.clamp(min=FLOOR)).mul_(total.unsqueeze(1))
-            dgamma += slope.masked_fill_(gamma < FLOOR, 0.0)
-        dgamma.mul_(raw == gamma)  # outside [0, 1] the clamp has no slope
-        da[mine] = (dgamma @ b[keys].unsqueeze(-1)).squeeze(-1)
+            total = powers(root_a[mine], root_b[keys])[1].mul_(1 / POWER - 1).exp_().mul_(share)
+            total = hide_future(total, lo, hi, first, last, 0.0).unsqueeze(1)
+            slope = (slope_a[mine].unsqueeze(-1) * slope_b[keys].unsqueeze(-2)).mul_(total)  # gamma^-0.4, inf at 0
+            dgamma = inside(slope, raw, FLOOR * (1 - eps), 1 + eps).addcmul_(p, r)
+        else:
+            dgamma = p * r
+        dgamma = inside(dgamma, raw, -eps * FLOOR, 1 + eps)  # the clamp has no slope outside [0, 1]
+        da[mine] += (dgamma @ b[keys].unsqueeze(-1)).squeeze(-1)
         db[keys] += (dgamma.mT @ a[mine].unsqueeze(-1)).squeeze(-1)
-        dlogits = r.mul_(gamma).sub_(delta[mine]).mul_(p)
-        torch.matmul(dlogits, k[keys], out=dq[mine])
+        dlogits = r.mul_(gated_p).addcmul_(p, delta[mine], value=-1)
+        dq[mine] += dlogits @ k[keys]
         dk[keys] += dlogits.mT @ q[mine]
-        dv[keys] += p.mul_(gamma).mT @ do[mine]
+        dv[keys] += gated_p.mT @ do[mine]
     grads = dq * scale, dk, dv, da, db
     return tuple(x.transpose(1, 2).to(y.dtype).contiguous() for x, y in zip(grads, like))
 
