@@ -22,6 +22,7 @@ MODULES = (
     "nsa",
     "performer",
     "distance",
+    "gated",
 )  # of each, CASES: {operator: f}, f(q, k, v, **options) -> {row: Case}
 
 

@@ -14,11 +14,12 @@ divides by gamma or takes its logarithm, so a gate of exactly 0, the usual state
 product is the product of powers: gamma^0.6 = clamp(a^0.6 b^0.6, 0, 1), where x^0.6 keeps the sign of x.
 """
 
+import functools
 import math
 
 import torch
 
-from . import check, in_autocast, leave_autocast, like_inputs, operator
+from . import Case, check, in_autocast, leave_autocast, like_inputs, operator
 from .gla import compute_dtype
 
 POWER = 0.6  # of the penalty: below 1 it wants one open head for a pair, not several half open
@@ -242,3 +243,18 @@ def check_inputs(q, k, v, a, b, backend):
     for name, x in (("a", a), ("b", b)):
         if x.shape != q.shape[:3] or not x.is_floating_point():
             raise ValueError(f"gated: {name} must be a float {tuple(q.shape[:3])}, got {x.dtype} {tuple(x.shape)}")
+
+
+def case(q, k, v, **_):
+    """What is timed: gates on both sides of their bounds, with the penalty."""
+    B, T, H, D = q.shape
+    a, b = (torch.rand(B, T, H, device=q.device).mul_(1.5).requires_grad_() for _ in range(2))
+    executed = 2 * B * H * (D + v.shape[3]) * executed_pairs(T, H)
+    return {"gated": Case(gated_output, [q, k, v, a, b], functools.partial(gated_output, backend="dense"), executed)}
+
+
+def gated_output(*inputs, **options):
+    return gated(*inputs, **options)[0]
+
+
+CASES = {"gated": case}
