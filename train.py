@@ -779,6 +779,8 @@ def train(model_config, cfg, given, world, device):
         writes = folder not in ("scratch", "resume") and not cfg.eval_only and not cfg.dry_run
         if writes and os.path.isdir(folder) and os.path.realpath(folder) == os.path.realpath(cfg.out_dir):
             raise ConfigError(f"out_dir={cfg.out_dir} is the folder of {name}: write another, it would be replaced")
+    if cfg.eval_only and cfg.init_from == "scratch" and weights.is_training_folder(cfg.out_dir):
+        raise ConfigError(f"--eval_only would score a new model, not that of {cfg.out_dir}: add --init_from=resume")
     runtime = config.resolve_device(device, cfg.dtype, cfg.compile)
     dataset = Dataset(cfg.dataset)
     if cfg.dry_run:
@@ -816,8 +818,6 @@ def work(model_config, cfg, given, world, runtime, dataset):
         print(f"{printable(what)}\n{runtime}\ndata: {printable(dataset.meta['label'])}", flush=True)
         if unaware := model.config.without_positions():
             print(f"note: {', '.join(unaware)}: no positions there, pos_emb=rope does not reach them", flush=True)
-    if cfg.eval_only and cfg.init_from == "scratch" and weights.is_training_folder(cfg.out_dir):
-        raise ConfigError(f"--eval_only would score a new model, not that of {cfg.out_dir}: add --init_from=resume")
     if cfg.eval_only:
         full_evaluation(model, dataset, cfg, runtime, world, teacher)
         if cfg.export and world.master:

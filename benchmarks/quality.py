@@ -1,5 +1,6 @@
 """python bench.py --what=quality --out_dir=out/a,out/b: how good are checkpoints, and what did training them cost?"""
 
+import itertools
 import json
 import os
 import statistics
@@ -8,9 +9,8 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from benchmarks.runs import read_config, read_log, runs
+from benchmarks.runs import data_of, read_config, read_log, run_folders, runs
 from benchmarks.tables import LINES, pyplot, save_figure
-from config import ConfigError
 from data.scoring import evaluate
 from model import GPTConfig
 from train import TrainConfig, eval_window
@@ -27,9 +27,8 @@ def bench_quality(bench, runtime, report):
     classes = ("accuracy", "majority class", "macro precision", "macro recall", "macro F1")
     columns |= dict.fromkeys((f"{name} (share)" for name in classes), ".4f")
     labelled, curves, costs = [], {}, {}
-    for name in bench.split.split(","):
-        if name.strip() not in ("train", "val", "test"):
-            raise ConfigError(f"split={bench.split}: {name.strip()!r} is not train, val or test")
+    for folder, name in itertools.product(run_folders(bench), bench.split.split(",")):
+        data_of(bench, folder).split(name.strip())  # refused here if there is none, before a table begins
     with report.table("quality", "full pass over whole splits", columns, keys=5) as table:
         for run in runs(bench, runtime):
             labelled += score_checkpoint(*run, bench, runtime, table, curves, costs)

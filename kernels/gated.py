@@ -63,8 +63,7 @@ def gated_map(q, k, a, b, mask):
 def blocks(B, T, H, device_type):
     """(index of the queries, lo, hi, tiles) of each block of queries lo .. hi - 1; `tiles` are the (index of the keys,
     first, last) of keys first .. last - 1, and cover the keys before hi. An index is that of (B, H, T, ...)."""
-    segment, rows = (each.get(device_type, each["cuda"]) for each in (SEGMENT, ROWS))
-    rows = min(T, rows)
+    segment, rows = SEGMENT.get(device_type, SEGMENT["cuda"]), min(T, ROWS.get(device_type, ROWS["cuda"]))
     keys = min(T, max(1, segment // (H * rows)))
     batch = max(1, segment // (H * rows * keys))
     for start in range(0, B, batch):
@@ -110,10 +109,9 @@ def inside(x, at, low, high):
     return torch.ops.aten.hardtanh_backward(x, at, low, high)
 
 
-def powers(root_a, root_b):
-    """gamma^0.6 above the floor (B, H, R, S), and the logarithm of its sum over heads (B, R, S)."""
-    each = (root_a.unsqueeze(-1) * root_b.unsqueeze(-2)).clamp_(FLOOR**POWER, 1)
-    return each, each.sum(1).log_()
+def shared(root_a, root_b, exponent):
+    """(sum_h gamma_h^0.6)^exponent, each gamma at least the floor: (B, R, S)."""
+    return (root_a.unsqueeze(-1) * root_b.unsqueeze(-2)).clamp_(FLOOR**POWER, 1).sum(1).log_().mul_(exponent).exp_()
 
 
 def block_forward(q, k, v, a, b, scale, penalise):
@@ -134,8 +132,8 @@ def block_forward(q, k, v, a, b, scale, penalise):
             p.mul_((a[mine].unsqueeze(-1) * b[keys].unsqueeze(-2)).clamp_(0, 1))
             total = total.mul_(shrink).add_(p @ v[keys])
             if penalise:
-                shared = powers(root_a[mine], root_b[keys])[1].mul_(1 / POWER).exp_()
-                penalty += hide_future(shared, lo, hi, first, last, 0.0).sum()
+                each = shared(root_a[mine], root_b[keys], 1 / POWER)
+                penalty += hide_future(each, lo, hi, first, last, 0.0).sum()
         o[mine] = total.div_(z)
         lse[mine] = top.add_(z.log_())
     return o.transpose(1, 2).contiguous(), penalty / (B * (T * (T + 1) // 2)), lse.squeeze(-1)
@@ -149,7 +147,7 @@ def block_backward(q, k, v, a, b, o, lse, do, dpenalty, scale, penalise):
     dq, dk, dv, da, db = (torch.zeros_like(x) for x in (q, k, v, a, b))
     root_a, root_b = root(a), root(b)
     slope_a, slope_b = (x.abs().pow_(POWER - 1) for x in (a, b))
-    eps = torch.finfo(q.dtype).eps
+    eps, tiny = torch.finfo(q.dtype).eps, torch.finfo(q.dtype).tiny
     delta = (o * do).sum(-1, keepdim=True)  # (B, H, T, 1)
     share = dpenalty / (B * (T * (T + 1) // 2))
     pairs = ((mine, lo, hi, *tile) for mine, lo, hi, tiles in blocks(B, T, H, q.device.type) for tile in tiles)
@@ -159,13 +157,13 @@ def block_backward(q, k, v, a, b, o, lse, do, dpenalty, scale, penalise):
         gated_p = raw.clamp(0, 1).mul_(p)
         r = product(do[mine], v[keys])
         if penalise:
-            total = powers(root_a[mine], root_b[keys])[1].mul_(1 / POWER - 1).exp_().mul_(share)
+            total = shared(root_a[mine], root_b[keys], 1 / POWER - 1).mul_(share)
             total = hide_future(total, lo, hi, first, last, 0.0).unsqueeze(1)
             slope = (slope_a[mine].unsqueeze(-1) * slope_b[keys].unsqueeze(-2)).mul_(total)  # gamma^-0.4, inf at 0
             dgamma = inside(slope, raw, FLOOR * (1 - eps), 1 + eps).addcmul_(p, r)
         else:
             dgamma = p * r
-        dgamma = inside(dgamma, raw, -eps * FLOOR, 1 + eps)  # the clamp has no slope outside [0, 1]
+        dgamma = inside(dgamma, raw, -tiny, 1 + eps)  # the clamp has no slope outside [0, 1]
         da[mine] += (dgamma @ b[keys].unsqueeze(-1)).squeeze(-1)
         db[keys] += (dgamma.mT @ a[mine].unsqueeze(-1)).squeeze(-1)
         dlogits = r.mul_(gated_p).addcmul_(p, delta[mine], value=-1)
@@ -248,7 +246,7 @@ def check_inputs(q, k, v, a, b, backend):
 def case(q, k, v, **_):
     """What is timed: gates on both sides of their bounds, with the penalty."""
     B, T, H, D = q.shape
-    a, b = (torch.rand(B, T, H, device=q.device).mul_(1.5).requires_grad_() for _ in range(2))
+    a, b = (torch.rand(B, T, H, device=q.device).mul_(2).sub_(0.5).requires_grad_() for _ in range(2))
     executed = 2 * B * H * (D + v.shape[3]) * executed_pairs(T, H)
     return {"gated": Case(gated_output, [q, k, v, a, b], functools.partial(gated_output, backend="dense"), executed)}
 

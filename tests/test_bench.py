@@ -19,7 +19,7 @@ from benchmarks import clocks, decoding, layers, operators, peers, quality, tabl
 from benchmarks.layers import crossover
 from benchmarks.tables import Table, number, speed_ratio, spread
 from config import ConfigError, Runtime
-from data import Dataset
+from data import DataError, Dataset
 from model import ATTENTION, GPT, GPTConfig, ModelError, read_checkpoint
 
 
@@ -364,8 +364,10 @@ def test_loss_by_context():
     assert quality.loss_by_context(torch.tensor([1.0, 2, 3, 4, 5, 6, 7]), seen) == {1: 1, 2: 2, 4: 3.5, 8: 5.5, 16: 7}
 
 
-def test_quality_refuses_a_split_before_it_prints(tmp_path, capsys):
-    with pytest.raises(ConfigError, match="'vals' is not train, val or test"):
+def test_quality_refuses_a_split_before_it_prints(tiny, tmp_path, capsys):
+    train.main(tiny(max_iters=1, out_dir=tmp_path))
+    capsys.readouterr()
+    with pytest.raises(DataError, match="no 'vals' split: it has train, val, test"):
         bench.main(["--what=quality", "--split=val,vals", f"--out_dir={tmp_path}", f"--json={tmp_path / 'b.json'}"])
     assert "full pass" not in capsys.readouterr().out
 

@@ -60,10 +60,11 @@ def test_executed_pairs_are_those_of_the_products(T, fresh_rng, products):
     assert products(lambda: gated(*inputs)) == 4 * 8 * 4 * executed_pairs(T, 4)
 
 
-@pytest.mark.parametrize("segment", [1, 300, 2**17])
+@pytest.mark.parametrize("rows, segment", [(64, 2**18), (64, 1), (5, 1), (5, 300), (16, 1600)])
 @pytest.mark.parametrize("shape", [(2, 1, 1, 3, 3), (3, 37, 4, 8, 8), (2, 64, 2, 16, 5), (5, 11, 8, 1, 1)])
-def test_blocks_equal_the_dense_form(shape, segment, fresh_rng, monkeypatch):
-    """Outputs, penalty and all gradients, for blocks of any size."""
+def test_tiles_equal_the_dense_form(shape, rows, segment, fresh_rng, monkeypatch):
+    """Outputs, penalty and all gradients, for tiles of any size, also such as begin behind a block's first query."""
+    monkeypatch.setitem(kernels.gated.ROWS, "cpu", rows)
     monkeypatch.setitem(kernels.gated.SEGMENT, "cpu", segment)
     inputs, found = random_inputs(*shape), []
     weight = torch.randn(*shape[:3], shape[4], dtype=torch.float64)
