@@ -1,6 +1,5 @@
 """python bench.py --what=quality --out_dir=out/a,out/b: how good are checkpoints, and what did training them cost?"""
 
-import itertools
 import json
 import os
 import statistics
@@ -9,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from benchmarks.runs import data_of, read_config, read_log, run_folders, runs
+from benchmarks.runs import read_config, read_log, runs
 from benchmarks.tables import LINES, pyplot, save_figure
 from data.scoring import evaluate
 from model import GPTConfig
@@ -27,8 +26,6 @@ def bench_quality(bench, runtime, report):
     classes = ("accuracy", "majority class", "macro precision", "macro recall", "macro F1")
     columns |= dict.fromkeys((f"{name} (share)" for name in classes), ".4f")
     labelled, curves, costs = [], {}, {}
-    for folder, name in itertools.product(run_folders(bench), bench.split.split(",")):
-        data_of(bench, folder).split(name.strip())  # refused here if there is none, before a table begins
     with report.table("quality", "full pass over whole splits", columns, keys=5) as table:
         for run in runs(bench, runtime):
             labelled += score_checkpoint(*run, bench, runtime, table, curves, costs)

@@ -19,14 +19,10 @@ def runs(bench, runtime):
     """(folder, model, data set) of each folder of --out_dir."""
     for folder in run_folders(bench):
         model = GPT.from_checkpoint(folder).to(runtime.device).eval()
-        dataset = data_of(bench, folder)
+        dataset = Dataset(bench.dataset or trained_on(folder))
         if model.config.vocab_size < dataset.vocab_size:
             raise ConfigError(f"{folder}: its vocabulary of {model.config.vocab_size} is not that of {dataset.name}")
         yield folder, model, dataset
-
-
-def data_of(bench, folder):
-    return Dataset(bench.dataset or trained_on(folder))
 
 
 def trained_on(folder):

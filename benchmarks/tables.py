@@ -45,7 +45,8 @@ def numbers(text, name):
 
 class Table:
     """Rows of cells under headings that name the unit; the first `keys` cells name a row. A cell is text, a number,
-    None or a list: one number for each round. As a context it prints itself at its end, even if an error cut it."""
+    None or a list: one number for each round. As a context it prints itself at its end, or what rows it has when an
+    error cuts it."""
 
     def __init__(self, name, title, columns, keys=1):
         self.name, self.title, self.keys, self.rows = name, title, keys, []
@@ -60,8 +61,9 @@ class Table:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.show()
+    def __exit__(self, error, *_):
+        if self.rows or error is None:
+            self.show()
 
     def show(self):
         print("\n".join(["", self.title, "", *self.lines()]), flush=True)

@@ -364,12 +364,16 @@ def test_loss_by_context():
     assert quality.loss_by_context(torch.tensor([1.0, 2, 3, 4, 5, 6, 7]), seen) == {1: 1, 2: 2, 4: 3.5, 8: 5.5, 16: 7}
 
 
-def test_quality_refuses_a_split_before_it_prints(tiny, tmp_path, capsys):
+def test_an_error_prints_the_rows_before_it_and_no_empty_table(tiny, tmp_path, capsys):
     train.main(tiny(max_iters=1, out_dir=tmp_path))
     capsys.readouterr()
-    with pytest.raises(DataError, match="no 'vals' split: it has train, val, test"):
-        bench.main(["--what=quality", "--split=val,vals", f"--out_dir={tmp_path}", f"--json={tmp_path / 'b.json'}"])
-    assert "full pass" not in capsys.readouterr().out
+    for splits, rows in (("vals", 0), ("val,vals", 1)):
+        with pytest.raises(DataError, match="no 'vals' split: it has train, val, test"):
+            bench.main(
+                ["--what=quality", f"--split={splits}", f"--out_dir={tmp_path}", f"--json={tmp_path / 'b.json'}"]
+            )
+        out = capsys.readouterr().out
+        assert ("full pass" in out) == bool(rows) and out.count(f"| {tmp_path} ") == rows
 
 
 def test_quality_adds_up(tiny, text_dataset, tmp_path):
