@@ -87,11 +87,18 @@ FORCE:
 kernel-report: $(VENV)/run.stamp  ## registers, spills, shared memory and tensor-core instructions of each Triton kernel
 	$(PY) -m kernels.report
 
-GPU_SHAPES = 8x1024x8x64x64,32x1024x6x64x128,4x4096x16x128x128,1x32768x16x128x128
+WHEELS = .wheels
 
-gpu: $(VENV)/dev.stamp  ## on a CUDA machine: every kernel configuration against the oracle, then times beside fla and SDPA
-	$(PY) -m pytest -m gpu
-	$(PY) bench.py --what=ops --device=cuda --dtype=bfloat16 --peers=true --autotune=true --shapes=$(GPU_SHAPES)
+# Nothing is installed for it: on a borrowed machine write make gpu PART=1 PYTHON=python3, and carry wheels along.
+PART = 1
+DEVICE = cuda
+LIMIT = 480
+gpu:  ## on a CUDA machine, PART=1..4: checks, operators, steps, quality; each writes docs/gpu-PART.json within 9 minutes
+	PYTHONPATH=$(WHEELS) $(PYTHON) bench.py --what=gpu --part=$(PART) --device=$(DEVICE) --limit=$(LIMIT) --rounds=3 \
+	  --seconds=0.3 --tokens=200 --json=docs/gpu-$(PART).json
+
+gpu-wheels:  ## flash-linear-attention and einops into $(WHEELS), for a machine without a network
+	$(PYTHON) -m pip install -q --no-deps --target $(WHEELS) $$(grep '^fla-core' requirements-peers.txt) einops
 
 clean:  ## remove the environment, caches and runs; prepared data stays
 	rm -rf $(VENV) out .pytest_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@
     python bench.py --what=inspect --out_dir=out/a         # what masks keep, what that costs, and pictures of it
     python bench.py --what=heads --out_dir=out/a           # gates, and the weight on the first token, by layer
     python bench.py --what=superposition --out_dir=out/a   # which head of a toy carries which skip trigram
+    python bench.py --what=gpu --part=1                    # on a GPU: right, fast, learning; see benchmarks/gpu.py
     python bench.py --what=all                             # all that needs no run; with --out_dir, quality and curves
     python bench.py --compare=A.json,B.json --fail_below=0.95   # the speeds of two files, for who changed a kernel
 
@@ -38,13 +39,13 @@ if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of their
 import torch
 
 import config
-from benchmarks import curves, decoding, layers, masks, operators, quality, steps, superposition, tables
+from benchmarks import curves, decoding, gpu, layers, masks, operators, quality, steps, superposition, tables
 from config import ConfigError, key
 from data import DataError
 from model import ATTENTION, GPTConfig
 from weights import ModelError
 
-WHATS = ("overview", "step", "ops", "decode", "quality", "curves", "inspect", "heads", "superposition", "all")
+WHATS = ("overview", "step", "ops", "decode", "quality", "curves", "inspect", "heads", "superposition", "gpu", "all")
 
 
 @dataclass
@@ -55,7 +56,10 @@ class BenchConfig:
     rounds: int = key(5, "interleaved rounds", low=1)
     seconds: float = key(2.0, "time for each measurement of a round", low=0.01)
     lengths: str = key("128,256,512,1024,2048,4096,8192", "lengths of a context (overview)")
-    limit: float = key(100.0, "seconds after which no round begins, but for the first two (overview)", low=0.0)
+    limit: float = key(
+        100.0, "seconds after which no round begins, but for the first two (overview), or row (gpu)", low=0.0
+    )
+    part: int = key(1, "1 checks, 2 operators, 3 steps, 4 quality (gpu)", low=1, high=4)
     check: bool = key(True, "compare outputs with those of the oracle before timing (overview, ops)")
     batch_size: int = key(0, "sequences of a call; 0: 4096 tokens (overview), 16 with a shape given (step)", low=0)
     tokens: int = key(500, "tokens to sample (decode)", low=1)
@@ -103,7 +107,12 @@ def measure(what, explicit, bench, runtime, report):
         decoding.bench_decode(config.build(GPTConfig, shape | explicit), bench, runtime, report)
     else:
         parts = dict(ops=operators.bench_operators, quality=quality.bench_quality, curves=curves.plot_curves)
-        parts |= dict(inspect=masks.inspect, heads=masks.bench_heads, superposition=superposition.bench_superposition)
+        parts |= dict(
+            inspect=masks.inspect,
+            heads=masks.bench_heads,
+            superposition=superposition.bench_superposition,
+            gpu=gpu.bench_gpu,
+        )
         parts[what](bench, runtime, report)
 
 
@@ -122,7 +131,7 @@ def main(argv):
     whats = [bench.what]
     if bench.what == "all":
         whats = ["overview", "ops", "step", "decode"] + (["quality", "curves"] if bench.out_dir else [])
-    if {"overview", "step", "ops", "decode", "inspect"} & set(whats):
+    if {"overview", "step", "ops", "decode", "inspect", "gpu"} & set(whats):
         report.measure_machine(bench.seconds)
     failed = False
     for what in whats:

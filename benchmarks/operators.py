@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import kernels.launch
-from benchmarks.clocks import accept, first_calls, interleaved, peak_memory, tolerance
+from benchmarks.clocks import accept, first_calls, interleaved, peak_memory, replayed, tolerance
 from benchmarks.peers import PEERS, peers
 from benchmarks.tables import numbers
 from config import ConfigError
@@ -103,6 +103,8 @@ def operators_at(shape, names, bench, runtime, report, table):
         report.note(f"{name} at {shape}: its output differs from ours by {error:.1e} of its norm")
     label = "x".join(map(str, shape))
     forward = {name: torch.no_grad()(call) for name, call in calls.items()}
+    if runtime.device_type == "cuda":
+        forward, steps = ({name: replayed(call) for name, call in d.items()} for d in (forward, steps))
     forward = interleaved(forward, bench.rounds, bench.seconds / 4, runtime, f"{label} forward")
     both = interleaved(steps, bench.rounds, bench.seconds, runtime, f"{label} forward + backward")
     forward, both = ({name: [1000 * t for t in ts] for name, ts in times.items()} for times in (forward, both))
@@ -110,5 +112,6 @@ def operators_at(shape, names, bench, runtime, report, table):
         ratio = [a / b for a, b in zip(both[name], both["softmax"])]
         each = [1e6 * t / (shape[0] * shape[1]) for t in both[name]]
         share = report.share_of_peak(case.executed, [t / 1000 for t in both[name]])
-        memory = peak_memory(steps[name], runtime.device_type)
+        step = functools.partial(operator_step, calls[name], case.inputs)
+        memory = peak_memory(step, runtime.device_type)
         table.add(name, " x ".join(map(str, shape)), forward[name], both[name], ratio, each, share, memory)

@@ -123,7 +123,7 @@ class Report:
         shares = [bytes / 1e9 / self.peaks["copy_gb_s"] / s for s in seconds]
         return shares if max(shares) <= 1 else "above 1: from caches"
 
-    def write(self):
+    def write(self, quiet=False):
         """After each part of a measurement, what there is until then."""
         if not self.path or not any(t.rows for t in self.tables.values()):
             return
@@ -137,7 +137,8 @@ class Report:
         text = json.dumps(found, indent=1)
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         write_atomically(self.path, lambda f: f.write(text.encode()))
-        print(f"wrote {self.path}")
+        if not quiet:
+            print(f"wrote {self.path}")
 
 
 def processor(runtime):

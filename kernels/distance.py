@@ -707,7 +707,7 @@ def masked(q, k, v, table, constant_ones=False):
     call = functools.partial(distance, constant_ones=constant_ones)
     sizes = q.shape[2], q.shape[3], v.shape[3]
     executed = len(q) * operations(table, None, *sizes, constant_ones)[1]
-    return Case(call, [q, k, v, table.requires_grad_()], functools.partial(distance, backend="dense"), executed)
+    return Case(call, [q, k, v, table.requires_grad_()], functools.partial(call, backend="dense"), executed)
 
 
 def span_cases(q, k, v, spans=(256,), **_):

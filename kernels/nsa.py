@@ -35,7 +35,7 @@ FORCED = 3  # a query's own block, block 0 and the block before its own
 RESOLUTION = 2.0**-20  # of attention: blocks whose scores are nearer are equal, however they were rounded
 QUERIES = 64  # queries in a tile of the compressed and the window branch
 ROWS = 64  # scores in a tile of the selected branch, along the queries
-SCORES = 2**18  # scores that are worked on at a time, so that they stay in cache
+SCORES = {"cpu": 2**18, "cuda": 2**25}  # scores that are worked on at a time: on a CPU they stay in cache
 PAIRS = 2**13  # of the selected branch: pairs of a query head and a block
 
 
@@ -92,9 +92,9 @@ def dense(q, k, v, mask, scale=None):
     return torch.einsum("bhts,bshd->bthd", p, v), p
 
 
-def overlap(N, block, stride, n_blocks, select_block):
+def overlap(N, block, stride, n_blocks, select_block, device=None):
     """(N, n_blocks): the tokens that compressed block i and selectable block j share, in strides."""
-    a, b = torch.arange(N)[:, None] * stride, torch.arange(n_blocks) * select_block
+    a, b = torch.arange(N, device=device)[:, None] * stride, torch.arange(n_blocks, device=device) * select_block
     shared = torch.minimum(a + block, b + select_block) - torch.maximum(a, b)
     return shared.clamp(min=0) / stride
 
@@ -102,11 +102,11 @@ def overlap(N, block, stride, n_blocks, select_block):
 def nsa_compressed_dense(q, k, v, block, stride, select_block, select_count, offset=0, scale=None):
     """The oracle of nsa_compressed: o, and the chosen blocks (B, T, Hk, n), -1 where there are fewer."""
     (B, T, H, _), (N, Hk) = q.shape, k.shape[1:3]
-    t = torch.arange(offset, offset + T)
-    o, p = dense(q, k, v, torch.arange(N) * stride + block - 1 <= t[:, None], scale)
+    t = torch.arange(offset, offset + T, device=q.device)
+    o, p = dense(q, k, v, torch.arange(N, device=q.device) * stride + block - 1 <= t[:, None], scale)
     n_blocks = (offset + T - 1) // select_block + 1
-    weight = overlap(N, block, stride, n_blocks, select_block).to(p.dtype)
-    score = p.view(B, Hk, H // Hk, T, N).sum(2) @ weight  # (B, Hk, T, n_blocks)
+    weight = overlap(N, block, stride, n_blocks, select_block, q.device).to(p.dtype)
+    score = (p.view(B, Hk, H // Hk, T, N).sum(2) @ weight).cpu()  # (B, Hk, T, n_blocks)
     index = torch.full((B, T, Hk, min(select_count, n_blocks)), -1)
     for b, h, i in torch.cartesian_prod(*map(torch.arange, (B, Hk, T))).tolist():
         own = (offset + i) // select_block
@@ -115,19 +115,19 @@ def nsa_compressed_dense(q, k, v, block, stride, select_block, select_count, off
         rest = sorted(rank, key=rank.get, reverse=True)  # of equal ones the most recent
         chosen = (forced + rest)[:select_count]
         index[b, i, h, : len(chosen)] = torch.tensor(chosen)
-    return o, index
+    return o, index.to(q.device)
 
 
 def nsa_selected_dense(q, k, v, index, select_block, scale=None):
     T, H, S, Hk = *q.shape[1:3], *k.shape[1:3]
-    s, t = torch.arange(S), torch.arange(S - T, S)
+    s, t = torch.arange(S, device=q.device), torch.arange(S - T, S, device=q.device)
     chosen = (s // select_block == index[..., None]).any(3).transpose(1, 2)  # (B, Hk, T, S)
     return dense(q, k, v, chosen.repeat_interleave(H // Hk, 1) & (s <= t[:, None]), scale)[0]
 
 
 def nsa_window_dense(q, k, v, window, scale=None):
     T, S = q.shape[1], k.shape[1]
-    distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
+    distance = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
     return dense(q, k, v, (distance >= 0) & (distance < window), scale)[0]
 
 
@@ -167,6 +167,10 @@ def softmax_backward(p, dp):
     return torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
 
 
+def scores_at_once(x):
+    return SCORES.get(x.device.type, SCORES["cuda"])
+
+
 def open_or_shut(mask, like):
     """What is added to scores: 0 where the mask is true, else -inf."""
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, -math.inf)
@@ -178,7 +182,7 @@ def open_or_shut(mask, like):
 def compressed_tiles(q, k, block, stride, offset):
     """Groups, queries lo to hi and the blocks that the last of them sees. Queries that see none are in no tile."""
     (N, T, G, _), n_blocks = q.shape, k.shape[1]
-    some = max(1, SCORES // (QUERIES * G * max(1, n_blocks)))
+    some = max(1, scores_at_once(q) // (QUERIES * G * max(1, n_blocks)))
     for n in range(0, N, some):
         for lo in range(max(0, block - 1 - offset), T, QUERIES):
             hi = min(T, lo + QUERIES)
@@ -428,17 +432,17 @@ class Band:
         x.copy_(place)
         return out
 
-    def view(self, n, lo, hi, width=None, start=0):
-        """Group n, tiles lo to hi: (hi - lo, w + c, D), or a part of each."""
-        _, L, D = self.x.shape
-        shape = hi - lo, self.w + self.c if width is None else width, D
-        return self.x.as_strided(shape, (self.c * D, D, 1), (n * L + lo * self.c + start) * D)
+    def view(self, place, width=None, start=0):
+        """The keys of the tiles of `window_tiles`: (tiles, w + c, D), or a part of each."""
+        (n, m, lo, hi), (_, L, D) = place, self.x.shape
+        shape = (m - n) * (hi - lo), self.w + self.c if width is None else width, D
+        return self.x.as_strided(shape, ((self.c if m - n == 1 else L) * D, D, 1), (n * L + lo * self.c + start) * D)
 
-    def add(self, n, lo, hi, x):
-        """Adds x (hi - lo, w + c, D) to the view, in parts that do not overlap."""
+    def add(self, place, x):
+        """Adds x (tiles, w + c, D) to the view, in parts that do not overlap."""
         for start in range(0, self.w + self.c, self.c):
             part = x[:, start : start + self.c]
-            self.view(n, lo, hi, part.shape[1], start).add_(part)
+            self.view(place, part.shape[1], start).add_(part)
 
 
 def window_shape(T, S, window):
@@ -448,9 +452,18 @@ def window_shape(T, S, window):
 
 
 def window_tiles(q, tiles, w, c):
+    """(n, m, lo, hi): tiles lo to hi of groups n to m, several of one of the two."""
     N, G = q.shape[0], q.shape[2]
-    step = max(1, SCORES // (c * G * (w + c)))
-    return [(n, lo, min(tiles, lo + step)) for n in range(N) for lo in range(0, tiles, step)]
+    step = max(1, scores_at_once(q) // (c * G * (w + c)))
+    if tiles < min(N, step):
+        return [(n, min(N, n + step), lo, lo + 1) for n in range(0, N, step) for lo in range(tiles)]
+    return [(n, n + 1, lo, min(tiles, lo + step)) for n in range(N) for lo in range(0, tiles, step)]
+
+
+def window_rows(x, place, c):
+    """The tiles' rows of x (N, tiles c, G, D): (tiles, c G, D), a view."""
+    n, m, lo, hi = place
+    return x[n:m, lo * c : hi * c].unflatten(1, (hi - lo, c)).flatten(0, 1).flatten(1, 2)
 
 
 def window_queries(x, Hk, c, factor=1.0):
@@ -465,15 +478,15 @@ def window_mask(c, w, like):
     return open_or_shut((distance >= 0) & (distance < w), like).unsqueeze(1)
 
 
-def window_probabilities(q, k, n, lo, hi, mask, new):
-    """The tiles' queries (hi - lo, c G, D) and probabilities (hi - lo, c G, w + c)."""
+def window_probabilities(q, k, place, mask, new):
+    """The tiles' queries (tiles, c G, D) and probabilities (tiles, c G, w + c)."""
     new.taken = 0
-    c = k.c
-    q = q[n, lo * c : hi * c].view(hi - lo, -1, q.shape[-1])
-    s = new.bmm(q, k.view(n, lo, hi).mT)
+    (n, m, lo, hi), c = place, k.c
+    q = window_rows(q, place, c)
+    s = new.bmm(q, k.view(place).mT)
     s.unflatten(1, (c, -1)).add_(mask)
     for i in range(lo, min(hi, -(-k.at // c))):  # before the first key there is nothing
-        s[i - lo, :, : k.at - i * c] = -math.inf
+        s.unflatten(0, (m - n, hi - lo))[:, i - lo, :, : k.at - i * c] = -math.inf
     return q, torch.softmax(s, -1, out=new(*s.shape))
 
 
@@ -482,10 +495,9 @@ def window_forward(q, k, v, scale, window):
     q = window_queries(q, Hk, c, scale)
     k, v = (Band(x, T, c, w).read(x) for x in (k, v))
     o, new, mask = torch.empty_like(q), Workspace(q), window_mask(c, w, q)
-    for n, lo, hi in window_tiles(q, q.shape[1] // c, w, c):
-        _, p = window_probabilities(q, k, n, lo, hi, mask, new)
-        place = o[n, lo * c : hi * c].view(hi - lo, -1, o.shape[-1])
-        torch.bmm(p, v.view(n, lo, hi), out=place)
+    for place in window_tiles(q, q.shape[1] // c, w, c):
+        _, p = window_probabilities(q, k, place, mask, new)
+        torch.bmm(p, v.view(place), out=window_rows(o, place, c))
     return ungrouped(o[:, :T], like)
 
 
@@ -494,14 +506,13 @@ def window_backward(q, k, v, do, scale, window):
     q, do = window_queries(q, Hk, c, scale), window_queries(do, Hk, c)
     (k, v), (dk, dv) = (Band(x, T, c, w).read(x) for x in (k, v)), (Band(x, T, c, w) for x in (k, v))
     dq, new, mask = torch.empty_like(q), Workspace(q), window_mask(c, w, q)
-    for n, lo, hi in window_tiles(q, q.shape[1] // c, w, c):
-        qs, p = window_probabilities(q, k, n, lo, hi, mask, new)
-        dos = do[n, lo * c : hi * c].view(qs.shape)
-        dv.add(n, lo, hi, new.bmm(p.mT, dos))
-        ds = softmax_backward(p, new.bmm(dos, v.view(n, lo, hi).mT))
-        dk.add(n, lo, hi, new.bmm(ds.mT, qs))
-        place = dq[n, lo * c : hi * c].view(qs.shape)
-        torch.baddbmm(place, ds, k.view(n, lo, hi), beta=0, alpha=scale, out=place)
+    for place in window_tiles(q, q.shape[1] // c, w, c):
+        qs, p = window_probabilities(q, k, place, mask, new)
+        dos, dqs = (window_rows(x, place, c) for x in (do, dq))
+        dv.add(place, new.bmm(p.mT, dos))
+        ds = softmax_backward(p, new.bmm(dos, v.view(place).mT))
+        dk.add(place, new.bmm(ds.mT, qs))
+        torch.baddbmm(dqs, ds, k.view(place), beta=0, alpha=scale, out=dqs)
     return ungrouped(dq[:, :T], like[0]), dk.write(like[1]), dv.write(like[2])
 
 
@@ -932,7 +943,8 @@ def branches(q, k, v, dense=False):
     compressed, selected, window = nsa_compressed, nsa_selected, nsa_window
     if dense:
         compressed, selected, window = nsa_compressed_dense, nsa_selected_dense, nsa_window_dense
-    blocks = (x.unfold(1, sizes[0], sizes[1]).mean(-1) for x in (k, v))  # (B, N, 1, D)
+    dtype = compute_dtype(q.dtype)
+    blocks = (x.to(dtype).unfold(1, sizes[0], sizes[1]).mean(-1) for x in (k, v))  # (B, N, 1, D)
     o, index = compressed(q, *blocks, *sizes[:4])
     return o + selected(q, k, v, index, sizes[2]) + window(q, k, v, sizes[4])
 

@@ -16,6 +16,7 @@ from test_attention import make, pieces
 
 import kernels
 from kernels import nsa as K
+from kernels.launch import Kernel
 from kernels.nsa import nsa_compressed, nsa_pairs, nsa_selected, nsa_sizes, nsa_window
 from model import GPT, GPTConfig, NSAState, rotate
 
@@ -135,14 +136,23 @@ def test_continuing_a_sequence(T, past):
         compare_window(draw(2, T, 4, 2, 8, past + T), window)
 
 
-@pytest.mark.parametrize("scores, pairs", [(1, 1), (3000, 500)])
+@pytest.mark.parametrize("scores, pairs", [(1, 1), (3000, 500), (20_000, 500)])
 def test_several_segments(scores, pairs, monkeypatch):
     """Borders between segments, also inside a block and between batch rows."""
-    monkeypatch.setattr(K, "SCORES", scores)
+    monkeypatch.setattr(K, "SCORES", {"cpu": scores})
     monkeypatch.setattr(K, "PAIRS", pairs)
     compare_compressed(draw_compressed(3, 75, 4, 2, 8), SIZES)
     compare_selected(draw(2, 41, 4, 2, 8), some_index(2, 41, 2, 4, 8), 8)
     compare_window(draw(3, 75, 4, 2, 8), 16)
+
+
+@pytest.mark.parametrize("B, T, S", [(5, 30, 30), (3, 16, 21), (4, 20, 90)])
+def test_a_window_in_tiles_of_several_groups(B, T, S):
+    q, *_ = inputs = draw(B, T, 4, 2, 8, S)
+    q = q.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+    places = K.window_tiles(q, -(-T // 16), 8, 16)
+    assert places[0][:2] == (0, 4 * B) and len(places) == -(-T // 16)
+    compare_window(inputs, 8)
 
 
 def test_large_scores():
@@ -675,6 +685,16 @@ def test_interpreted(T, H, Hk, D, n, select_block, past):
 @pytest.mark.parametrize("T, H, Hk, D, n, select_block, past", SHAPES + WIDE)
 def test_on_a_gpu(T, H, Hk, D, n, select_block, past, dtype, tolerance):
     compare_triton(T, H, Hk, D, n, select_block, past, dtype, "cuda", tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or kernels.triton is None, reason="needs a GPU and Triton")
+@pytest.mark.parametrize("D, select_block", [(64, 32), (128, 64)])
+@pytest.mark.parametrize("name, i", [(name, i) for name in K.KERNELS for i in range(len(K.KERNELS[name].configs))])
+def test_every_configuration_on_a_gpu(name, i, D, select_block, monkeypatch):
+    kernel = K.KERNELS[name]
+    monkeypatch.setitem(K.KERNELS, name, Kernel(kernel.function, [kernel.configs[i]], kernel.tiles))
+    compare_triton(300, 8, 2, D, 8, select_block, 0, torch.bfloat16, "cuda", 1e-2)
 
 
 def test_a_fallback_says_its_reason_once():
