@@ -31,6 +31,7 @@ BLOCKS = (16, 32, 64, 128)  # queries a block
 BATCH = 4  # sequences that the choice of a plan counts with: several share the calls of a segment
 TILE = 128  # queries and keys of a block of FlexAttention
 HIDDEN = -1e30  # a logit that softmax turns into an exact 0, without the NaN of a row of infinities
+FLEX = dict(fwd_num_stages=1, bwd_num_stages=1)  # with more, tables loaded ahead need more shared memory than there is
 
 
 # ----------------------------------------------------------------------------- oracle
@@ -502,42 +503,43 @@ def seen_tiles(table, prefix):
     return seen & (far >= 0)
 
 
-def distance_flex(q, k, v, table, prefix, scale, constant_ones):
-    """One fused kernel over the seen tiles, for each head its own. The tiles are made of the table on its device, so
-    that a change of the kept set is a change of data: nothing waits for the GPU, nothing is compiled again."""
-    T, H, shared, P = q.shape[1], q.shape[2], len(table) == 1, prefix.shape[1]
-    table, prefix = (x.to(compute_dtype(q.dtype)) for x in (table, prefix))
-    table = drop_ones(table) if constant_ones else table
-    kept, kept_first = table > -math.inf, prefix > -math.inf
-    bias, first = table.clamp(min=HIDDEN), prefix.clamp(min=HIDDEN)
-
-    def pick(of_distance, of_first, h, t, s):
-        h, far = torch.zeros_like(h) if shared else h, (t - s).clamp(min=0)
-        found = of_distance[h, far]
-        return torch.where(s < P, of_first[h, s.clamp(max=P - 1), far], found) if P else found
+def biased_flex(q, k, v, table, prefix, count, order, scale):
+    """FlexAttention over the tiles that `order` names, `count` in each row of tiles, with what is added to the scores:
+    a prefix for the first keys, else table; -inf hides a key."""
+    T, shared, P = q.shape[1], len(table) == 1, prefix.shape[1]
 
     def mask_mod(b, h, t, s):
-        return pick(kept, kept_first, h, t, s) & (t >= s)
+        return t >= s
 
     def score_mod(score, b, h, t, s):
-        return score + pick(bias, first, h, t, s)
+        h, far = torch.zeros_like(h) if shared else h, (t - s).clamp(min=0)
+        bias = table[h, far]
+        return score + (torch.where(s < P, prefix[h, s.clamp(max=P - 1), far], bias) if P else bias)
 
-    seen = seen_tiles(table, prefix).expand(H, -1, -1)[None].int()  # (1, H, n, n)
-    order = seen.argsort(dim=-1, descending=True, stable=True).int()
-    tiles = BlockMask.from_kv_blocks(
-        seen.sum(-1, dtype=torch.int32), order, BLOCK_SIZE=TILE, mask_mod=mask_mod, seq_lengths=(T, T)
-    )
+    tiles = BlockMask.from_kv_blocks(count, order, BLOCK_SIZE=TILE, mask_mod=mask_mod, seq_lengths=(T, T))
     xs = (x.transpose(1, 2) for x in (q, k, v))
-    return flex_attention(*xs, score_mod=score_mod, block_mask=tiles, scale=scale).transpose(1, 2)
+    options = dict(score_mod=score_mod, block_mask=tiles, scale=scale, kernel_options=FLEX)
+    return flex_attention(*xs, **options).transpose(1, 2)
 
 
 @functools.cache
 def compiled_flex():
-    return torch.compile(distance_flex, dynamic=False)
+    return torch.compile(biased_flex, dynamic=False)
 
 
-def fused(*inputs):
-    """`distance_flex` compiled, for each shape once: past dynamo's usual limit of 8 it would hold all T x T scores."""
+@torch.compiler.disable
+def distance_flex(q, k, v, table, prefix, scale, constant_ones):
+    """One fused kernel over the seen tiles, for each head its own. The tiles are made of the table on its device, so
+    that a change of the kept set is a change of data: nothing waits for the GPU, nothing is compiled again. Compiled by
+    itself, within a compiled model too, for each shape once: past dynamo's usual limit of 8 it would hold all T x T
+    scores; and tables that it had to compute would be computed for every score."""
+    table, prefix = (x.to(compute_dtype(q.dtype)) for x in (table, prefix))
+    table = drop_ones(table) if constant_ones else table
+    seen = seen_tiles(table, prefix).expand(q.shape[2], -1, -1)[None].int()  # (1, H, n, n)
+    order = seen.argsort(dim=-1, descending=True, stable=True).int()
+    inputs = q, k, v, table, prefix, seen.sum(-1, dtype=torch.int32), order, scale
+    if not q.is_cuda:
+        return biased_flex(*inputs)
     with torch._dynamo.config.patch(recompile_limit=256):
         return compiled_flex()(*inputs)
 
@@ -688,8 +690,7 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_o
         with leave_autocast(q):
             return distance_dense(q, k, v, table, prefix, scale, constant_ones)
     if backend == "flex" or (backend == "auto" and flex_fits(q, q.shape[1], min(q.shape[3], v.shape[3]))):
-        flex = fused if q.is_cuda and not torch.compiler.is_compiling() else distance_flex
-        return flex(q, k, v, table, prefix, scale, constant_ones)
+        return distance_flex(q, k, v, table, prefix, scale, constant_ones)
     return distance_op(q, k, v, table, prefix, scale, constant_ones)[0]
 
 

@@ -1,5 +1,6 @@
 """Masks by distance: the banded form against the dense oracle, what a mask drops, and the two types that learn one."""
 
+import functools
 import json
 import math
 
@@ -241,13 +242,17 @@ def test_flex_sees_the_tiles_that_hold_something(kind, fresh_rng):
     assert first[:, :, 0].all() and torch.equal(first[:, :, 1:], wanted[:, :, 1:])
 
 
-def test_flex_is_one_graph_whatever_is_kept(flex_on_cpu, fresh_rng):
+@pytest.mark.parametrize("within", [False, True])
+def test_flex_is_one_graph_whatever_is_kept(within, flex_on_cpu, fresh_rng, monkeypatch):
+    """Also within a compiled model, which it is no part of."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(lambda *xs: distance(*xs, backend="flex"), backend=counter, fullgraph=True)
+    monkeypatch.setattr(D, "biased_flex", torch.compile(D.biased_flex, backend=counter, fullgraph=True, dynamic=False))
+    call = functools.partial(distance, backend="flex")
+    call = torch.compile(call, backend="eager") if within else call
     for kind in ("span", "wave", "multiples", "few"):
         q, k, v, table, _, _ = (x if x is None else x.float() for x in draw(1, 256, 2, 16, 16, kind, 0, fresh_rng))
-        torch.testing.assert_close(compiled(q, k, v, table), distance(q, k, v, table), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(call(q, k, v, table), distance(q, k, v, table), rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
 
 
