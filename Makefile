@@ -93,9 +93,10 @@ WHEELS = .wheels
 PART = 1
 DEVICE = cuda
 LIMIT = 480
+TOKENS = 100
 gpu:  ## on a CUDA machine, PART=1..4: checks, operators, steps, quality; each writes docs/gpu-PART.json within 9 minutes
 	PYTHONPATH=$(WHEELS) $(PYTHON) bench.py --what=gpu --part=$(PART) --device=$(DEVICE) --limit=$(LIMIT) --rounds=3 \
-	  --seconds=0.3 --tokens=200 --json=docs/gpu-$(PART).json
+	  --seconds=0.3 --tokens=$(TOKENS) --json=docs/gpu-$(PART).json
 
 gpu-wheels:  ## flash-linear-attention and einops into $(WHEELS), for a machine without a network
 	$(PYTHON) -m pip install -q --no-deps --target $(WHEELS) $$(grep '^fla-core' requirements-peers.txt) einops

@@ -198,7 +198,8 @@ def sanitize(report, rows):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # the program that it watches too
             return rows.fail("compute-sanitizer did not end within the limit")
-    report.note(f"compute-sanitizer, exit status {process.returncode}: {(said.strip() or 'no output').splitlines()[-1]}")
+    last = (said.strip() or "no output").splitlines()[-1]
+    report.note(f"compute-sanitizer, exit status {process.returncode}: {last}")
     rows.failed |= process.returncode != 0
 
 
