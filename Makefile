@@ -10,7 +10,8 @@ PY = $(BIN)/python
 SOURCES = *.py benchmarks config data docs kernels tests .ci
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all format check-format bench bench-step bench-ops compare kernel-report gpu clean
+.PHONY: help install demo test test-all format check-format bench bench-step bench-ops compare kernel-report gpu \
+  gpu-table gpu-wheels clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -97,6 +98,9 @@ TOKENS = 100
 gpu:  ## on a CUDA machine, PART=1..4: checks, operators, steps, quality; each writes docs/gpu-PART.json within 9 minutes
 	PYTHONPATH=$(WHEELS) $(PYTHON) bench.py --what=gpu --part=$(PART) --device=$(DEVICE) --limit=$(LIMIT) --rounds=3 \
 	  --seconds=0.3 --tokens=$(TOKENS) --json=docs/gpu-$(PART).json
+
+gpu-table:  ## the section of docs/results.md from docs/gpu-1.json to docs/gpu-4.json
+	$(PYTHON) -m benchmarks.gpu
 
 gpu-wheels:  ## flash-linear-attention and einops into $(WHEELS), for a machine without a network
 	$(PYTHON) -m pip install -q --no-deps --target $(WHEELS) $$(grep '^fla-core' requirements-peers.txt) einops
