@@ -22,7 +22,9 @@ TOLERANCE = {  # of o and states, of gradients, of dg
     "fp64": (1e-10, 1e-10, 1e-10),
     "fp32": (1e-5, 1e-4, 1e-4),
     "triton fp32": (1e-5, 1e-4, 2e-4),
-    "bf16": (5e-3, 5e-3, 1e-2),
+    # In float64, rounding each operand of a product to bf16 once gives dq an error of 5.5e-3 to 6.1e-3 here, most of it
+    # by the states and slots that the logits are made of: a softmax turns errors of its logits into relative ones.
+    "bf16": (5e-3, 8e-3, 1e-2),
 }
 GATES = ["normaliser 0.1", "normaliser 1", "normaliser 16", 0.0, -1e-4, -5.0, -8.0, -12.0, -20.0]
 GATES += ["mixed", "blocks", "decades", "-inf"]
