@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import Case, check, in_autocast, jit, leave_autocast, like_inputs, operator, tl, triton
-from .launch import Kernel, choose, configurations, dot_type, split
+from .launch import Kernel, choose, configurations, dot, dot_type, operand, split
 
 CHUNK = 64  # tokens a chunk, in every backend
 SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its tensors stay in cache
@@ -450,10 +450,10 @@ def gla_scan_kernel(
                 b_g = load_gates(p_g, o_kt + H * K, m_n, gate_min)
                 b_e = tl.cumsum(b_g, 1, reverse=True)
                 b_total = tl.sum(b_g, 1) + load_gates(p_g, i_t * C * H * K + o_k, m_k, gate_min)
-            b_x = (b_x.to(tl.float32) * tl.exp2(b_e) * scale).to(DOT)
-            b_s = b_s * tl.exp2(b_total)[:, None] + tl.dot(b_x, b_y.to(DOT), input_precision="ieee")
+            b_x = operand(b_x.to(tl.float32) * tl.exp2(b_e) * scale, DOT)
+            b_s = b_s * tl.exp2(b_total)[:, None] + dot(b_x, b_y, DOT)
         else:
-            b_s += tl.dot(b_x.to(DOT), b_y.to(DOT), input_precision="ieee")
+            b_s += dot(b_x, b_y, DOT)
     tl.store(p_last + i_bh.to(tl.int64) * K * V + o_s, b_s, mask=m_s)
 
 
@@ -498,7 +498,7 @@ def gla_read_kernel(
                 else:
                     b_x, b_y = b_x * tl.exp2(b_b - b_m[None, :]), b_y * tl.exp2(b_m[None, :] - b_b)
                     b_s *= tl.exp2(b_m)[:, None]
-            b_A += tl.dot(b_x.to(DOT), tl.trans(b_y.to(DOT)), input_precision="ieee")
+            b_A += dot(b_x, tl.trans(operand(b_y, DOT)), DOT)
         else:
             b_A += tl.where(o_c[:, None] == o_c[None, :], tl.sum(b_x * b_y, 1)[:, None], 0.0)
             b_r, b_l = b_g, tl.zeros([C, BK], tl.float32)
@@ -506,15 +506,15 @@ def gla_read_kernel(
             while h < C:
                 b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
                 if REVERSE:
-                    b_xe, b_ye = (b_x * b_el).to(DOT), (b_y * b_er).to(DOT)
+                    b_xe, b_ye = b_x * b_el, b_y * b_er
                 else:
-                    b_xe, b_ye = (b_x * b_er).to(DOT), (b_y * b_el).to(DOT)
-                b_p = tl.dot(b_xe, tl.trans(b_ye), input_precision="ieee")
+                    b_xe, b_ye = b_x * b_er, b_y * b_el
+                b_p = dot(b_xe, tl.trans(operand(b_ye, DOT)), DOT)
                 b_A += tl.where(m_same, b_p, 0.0)
                 b_r, b_l = double_sums(b_r, b_l, h, C, BK)
                 h *= 2
             b_x *= tl.exp2(b_l if REVERSE else b_r)
-        b_o += tl.dot(b_x.to(DOT), b_s.to(DOT), input_precision="ieee")
+        b_o += dot(b_x, b_s, DOT)
     if FACTORISED:
         m_A = o_c[:, None] <= o_c[None, :] if REVERSE else o_c[:, None] >= o_c[None, :]
         b_A = tl.where(m_A, b_A, 0.0)
@@ -522,7 +522,7 @@ def gla_read_kernel(
     b_w = tl.load(p_w + o_o, mask=m_o, other=0.0)  # (C, BV)
     if not REVERSE:  # dS carries the scale already
         b_o *= scale
-    b_o += tl.dot((b_A * scale).to(DOT), b_w.to(DOT), input_precision="ieee")
+    b_o += dot(b_A * scale, b_w, DOT)
     if NORMALISED:
         b_z = 1 / tl.maximum(b_z + tl.sum(b_A, 1), tiny)
         b_o *= b_z[:, None]
@@ -558,13 +558,12 @@ def gla_grad_kernel(
         b_ds = tl.load(p_ds + o_s, mask=m_s, other=0.0)  # (BV, BK)
         b_first += tl.sum(b_s * b_ds, 0)
         b_own += tl.sum(b_v.to(tl.float32) * b_do.to(tl.float32), 1)
-        b_v, b_do = b_v.to(DOT), b_do.to(DOT)
-        b_dA += tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
-        b_dAT += tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
-        b_dq += tl.dot(b_do, b_s.to(DOT), input_precision="ieee")
-        b_dk += tl.dot(b_v, b_ds.to(DOT), input_precision="ieee")
-    b_pairs = tl.where(o_c[:, None] > o_c[None, :], b_dA * scale, 0.0).to(DOT)  # (i, j), i > j
-    b_pairsT = tl.where(o_c[:, None] < o_c[None, :], b_dAT * scale, 0.0).to(DOT)  # (j, i)
+        b_dA += dot(b_do, tl.trans(b_v), DOT)
+        b_dAT += dot(b_v, tl.trans(b_do), DOT)
+        b_dq += dot(b_do, b_s, DOT)
+        b_dk += dot(b_v, b_ds, DOT)
+    b_pairs = operand(tl.where(o_c[:, None] > o_c[None, :], b_dA * scale, 0.0), DOT)  # (i, j), i > j
+    b_pairsT = operand(tl.where(o_c[:, None] < o_c[None, :], b_dAT * scale, 0.0), DOT)  # (j, i)
     o_x, m_x = row * K + o_t[:, None] * (H * K) + o_k[None, :], m_t[:, None] & m_k[None, :]
     b_q = tl.load(p_q + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
     b_k = tl.load(p_k + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
@@ -576,9 +575,9 @@ def gla_grad_kernel(
     if FACTORISED:
         b_m = pick_row(b_b, C // 2 - 1, C)[None, :]
         b_e, b_i = tl.exp2(b_b - b_m), tl.exp2(b_m - b_b)
-        b_dq += b_e * tl.dot(b_pairs, (b_k * b_i).to(DOT), input_precision="ieee")
+        b_dq += b_e * dot(b_pairs, b_k * b_i, DOT)
         b_dk *= tl.exp2(b_total[None, :] - b_m)
-        b_dk = b_i * (b_dk + tl.dot(b_pairsT, (b_q * b_e).to(DOT), input_precision="ieee"))
+        b_dk = b_i * (b_dk + dot(b_pairsT, b_q * b_e, DOT))
     else:
         m_n = ((o_c + 1 < C) & (o_t + 1 < T))[:, None] & m_k[None, :]
         b_n = load_gates(p_g, o_x + H * K, m_n, gate_min)
@@ -588,9 +587,9 @@ def gla_grad_kernel(
         while h < C:
             b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
             b_p = tl.where(m_same, b_pairs, 0.0)
-            b_dq += b_er * tl.dot(b_p, (b_k * b_el).to(DOT), input_precision="ieee")
+            b_dq += b_er * dot(b_p, b_k * b_el, DOT)
             b_p = tl.where(m_same, b_pairsT, 0.0)
-            b_dk += b_el * tl.dot(b_p, (b_q * b_er).to(DOT), input_precision="ieee")
+            b_dk += b_el * dot(b_p, b_q * b_er, DOT)
             b_r, b_l = double_sums(b_r, b_l, h, C, BK)
             h *= 2
     b_z = tl.where(((o_c + 1 < C) & (o_t + 1 < T))[:, None], b_k * b_dk - b_q * b_dq, 0.0)  # dg_{t+1} - dg_t
@@ -611,6 +610,7 @@ KERNELS = {
             COLUMNS, (64, 64, 8, 2), (64, 64, 4, 1), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 2, 3), (128, 64, 8, 2)
         ),
         TILES,
+        dict(BK=32, BV=64, num_warps=8, num_stages=1),
     ),
     "read": Kernel(
         gla_read_kernel,
@@ -721,7 +721,7 @@ def aot_specs():
         for form, flags in forms[name]:
             for width in (64, 128):
                 for i, option in enumerate(kernel.options(dict(K=width, V=width))):
-                    constants = dict(C=CHUNK, DOT=tl.bfloat16, **flags, **option)
+                    constants = dict(C=CHUNK, DOT="bf16", **flags, **option)
                     wide = fp32 | ({"p_all", "p_s"} if flags.get("REVERSE") or "grad" in name else set())
                     names = kernel.function.arg_names
                     signature = {x: "*fp32" if x in wide else "*bf16" for x in names if x[:2] == "p_"}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from . import Case, check, in_autocast, jit, leave_autocast, operator, tl, triton
 from .gla import LOG2E, compute_dtype, double_sums, tree_level
-from .launch import Kernel, choose, configurations, dot_type, power, split
+from .launch import Kernel, choose, configurations, dot, dot_type, operand, power, split
 
 CHUNK = 64  # tokens a chunk, in every backend
 SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its blocks stay in cache
@@ -333,8 +333,8 @@ def tree_gather(b_P, b_s, b_g, C: tl.constexpr, BM: tl.constexpr, DOT: tl.conste
     h = 1
     while h < C:
         b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
-        b_Ph = tl.where(m_same, b_P, 0.0).to(DOT)
-        b_out += b_er * tl.dot(b_Ph, (b_s * b_el).to(DOT), input_precision="ieee")
+        b_Ph = operand(tl.where(m_same, b_P, 0.0), DOT)
+        b_out += b_er * dot(b_Ph, b_s * b_el, DOT)
         b_r, b_l = double_sums(b_r, b_l, h, C, BM)
         h *= 2
     return b_out, b_r
@@ -349,11 +349,11 @@ def tree_scores(b_x, b_s, b_g, C: tl.constexpr, BM: tl.constexpr, DOT: tl.conste
     h = 1
     while h < C:
         b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
-        b_i, b_j = (b_x * b_er).to(DOT), (b_s * b_el).to(DOT)
+        b_i, b_j = b_x * b_er, b_s * b_el
         if TRANSPOSED:
-            b_Ah = tl.dot(b_j, tl.trans(b_i), input_precision="ieee")
+            b_Ah = dot(b_j, tl.trans(b_i), DOT)
         else:
-            b_Ah = tl.dot(b_i, tl.trans(b_j), input_precision="ieee")
+            b_Ah = dot(b_i, tl.trans(b_j), DOT)
         b_A += tl.where(m_same, b_Ah, 0.0)
         b_r, b_l = double_sums(b_r, b_l, h, C, BM)
         h *= 2
@@ -368,8 +368,8 @@ def tree_scatter(b_PT, b_x, b_QT, b_y, b_g, C: tl.constexpr, BM: tl.constexpr, D
     h = 1
     while h < C:
         b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
-        b_sum = tl.dot(tl.where(m_same, b_PT, 0.0).to(DOT), (b_x * b_er).to(DOT), input_precision="ieee")
-        b_sum += tl.dot(tl.where(m_same, b_QT, 0.0).to(DOT), (b_y * b_er).to(DOT), input_precision="ieee")
+        b_sum = dot(tl.where(m_same, b_PT, 0.0), b_x * b_er, DOT)
+        b_sum += dot(tl.where(m_same, b_QT, 0.0), b_y * b_er, DOT)
         b_out += b_el * b_sum
         b_r, b_l = double_sums(b_r, b_l, h, C, BM)
         h *= 2
@@ -408,7 +408,7 @@ def scan_side(
             b_next = load_tile(p_g, o_t + 1, stride_g, m_next, o_m, 1, m_m).to(tl.float32) * LOG2E
             b_w *= tl.exp2(tl.cumsum(b_next, 0, reverse=True))
         b_h = b_h * tl.exp2(tl.sum(b_g, 0))[None, :]
-        b_h += tl.dot(b_xt.to(DOT), b_w.to(DOT), input_precision="ieee")
+        b_h += dot(b_xt, b_w, DOT)
     store_tile(p_last, b_h, o_d, state_d, m_d, o_m, state_m, m_m)
 
 
@@ -467,25 +467,25 @@ def gsa_read_kernel(
     for i in range(0, tl.cdiv(K, BK)):
         o_k = i * BK + tl.arange(0, BK)
         m_k = o_k < K
-        b_q = load_tile(p_q + i_row * K, o_t, H * K, m_t, o_k, 1, m_k).to(DOT)  # [C, BK]
-        b_kt = load_tile(p_k + i_row * K, o_k, 1, m_k, o_t, H * K, m_t).to(DOT)  # [BK, C]
-        b_h = load_tile(p_h, o_k, M, m_k, o_m, 1, m_m).to(DOT)  # [BK, BM]
-        b_P += tl.dot(b_q, b_kt, input_precision="ieee")
-        b_qh += tl.dot(b_q, b_h, input_precision="ieee")
+        b_q = load_tile(p_q + i_row * K, o_t, H * K, m_t, o_k, 1, m_k)  # [C, BK]
+        b_kt = load_tile(p_k + i_row * K, o_k, 1, m_k, o_t, H * K, m_t)  # [BK, C]
+        b_h = load_tile(p_h, o_k, M, m_k, o_m, 1, m_m)  # [BK, BM]
+        b_P += dot(b_q, b_kt, DOT)
+        b_qh += dot(b_q, b_h, DOT)
     b_z, b_r = tree_gather(b_P, b_s, b_g, C, BM, DOT)
     b_head = tl.exp2(b_r)
     b_z = scale * (b_z + b_head * b_qh)
     store_tile(p_z + i_row * M, b_z, o_t, H * M, m_t, o_m, 1, m_m)
     b_p = masked_softmax(b_z + scale * diagonal(b_P, C) * b_s, m_m)
-    b_A = tree_scores(b_p, b_s, b_g, C, BM, DOT, False).to(DOT)
-    b_p = (b_p * b_head).to(DOT)
+    b_A = operand(tree_scores(b_p, b_s, b_g, C, BM, DOT, False), DOT)
+    b_p = operand(b_p * b_head, DOT)
     for i in range(0, tl.cdiv(V, BV)):
         o_v = i * BV + tl.arange(0, BV)
         m_v = o_v < V
-        b_v = load_tile(p_v + i_row * V, o_t, H * V, m_t, o_v, 1, m_v).to(DOT)  # [C, BV]
-        b_h = load_tile(p_h + K * M, o_m, 1, m_m, o_v, M, m_v).to(DOT)  # [BM, BV]
-        b_o = tl.dot(b_A, b_v, input_precision="ieee")
-        b_o += tl.dot(b_p, b_h, input_precision="ieee")
+        b_v = load_tile(p_v + i_row * V, o_t, H * V, m_t, o_v, 1, m_v)  # [C, BV]
+        b_h = load_tile(p_h + K * M, o_m, 1, m_m, o_v, M, m_v)  # [BM, BV]
+        b_o = dot(b_A, b_v, DOT)
+        b_o += dot(b_p, b_h, DOT)
         store_tile(p_o + i_row * V, b_o, o_t, H * V, m_t, o_v, 1, m_v)
 
 
@@ -516,11 +516,11 @@ def gsa_logit_kernel(
     for i in range(0, tl.cdiv(V, BV)):
         o_v = i * BV + tl.arange(0, BV)
         m_v = o_v < V
-        b_do = load_tile(p_do + i_row * V, o_t, H * V, m_t, o_v, 1, m_v).to(DOT)  # [C, BV]
-        b_vt = load_tile(p_v + i_row * V, o_v, 1, m_v, o_t, H * V, m_t).to(DOT)  # [BV, C]
-        b_h = load_tile(p_h, o_v, M, m_v, o_m, 1, m_m).to(DOT)  # [BV, BM]
-        b_dA += tl.dot(b_do, b_vt, input_precision="ieee")
-        b_dh += tl.dot(b_do, b_h, input_precision="ieee")
+        b_do = load_tile(p_do + i_row * V, o_t, H * V, m_t, o_v, 1, m_v)  # [C, BV]
+        b_vt = load_tile(p_v + i_row * V, o_v, 1, m_v, o_t, H * V, m_t)  # [BV, C]
+        b_h = load_tile(p_h, o_v, M, m_v, o_m, 1, m_m)  # [BV, BM]
+        b_dA += dot(b_do, b_vt, DOT)
+        b_dh += dot(b_do, b_h, DOT)
     b_dp, b_r = tree_gather(b_dA, b_s, b_g, C, BM, DOT)
     b_dp += tl.exp2(b_r) * b_dh
     b_own = tl.zeros([C], tl.float32)
@@ -565,19 +565,19 @@ def gsa_write_kernel(
     for i in range(0, tl.cdiv(K, BK)):
         o_k = i * BK + tl.arange(0, BK)
         m_k = o_k < K
-        b_k = load_tile(p_k, o_t, H * K, m_t, o_k, 1, m_k).to(DOT)  # [C, BK]
-        b_PT += tl.dot(b_k, load_tile(p_q, o_k, 1, m_k, o_t, H * K, m_t).to(DOT), input_precision="ieee")
+        b_k = load_tile(p_k, o_t, H * K, m_t, o_k, 1, m_k)  # [C, BK]
+        b_PT += dot(b_k, load_tile(p_q, o_k, 1, m_k, o_t, H * K, m_t), DOT)
         b_dh = load_tile(p_dh, o_k, M, m_k, o_m, 1, m_m)  # [BK, BM]
         b_through += tl.sum(b_dh * load_tile(p_h, o_k, M, m_k, o_m, 1, m_m), 0)
-        b_carried += tl.dot(b_k, b_dh.to(DOT), input_precision="ieee")
+        b_carried += dot(b_k, b_dh, DOT)
     for i in range(0, tl.cdiv(V, BV)):
         o_v = i * BV + tl.arange(0, BV)
         m_v = o_v < V
-        b_v = load_tile(p_v, o_t, H * V, m_t, o_v, 1, m_v).to(DOT)  # [C, BV]
-        b_dAT += tl.dot(b_v, load_tile(p_do, o_v, 1, m_v, o_t, H * V, m_t).to(DOT), input_precision="ieee")
+        b_v = load_tile(p_v, o_t, H * V, m_t, o_v, 1, m_v)  # [C, BV]
+        b_dAT += dot(b_v, load_tile(p_do, o_v, 1, m_v, o_t, H * V, m_t), DOT)
         b_dh = load_tile(p_dh + K * M, o_v, M, m_v, o_m, 1, m_m)  # [BV, BM]
         b_through += tl.sum(b_dh * load_tile(p_h + K * M, o_v, M, m_v, o_m, 1, m_m), 0)
-        b_carried += tl.dot(b_v, b_dh.to(DOT), input_precision="ieee")
+        b_carried += dot(b_v, b_dh, DOT)
     b_PT *= scale
     b_g = load_tile(p_g, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32) * LOG2E  # [C, BM]
     b_p = load_tile(p_p, o_t, H * M, m_t, o_m, 1, m_m)
@@ -619,32 +619,32 @@ def gsa_input_kernel(
     b_g = load_tile(p_g + i_row * M, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32) * LOG2E
     m_next = (tl.arange(0, C) + 1 < C) & (o_t + 1 < T)
     b_next = load_tile(p_g + i_row * M, o_t + 1, H * M, m_next, o_m, 1, m_m).to(tl.float32) * LOG2E
-    b_w = (b_s * tl.exp2(tl.cumsum(b_next, 0, reverse=True))).to(DOT)
+    b_w = operand(b_s * tl.exp2(tl.cumsum(b_next, 0, reverse=True)), DOT)
     b_p = load_tile(p_p + i_row * M, o_t, H * M, m_t, o_m, 1, m_m)
-    b_AT = tree_scores(b_p, b_s, b_g, C, BM, DOT, True).to(DOT)
+    b_AT = operand(tree_scores(b_p, b_s, b_g, C, BM, DOT, True), DOT)
     for i in range(0, tl.cdiv(V, BV)):
         o_v = i * BV + tl.arange(0, BV)
         m_v = o_v < V
-        b_dv = tl.dot(b_AT, load_tile(p_do + i_row * V, o_t, H * V, m_t, o_v, 1, m_v).to(DOT), input_precision="ieee")
-        b_dh = load_tile(p_dh + K * M, o_m, 1, m_m, o_v, M, m_v).to(DOT)  # [BM, BV]
-        b_dv += tl.dot(b_w, b_dh, input_precision="ieee")
+        b_dv = dot(b_AT, load_tile(p_do + i_row * V, o_t, H * V, m_t, o_v, 1, m_v), DOT)
+        b_dh = load_tile(p_dh + K * M, o_m, 1, m_m, o_v, M, m_v)  # [BM, BV]
+        b_dv += dot(b_w, b_dh, DOT)
         store_tile(p_dv + i_row * V, b_dv, o_t, H * V, m_t, o_v, 1, m_v)
     b_dy = load_tile(p_dy + i_row * M, o_t, H * M, m_t, o_m, 1, m_m)
-    b_dP = tree_scores(b_dy, b_s, b_g, C, BM, DOT, False).to(DOT)
-    b_dPT = tree_scores(b_dy, b_s, b_g, C, BM, DOT, True).to(DOT)
-    b_dy = (b_dy * tl.exp2(tl.cumsum(b_g, 0))).to(DOT)
+    b_dP = operand(tree_scores(b_dy, b_s, b_g, C, BM, DOT, False), DOT)
+    b_dPT = operand(tree_scores(b_dy, b_s, b_g, C, BM, DOT, True), DOT)
+    b_dy = operand(b_dy * tl.exp2(tl.cumsum(b_g, 0)), DOT)
     for i in range(0, tl.cdiv(K, BK)):
         o_k = i * BK + tl.arange(0, BK)
         m_k = o_k < K
-        b_k = load_tile(p_k + i_row * K, o_t, H * K, m_t, o_k, 1, m_k).to(DOT)  # [C, BK]
-        b_dq = tl.dot(b_dP, b_k, input_precision="ieee")
-        b_h = load_tile(p_h, o_m, 1, m_m, o_k, M, m_k).to(DOT)  # [BM, BK]
-        b_dq += tl.dot(b_dy, b_h, input_precision="ieee")
+        b_k = load_tile(p_k + i_row * K, o_t, H * K, m_t, o_k, 1, m_k)  # [C, BK]
+        b_dq = dot(b_dP, b_k, DOT)
+        b_h = load_tile(p_h, o_m, 1, m_m, o_k, M, m_k)  # [BM, BK]
+        b_dq += dot(b_dy, b_h, DOT)
         store_tile(p_dq + i_row * K, scale * b_dq, o_t, H * K, m_t, o_k, 1, m_k)
-        b_q = load_tile(p_q + i_row * K, o_t, H * K, m_t, o_k, 1, m_k).to(DOT)
-        b_dk = scale * tl.dot(b_dPT, b_q, input_precision="ieee")
-        b_dh = load_tile(p_dh, o_m, 1, m_m, o_k, M, m_k).to(DOT)
-        b_dk += tl.dot(b_w, b_dh, input_precision="ieee")
+        b_q = load_tile(p_q + i_row * K, o_t, H * K, m_t, o_k, 1, m_k)
+        b_dk = scale * dot(b_dPT, b_q, DOT)
+        b_dh = load_tile(p_dh, o_m, 1, m_m, o_k, M, m_k)
+        b_dk += dot(b_w, b_dh, DOT)
         store_tile(p_dk + i_row * K, b_dk, o_t, H * K, m_t, o_k, 1, m_k)
 
 
@@ -657,7 +657,7 @@ KERNELS = {
     "read": Kernel(gsa_read_kernel, CHUNK_CONFIGS),
     "logit": Kernel(gsa_logit_kernel, CHUNK_CONFIGS),
     "write": Kernel(gsa_write_kernel, CHUNK_CONFIGS),
-    "input": Kernel(gsa_input_kernel, CHUNK_CONFIGS),
+    "input": Kernel(gsa_input_kernel, CHUNK_CONFIGS, fp32=dict(BK=16, BV=16, num_warps=8, num_stages=1)),
 }
 MAX_SLOTS = 256
 
@@ -736,7 +736,7 @@ def aot_specs():
         kernel = KERNELS[name].function
         for width in (64, 128):
             for i, config in enumerate(KERNELS[name].configs):
-                constants = dict(K=width, V=width, M=64, BM=64, C=chunk(64), DOT=tl.bfloat16, **flags, **config)
+                constants = dict(K=width, V=width, M=64, BM=64, C=chunk(64), DOT="bf16", **flags, **config)
                 half = low | ({"p_h"} if title in ("gsa_scan", "gsa_read") else set())
                 signature = {x: "*bf16" if x in half else "*fp32" for x in kernel.arg_names if x[:2] == "p_"}
                 signature |= {"scale": "fp32", "T": "i32", "H": "i32"}

@@ -36,8 +36,25 @@ def power(n):
 
 
 def dot_type(dtype):
-    """What products are made of. fp16 becomes bf16: factors that decay and grow need its range."""
-    return tl.float32 if dtype == torch.float32 else tl.bfloat16
+    """What products are made of. fp32: three products in tf32, whose sum is as good as fp32 and needs no more registers
+    than there are, or one, if torch.set_float32_matmul_precision allows it. fp16 becomes bf16: factors that decay and
+    grow need its range."""
+    if dtype != torch.float32:
+        return "bf16"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@jit
+def operand(x, DOT: tl.constexpr):
+    """x in the type of the products' operands."""
+    return x.to(tl.bfloat16 if DOT == "bf16" else tl.float16 if DOT == "fp16" else tl.float32)
+
+
+@jit
+def dot(a, b, DOT: tl.constexpr):
+    """a b with operands in DOT, added up in fp32."""
+    precision: tl.constexpr = "ieee" if DOT == "bf16" or DOT == "fp16" else DOT
+    return tl.dot(operand(a, DOT), operand(b, DOT), input_precision=precision)
 
 
 @jit
@@ -48,16 +65,17 @@ def split(i, n):
 
 class Kernel:
     """A Triton kernel with its configurations, dicts of tiles, num_warps and num_stages: the first is the default.
-    tiles: {tile: the size that it need not exceed}."""
+    tiles: {tile: the size that it need not exceed}. fp32: the default for products of fp32, if another."""
 
-    def __init__(self, function, configs, tiles=None):
-        self.function, self.configs, self.tiles = function, configs, tiles or {}
+    def __init__(self, function, configs, tiles=None, fp32=None):
+        self.function, self.configs, self.tiles, self.fp32 = function, configs, tiles or {}, fp32
         self.runs = {}  # {device and constants: what is launched, and its configuration}
 
     def options(self, constants):
         """The distinct configurations for the sizes among `constants`, the default first."""
         sizes = {tile: power(constants[size]) for tile, size in self.tiles.items()}
-        fitted = [c | {tile: min(c[tile], size) for tile, size in sizes.items()} for c in self.configs]
+        first = [self.fp32] if self.fp32 and constants.get("DOT") in ("tf32", "tf32x3") else []
+        fitted = [c | {tile: min(c[tile], size) for tile, size in sizes.items()} for c in first + self.configs]
         return [c for i, c in enumerate(fitted) if c not in fitted[:i]]
 
     def launch(self, programs, *args, **constants):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from . import Case, in_autocast, jit, leave_autocast, like_inputs, operator, tl
 from .gla import LOG2E, Workspace, compute_dtype
-from .launch import Kernel, choose, configurations, power
+from .launch import Kernel, choose, configurations, dot, dot_type, power
 
 SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
     128: (8, 4, 8, 4, 16),
@@ -380,12 +380,12 @@ def selected_backward(q, k, v, index, o, lse, do, scale, select_block):
         level = lse.index_select(0, query)
         level.masked_fill_(tiles.query.unsqueeze(1) < 0, math.inf)  # no pair: probabilities of 0
         qt, kt, vt = gather(rows, tiles, lo, new), gather_blocks(ks, tiles, new), gather_blocks(vs, tiles, new)
-        dot = gather(dos, tiles, lo, new)
+        dot_rows = gather(dos, tiles, lo, new)
         p = torch.baddbmm(level.neg_().view(shape), qt, kt.mT, out=new(*qt.shape[:2], select_block))
         mask_own(p, tiles, own, diagonal)
         p.exp_()
-        dv.flatten(0, 1).index_add_(0, tiles.block, new.bmm(p.mT, dot))
-        ds = torch.baddbmm(delta.index_select(0, query).neg_().view(shape), dot, vt.mT, out=new(*p.shape)).mul_(p)
+        dv.flatten(0, 1).index_add_(0, tiles.block, new.bmm(p.mT, dot_rows))
+        ds = torch.baddbmm(delta.index_select(0, query).neg_().view(shape), dot_rows, vt.mT, out=new(*p.shape)).mul_(p)
         dk.flatten(0, 1).index_add_(0, tiles.block, new.bmm(ds.mT, qt))
         part = new.bmm(ds, kt).flatten(0, 1)
         weight = tiles.real.repeat_interleave(G, 0).to(part.dtype).mul_(scale)
@@ -551,13 +551,13 @@ def nsa_tile_kernel(
     o_k, m_k = ((b_block // n_blocks) * S + o_key)[:, None] * D + o_d[None, :], m_s[:, None] & m_d[None, :]
     b_q = tl.load(p_q + b_row[:, None] * D + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0)  # (R, BD)
     b_k = tl.load(p_k + o_k, mask=m_k, other=0.0)  # (BS, BD)
-    b_s = tl.dot(b_q.to(DOT), tl.trans(b_k.to(DOT)), input_precision="ieee") * (scale * LOG2E)  # (R, BS)
+    b_s = dot(b_q, tl.trans(b_k), DOT) * (scale * LOG2E)  # (R, BS)
     b_s = tl.where(m_r[:, None] & m_s[None, :] & (o_key[None, :] <= b_t[:, None]), b_s, float("-inf"))
     b_top = tl.where(m_r, tl.max(b_s, 1), 0.0)
     b_p = tl.exp2(b_s - b_top[:, None])
     b_total = tl.where(m_r, tl.sum(b_p, 1), 1.0)
     b_v = tl.load(p_v + o_k, mask=m_k, other=0.0)
-    b_o = tl.dot(b_p.to(DOT), b_v.to(DOT), input_precision="ieee") / b_total[:, None]  # (R, BD)
+    b_o = dot(b_p, b_v, DOT) / b_total[:, None]  # (R, BD)
     o_part = i_tile * R + tl.arange(0, R)
     tl.store(p_part + o_part[:, None] * D + o_d[None, :], b_o, mask=m_r[:, None] & m_d[None, :])
     tl.store(p_level + o_part, b_top + tl.log2(b_total), mask=m_r)
@@ -621,18 +621,18 @@ def nsa_query_kernel(
     m_s, m_d = (o_s < LS) & (o_key < S), o_d < D
     o_k, m_k = ((b_block // n_blocks) * S + o_key)[:, None] * D + o_d[None, :], m_s[:, None] & m_d[None, :]
     o_q, m_q = b_row[:, None] * D + o_d[None, :], m_r[:, None] & m_d[None, :]
-    b_k = tl.load(p_k + o_k, mask=m_k, other=0.0).to(DOT)  # (BS, BD)
-    b_v = tl.load(p_v + o_k, mask=m_k, other=0.0).to(DOT)
-    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0).to(DOT)  # (R, BD)
-    b_do = tl.load(p_do + o_q, mask=m_q, other=0.0).to(DOT)
+    b_k = tl.load(p_k + o_k, mask=m_k, other=0.0)  # (BS, BD)
+    b_v = tl.load(p_v + o_k, mask=m_k, other=0.0)
+    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)  # (R, BD)
+    b_do = tl.load(p_do + o_q, mask=m_q, other=0.0)
     b_lse = tl.load(p_lse + b_row, mask=m_r, other=0.0)
     b_delta = tl.load(p_delta + b_row, mask=m_r, other=0.0)
-    b_s = (tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None]) * LOG2E  # (R, BS)
+    b_s = (dot(b_q, tl.trans(b_k), DOT) * scale - b_lse[:, None]) * LOG2E  # (R, BS)
     m_p = m_r[:, None] & m_s[None, :] & (o_key[None, :] <= b_t[:, None])
     b_p = tl.exp2(tl.where(m_p, b_s, float("-inf")))
-    b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
+    b_ds = b_p * (dot(b_do, tl.trans(b_v), DOT) - b_delta[:, None])
     o_part = (i_tile * R + tl.arange(0, R))[:, None] * D + o_d[None, :]
-    tl.store(p_part + o_part, tl.dot(b_ds.to(DOT), b_k, input_precision="ieee"), mask=m_q)
+    tl.store(p_part + o_part, dot(b_ds, b_k, DOT), mask=m_q)
 
 
 @jit
@@ -653,21 +653,21 @@ def nsa_block_kernel(
     o_key = (i_block % n_blocks) * LS + o_s
     m_s, m_d = (o_s < LS) & (o_key < S), o_d < D
     o_k, m_k = ((i_block // n_blocks) * S + o_key)[:, None] * D + o_d[None, :], m_s[:, None] & m_d[None, :]
-    b_k, b_v = tl.load(p_k + o_k, mask=m_k, other=0.0).to(DOT), tl.load(p_v + o_k, mask=m_k, other=0.0).to(DOT)
+    b_k, b_v = tl.load(p_k + o_k, mask=m_k, other=0.0), tl.load(p_v + o_k, mask=m_k, other=0.0)
     b_dk, b_dv = tl.zeros([BS, BD], tl.float32), tl.zeros([BS, BD], tl.float32)
     for i in range(2 * tl.load(p_first + i_block), 2 * tl.load(p_first + i_block + 1)):  # half a tile: few registers
         b_row, b_t, m_r = load_pairs(p_query, i // 2, i % 2 * (R // 2) + tl.arange(0, R // 2), T, S - T, R, G)
         o_q, m_q = b_row[:, None] * D + o_d[None, :], m_r[:, None] & m_d[None, :]
-        b_q = tl.load(p_q + o_q, mask=m_q, other=0.0).to(DOT)  # (R / 2, BD)
+        b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)  # (R / 2, BD)
         b_lse = tl.load(p_lse + b_row, mask=m_r, other=0.0)
-        b_s = (tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale - b_lse[None, :]) * LOG2E  # (BS, R / 2)
+        b_s = (dot(b_k, tl.trans(b_q), DOT) * scale - b_lse[None, :]) * LOG2E  # (BS, R / 2)
         m_p = m_r[None, :] & m_s[:, None] & (o_key[:, None] <= b_t[None, :])
         b_p = tl.exp2(tl.where(m_p, b_s, float("-inf")))
-        b_do = tl.load(p_do + o_q, mask=m_q, other=0.0).to(DOT)
-        b_dv += tl.dot(b_p.to(DOT), b_do, input_precision="ieee")
+        b_do = tl.load(p_do + o_q, mask=m_q, other=0.0)
+        b_dv += dot(b_p, b_do, DOT)
         b_delta = tl.load(p_delta + b_row, mask=m_r, other=0.0)
-        b_ds = b_p * (tl.dot(b_v, tl.trans(b_do), input_precision="ieee") - b_delta[None, :])
-        b_dk += tl.dot(b_ds.to(DOT), b_q, input_precision="ieee")
+        b_ds = b_p * (dot(b_v, tl.trans(b_do), DOT) - b_delta[None, :])
+        b_dk += dot(b_ds, b_q, DOT)
     tl.store(p_dk + o_k, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_k)
     tl.store(p_dv + o_k, b_dv.to(p_dv.dtype.element_ty), mask=m_k)
 
@@ -677,9 +677,12 @@ KERNELS = {
     "tile": Kernel(nsa_tile_kernel, configurations(WARPS, (4, 1), (8, 1), (2, 1))),
     "merge": Kernel(nsa_merge_kernel, configurations(WARPS, (4, 1), (2, 1), (4, 2), (4, 3))),
     "query": Kernel(nsa_query_kernel, configurations(WARPS, (8, 1), (4, 1), (2, 1))),
-    "block": Kernel(nsa_block_kernel, configurations(WARPS, (8, 2), (8, 1), (4, 2), (4, 1))),
+    "block": Kernel(
+        nsa_block_kernel, configurations(WARPS, (8, 2), (8, 1), (4, 2), (4, 1)), fp32=dict(num_warps=8, num_stages=1)
+    ),
 }
 MAX_WIDTH = 128  # of heads and selected blocks
+FP32_WIDTH = 64  # of heads in fp32: wider tiles do not fit into the registers
 MERGED = 16  # query heads in a program of the merge
 
 
@@ -694,9 +697,10 @@ def triton_inputs(q, k, v, index, select_block):
     q, k, v = (x.to(dtype).unflatten(2, (Hk, -1)).transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))
     G, D, n_blocks = *q.shape[2:], -(-k.shape[1] // select_block)
     tiles = Tiles(numbered(index.transpose(1, 2).flatten(0, 1), n_blocks), B * Hk * n_blocks, ROWS // G)
-    dot = tl.float32 if dtype == torch.float32 else tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
     widths = dict(D=D, BD=power(D), G=G, R=ROWS)
-    sizes = widths | dict(LS=select_block, BS=power(select_block), DOT=dot)
+    sizes = widths | dict(
+        LS=select_block, BS=power(select_block), DOT="fp16" if dtype == torch.float16 else dot_type(dtype)
+    )
     return q, k, v, tiles, torch.where(tiles.real, tiles.place, -1), n_blocks, widths, sizes
 
 
@@ -743,7 +747,7 @@ def aot_specs():
         for width, select_block, (i, config) in itertools.product((64, 128), (32, 64), enumerate(launched.configs)):
             constants = dict(D=width, BD=width, G=4, R=ROWS, **config)
             constants |= dict(BR=MERGED, SUM=False) if name == "merge" else {}
-            constants |= {} if name == "merge" else dict(LS=select_block, BS=select_block, DOT=tl.bfloat16)
+            constants |= {} if name == "merge" else dict(LS=select_block, BS=select_block, DOT="bf16")
             kinds = dict.fromkeys(("p_part", "p_level", "p_lse", "p_delta"), "*fp32")
             kinds |= dict.fromkeys(("p_query", "p_block", "p_place", "p_first"), "*i64") | dict(scale="fp32")
             signature = {x: kinds.get(x, "*bf16" if x[:2] == "p_" else "i32") for x in kernel.arg_names}
@@ -900,7 +904,7 @@ def nsa_selected(q, k, v, index, select_block, scale=None, backend="auto"):
     if backend == "gather":
         with leave_autocast(q):
             return selected_gathered(q, k, v, index, select_block, scaling(q, scale))
-    backend = choose("nsa_selected", backend, q, too_large(q.shape[3], select_block, q.shape[2] // k.shape[2]))
+    backend = choose("nsa_selected", backend, q, too_large(q, select_block, q.shape[2] // k.shape[2]))
     return selected_op(q, k, v, index, scaling(q, scale), select_block, backend == "triton")[0]
 
 
@@ -913,8 +917,11 @@ def nsa_window(q, k, v, window, scale=None):
     return window_op(q, k, v, scaling(q, scale), window)
 
 
-def too_large(D, select_block, G):
+def too_large(q, select_block, G):
     """What the Triton kernels do not take, or None."""
+    D = q.shape[3]
+    if q.dtype == torch.float32 and D > FP32_WIDTH:
+        return f"the Triton kernels take float32 heads up to {FP32_WIDTH} wide"
     limits = f"the Triton kernels take heads and blocks up to {MAX_WIDTH} wide, groups up to {ROWS}"
     return limits if max(D, select_block) > MAX_WIDTH or G > ROWS else None
 

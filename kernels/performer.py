@@ -34,7 +34,7 @@ from .gla import (
     store,
     too_wide,
 )
-from .launch import Kernel, choose, configurations, dot_type, split
+from .launch import Kernel, choose, configurations, dot, dot_type, operand, split
 
 SEGMENT = 2**18  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
 FLOOR = 1e-3  # of the relu features: no query is without keys
@@ -264,27 +264,37 @@ def performer_grad_kernel(
     for i_v in range(0, tl.cdiv(V, BV)):
         o_v = i_v * BV + tl.arange(0, BV)
         o_y, m_y = o_t[:, None] * (H * V) + o_v[None, :], m_t[:, None] & (o_v < V)[None, :]
-        b_v = tl.load(p_v + o_y, mask=m_y, other=0.0).to(DOT)  # (C, BV)
-        b_dn = tl.load(p_dn + o_y, mask=m_y, other=0.0).to(DOT)  # (C, BV)
+        b_v = tl.load(p_v + o_y, mask=m_y, other=0.0)  # (C, BV)
+        b_dn = tl.load(p_dn + o_y, mask=m_y, other=0.0)  # (C, BV)
         o_s, m_s = chunk * K * V + o_k[None, :] * V + o_v[:, None], m_k[None, :] & (o_v < V)[:, None]
-        b_s = tl.load(p_s + o_s, mask=m_s, other=0.0).to(DOT)  # (BV, BK)
-        b_ds = tl.load(p_ds + o_s, mask=m_s, other=0.0).to(DOT)  # (BV, BK)
-        b_dA += tl.dot(b_dn, tl.trans(b_v), input_precision="ieee")
-        b_dAT += tl.dot(b_v, tl.trans(b_dn), input_precision="ieee")
-        b_dq += tl.dot(b_dn, b_s, input_precision="ieee")
-        b_dk += tl.dot(b_v, b_ds, input_precision="ieee")
+        b_s = operand(tl.load(p_s + o_s, mask=m_s, other=0.0), DOT)  # (BV, BK)
+        b_ds = operand(tl.load(p_ds + o_s, mask=m_s, other=0.0), DOT)  # (BV, BK)
+        b_dA += dot(b_dn, tl.trans(b_v), DOT)
+        b_dAT += dot(b_v, tl.trans(b_dn), DOT)
+        b_dq += dot(b_dn, b_s, DOT)
+        b_dk += dot(b_v, b_ds, DOT)
     o_x, m_x = row * K + o_t[:, None] * (H * K) + o_k[None, :], m_t[:, None] & m_k[None, :]
-    b_q = tl.load(p_q + o_x, mask=m_x, other=0.0).to(DOT)  # (C, BK)
-    b_k = tl.load(p_k + o_x, mask=m_x, other=0.0).to(DOT)  # (C, BK)
-    b_dq += tl.dot(tl.where(o_c[:, None] >= o_c[None, :], b_dA, 0.0).to(DOT), b_k, input_precision="ieee")
-    b_dk += tl.dot(tl.where(o_c[:, None] <= o_c[None, :], b_dAT, 0.0).to(DOT), b_q, input_precision="ieee")
+    b_q = tl.load(p_q + o_x, mask=m_x, other=0.0)  # (C, BK)
+    b_k = tl.load(p_k + o_x, mask=m_x, other=0.0)  # (C, BK)
+    b_dq += dot(tl.where(o_c[:, None] >= o_c[None, :], b_dA, 0.0), b_k, DOT)
+    b_dk += dot(tl.where(o_c[:, None] <= o_c[None, :], b_dAT, 0.0), b_q, DOT)
     tl.store(p_dq + o_x, b_dq.to(p_dq.dtype.element_ty), mask=m_x)
     tl.store(p_dk + o_x, b_dk.to(p_dk.dtype.element_ty), mask=m_x)
 
 
 KERNELS = {
-    "scan": Kernel(gla_scan_kernel, configurations(COLUMNS, (64, 64, 4, 2)), TILES),
-    "read": Kernel(gla_read_kernel, configurations(COLUMNS, (64, 64, 4, 2)), TILES),
+    "scan": Kernel(
+        gla_scan_kernel,
+        configurations(COLUMNS, (64, 64, 4, 2)),
+        TILES,
+        dict(BK=64, BV=32, num_warps=4, num_stages=2),
+    ),
+    "read": Kernel(
+        gla_read_kernel,
+        configurations(COLUMNS, (64, 64, 4, 2)),
+        TILES,
+        dict(BK=32, BV=32, num_warps=4, num_stages=1),
+    ),
     "grad": Kernel(performer_grad_kernel, configurations(COLUMNS, (32, 32, 8, 1)), TILES),
 }
 
@@ -355,7 +365,7 @@ def aot_specs():
             signature = {x: "*fp32" if x in wide else "*bf16" for x in kernel.arg_names if x[:2] == "p_"}
             signature |= dict.fromkeys("TH", "i32") | dict.fromkeys("KV", "i32:16")
             signature |= dict.fromkeys(("scale", "gate_min", "tiny"), "fp32")
-            constants = KERNELS[name].options(dict(K=M, V=V))[0] | flags | dict(C=CHUNK, DOT=tl.bfloat16)
+            constants = KERNELS[name].options(dict(K=M, V=V))[0] | flags | dict(C=CHUNK, DOT="bf16")
             constants |= {} if name == "grad" else dict(GATED=False)
             form = " reverse" if flags.get("REVERSE") else ""
             specs.append((f"performer_{name}{form} {V} #0", kernel, signature, constants))

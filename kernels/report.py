@@ -2,16 +2,19 @@
 
     python -m kernels.report              every kernel and configuration, sm_80 and sm_90
     python -m kernels.report --defaults   the default configurations only
+    python -m kernels.report --arch=90    one architecture
 
 An operator module provides `aot_specs()`: a list of (name, kernel, signature, constants). The name ends in " #i", the
-number of the configuration; #0 is the default. The signature types the arguments that are no constants ("*bf16", "i32",
-"i32:16" for a multiple of 16); the constants may hold num_warps and num_stages. Exit status 1 if a default spills, or
-if no configuration of a kernel stays within the shared memory of a consumer card.
+number of the configuration; #0 is the default, and " fp32 #0" the one for float32 inputs. The signature types the
+arguments that are no constants ("*bf16", "i32", "i32:16" for a multiple of 16); the constants may hold num_warps and
+num_stages. Exit status 1 if a default spills, in float32 more than FP32_STACK, or if no configuration of a kernel stays
+within the shared memory of a consumer card.
 """
 
 import argparse
 import importlib
 import math
+import multiprocessing
 import pathlib
 import re
 import subprocess
@@ -21,6 +24,7 @@ import tempfile
 OPERATORS = ("gla", "gsa", "performer", "nsa")
 ARCHS = (80, 90)
 SMALL_SHARED = 99 * 1024
+FP32_STACK = 2048  # bytes; three products in place of one need three times the operands
 COLUMNS = ("registers", "stack", "local", "shared", "programs", "HMMA", "HGMMA", "barriers", "shuffles")
 SHARED = {80: 164 * 1024, 90: 228 * 1024}  # bytes of a multiprocessor; it has 65,536 registers and 64 warps
 
@@ -32,8 +36,21 @@ def specs(operators=OPERATORS):
             module = importlib.import_module(f"{__package__ or 'kernels'}.{name}")
         except ModuleNotFoundError:
             continue
-        out += module.aot_specs()
+        found = module.aot_specs()
+        out += found + [in_fp32(module, *spec) for spec in found if fp32_default(module, *spec)]
     return out
+
+
+def fp32_default(module, name, kernel, signature, constants):
+    return name.endswith("#0") and "DOT" in constants and constants.get("D", 0) <= getattr(module, "FP32_WIDTH", 0)
+
+
+def in_fp32(module, name, kernel, signature, constants):
+    """A default with inputs of fp32, as it is launched for them."""
+    own = next(k.fp32 or {} for k in module.KERNELS.values() if k.function is kernel)
+    own = {x: min(n, constants[x]) if x in ("BK", "BV") else n for x, n in own.items()}
+    signature = {x: kind.replace("bf16", "fp32") for x, kind in signature.items()}
+    return name.replace(" #", " fp32 #"), kernel, signature, constants | own | dict(DOT="tf32x3")
 
 
 def compile_spec(kernel, signature, constants, arch):
@@ -93,8 +110,17 @@ def resources(kernel, signature, constants, arch):
     }
 
 
+def by_name(name, arch):
+    """In a process of a pool: a kernel cannot be sent there."""
+    return resources(*next(spec[1:] for spec in specs() if spec[0] == name), arch)
+
+
 def spills(row):
     return row["stack"] > 0 or row["local"] > 0
+
+
+def too_much(name, row):
+    return row["stack"] > FP32_STACK if " fp32" in name else spills(row)
 
 
 def faults(rows):
@@ -104,7 +130,7 @@ def faults(rows):
         groups.setdefault((name.rsplit(" #", 1)[0], arch), []).append(row)
     out = []
     for (name, arch), found in groups.items():
-        if spills(found[0]):
+        if too_much(name, found[0]):
             out.append(f"{name} sm_{arch}: the default spills")
         if min(x["shared"] for x in found) > SMALL_SHARED:
             out.append(f"{name} sm_{arch}: no configuration within {SMALL_SHARED} bytes of shared memory")
@@ -115,6 +141,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--defaults", action="store_true", help="the default configurations only")
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    parser.add_argument("--arch", type=int, choices=ARCHS, help="only this architecture")
     args = parser.parse_args()
     try:
         import triton
@@ -123,15 +150,18 @@ def main():
     chosen = [x for x in specs() if args.only in x[0] and (not args.defaults or x[0].endswith(" #0"))]
     print(f"triton {triton.__version__}; registers a thread, stack and shared in bytes, local = LDL + STL instructions")
     print(f"{'kernel':36}{'BK':>5}{'BV':>5}{'warps':>6}{'stages':>7}{'sm':>4}" + "".join(f"{x:>10}" for x in COLUMNS))
-    rows = {}
-    for name, kernel, signature, constants in chosen:
-        for arch in ARCHS:
-            row = rows[name, arch] = resources(kernel, signature, constants, arch)
+    rows, wanted = {}, [(spec, arch) for spec in chosen for arch in ARCHS if args.arch in (None, arch)]
+    with multiprocessing.get_context("fork").Pool() as pool:
+        jobs = [pool.apply_async(by_name, (spec[0], arch)) for spec, arch in wanted]
+        for (spec, arch), job in zip(wanted, jobs):
+            name, constants, row = spec[0], spec[3], job.get()
+            rows[name, arch] = row
             tiles = [constants.get(x, "") for x in ("BK", "BV", "num_warps", "num_stages")]
             print(f"{name:36}{tiles[0]:>5}{tiles[1]:>5}{tiles[2]:>6}{tiles[3]:>7}{arch:>4}", end="")
             print("".join(f"{row[x]:>10}" for x in COLUMNS) + ("  spills" if spills(row) else ""), flush=True)
     found = faults(rows)
-    print("\n".join(found) or "no default spills, and every kernel has a configuration for consumer cards")
+    fine = "no default spills too much, and every kernel has a configuration for consumer cards"
+    print("\n".join(found) or fine)
     sys.exit(bool(found))
 
 
