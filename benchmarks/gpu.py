@@ -204,6 +204,7 @@ def quality(bench, runtime, report, rows):
 # make gpu-table
 
 MARKS = "<!-- the GPU's tables begin -->\n", "<!-- the GPU's tables end -->\n"  # of docs/results.md
+PATHS = [os.path.join(ROOT, "docs", f"gpu-{part}.json") for part in (1, 2, 3, 4)]
 SHOWN = {  # table: what is shown of it; empty: all
     "tests": "",
     "operators": "",
@@ -214,10 +215,10 @@ SHOWN = {  # table: what is shown of it; empty: all
 }
 
 
-def sections(paths):
+def sections():
     """Markdown of the files of the four parts, those that are there."""
     lines = []
-    for path in filter(os.path.exists, paths):
+    for path in filter(os.path.exists, PATHS):
         with open(path, encoding="utf-8") as f:
             found = json.load(f)
         machine, tables = found["machine"], found["tables"]
@@ -241,8 +242,7 @@ def sections(paths):
 def write_tables(path="docs/results.md"):
     with open(os.path.join(ROOT, path), encoding="utf-8") as f:
         before, rest = f.read().split(MARKS[0])
-    paths = [os.path.join(ROOT, "docs", f"gpu-{part}.json") for part in (1, 2, 3, 4)]
-    text = before + MARKS[0] + "\n" + sections(paths) + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
+    text = before + MARKS[0] + "\n" + sections() + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
     with open(os.path.join(ROOT, path), "w", encoding="utf-8") as f:
         f.write(text)
 
