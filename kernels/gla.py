@@ -611,6 +611,7 @@ KERNELS = {
         ),
         TILES,
         dict(BK=32, BV=64, num_warps=8, num_stages=1),
+        serial="T / 64",
     ),
     "read": Kernel(
         gla_read_kernel,
@@ -618,6 +619,7 @@ KERNELS = {
             COLUMNS, (32, 64, 4, 1), (64, 64, 8, 1), (32, 64, 4, 2), (64, 128, 8, 1), (32, 32, 4, 2), (32, 128, 8, 2)
         ),
         TILES,
+        serial="K / BK",
     ),
     "grad": Kernel(
         gla_grad_kernel,
@@ -625,9 +627,13 @@ KERNELS = {
             COLUMNS, (32, 32, 8, 1), (32, 64, 8, 1), (64, 32, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1), (32, 64, 8, 2)
         ),
         TILES,
+        serial="V / BV",
     ),
     "grad tree": Kernel(
-        gla_grad_kernel, configurations(COLUMNS, (16, 32, 8, 1), (32, 32, 8, 1), (16, 32, 4, 1), (32, 64, 8, 1)), TILES
+        gla_grad_kernel,
+        configurations(COLUMNS, (16, 32, 8, 1), (32, 32, 8, 1), (16, 32, 4, 1), (32, 64, 8, 1)),
+        TILES,
+        serial="V / BV",
     ),
 }
 MAX_WIDTH = 256  # of heads

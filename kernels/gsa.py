@@ -651,13 +651,14 @@ def gsa_input_kernel(
 CHUNK_CONFIGS = configurations(
     "BK BV num_warps num_stages", (64, 64, 8, 1), (64, 64, 4, 1), (32, 32, 8, 2), (32, 32, 4, 1)
 )
+BOTH = "K / BK + V / BV"
 SCAN_CONFIGS = configurations("BD num_warps num_stages", (64, 4, 2), (32, 4, 2), (32, 2, 3), (64, 8, 2))
 KERNELS = {
-    "scan": Kernel(gsa_scan_kernel, SCAN_CONFIGS),  # BD, BK, BV: tiles of columns of the states
-    "read": Kernel(gsa_read_kernel, CHUNK_CONFIGS),
-    "logit": Kernel(gsa_logit_kernel, CHUNK_CONFIGS),
-    "write": Kernel(gsa_write_kernel, CHUNK_CONFIGS),
-    "input": Kernel(gsa_input_kernel, CHUNK_CONFIGS, fp32=dict(BK=16, BV=16, num_warps=8, num_stages=1)),
+    "scan": Kernel(gsa_scan_kernel, SCAN_CONFIGS, serial="T / 32"),  # BD, BK, BV: tiles of columns of the states
+    "read": Kernel(gsa_read_kernel, CHUNK_CONFIGS, serial=BOTH),
+    "logit": Kernel(gsa_logit_kernel, CHUNK_CONFIGS, serial=BOTH),
+    "write": Kernel(gsa_write_kernel, CHUNK_CONFIGS, serial=BOTH),
+    "input": Kernel(gsa_input_kernel, CHUNK_CONFIGS, fp32=dict(BK=16, BV=16, num_warps=8, num_stages=1), serial=BOTH),
 }
 MAX_SLOTS = 256
 

@@ -65,10 +65,11 @@ def split(i, n):
 
 class Kernel:
     """A Triton kernel with its configurations, dicts of tiles, num_warps and num_stages: the first is the default.
-    tiles: {tile: the size that it need not exceed}. fp32: the default for products of fp32, if another."""
+    tiles: {tile: the size that it need not exceed}. fp32: the default for products of fp32, if another.
+    serial: how many steps a program takes one after the other, for the report."""
 
-    def __init__(self, function, configs, tiles=None, fp32=None):
-        self.function, self.configs, self.tiles, self.fp32 = function, configs, tiles or {}, fp32
+    def __init__(self, function, configs, tiles=None, fp32=None, serial="1"):
+        self.function, self.configs, self.tiles, self.fp32, self.serial = function, configs, tiles or {}, fp32, serial
         self.runs = {}  # {device and constants: what is launched, and its configuration}
 
     def options(self, constants):

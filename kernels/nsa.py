@@ -675,10 +675,13 @@ def nsa_block_kernel(
 WARPS = "num_warps num_stages"
 KERNELS = {
     "tile": Kernel(nsa_tile_kernel, configurations(WARPS, (4, 1), (8, 1), (2, 1))),
-    "merge": Kernel(nsa_merge_kernel, configurations(WARPS, (4, 1), (2, 1), (4, 2), (4, 3))),
+    "merge": Kernel(nsa_merge_kernel, configurations(WARPS, (4, 1), (2, 1), (4, 2), (4, 3)), serial="blocks chosen"),
     "query": Kernel(nsa_query_kernel, configurations(WARPS, (8, 1), (4, 1), (2, 1))),
     "block": Kernel(
-        nsa_block_kernel, configurations(WARPS, (8, 2), (8, 1), (4, 2), (4, 1)), fp32=dict(num_warps=8, num_stages=1)
+        nsa_block_kernel,
+        configurations(WARPS, (8, 2), (8, 1), (4, 2), (4, 1)),
+        fp32=dict(num_warps=8, num_stages=1),
+        serial="2 x tiles of the block",
     ),
 }
 MAX_WIDTH = 128  # of heads and selected blocks

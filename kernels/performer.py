@@ -288,14 +288,16 @@ KERNELS = {
         configurations(COLUMNS, (64, 64, 4, 2)),
         TILES,
         dict(BK=64, BV=32, num_warps=4, num_stages=2),
+        serial="T / 64",
     ),
     "read": Kernel(
         gla_read_kernel,
         configurations(COLUMNS, (64, 64, 4, 2)),
         TILES,
         dict(BK=32, BV=32, num_warps=4, num_stages=1),
+        serial="K / BK",
     ),
-    "grad": Kernel(performer_grad_kernel, configurations(COLUMNS, (32, 32, 8, 1)), TILES),
+    "grad": Kernel(performer_grad_kernel, configurations(COLUMNS, (32, 32, 8, 1)), TILES, serial="V / BV"),
 }
 
 

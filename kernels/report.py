@@ -37,17 +37,22 @@ def specs(operators=OPERATORS):
         except ModuleNotFoundError:
             continue
         found = module.aot_specs()
-        out += found + [in_fp32(module, *spec) for spec in found if fp32_default(module, *spec)]
+        out += found + [in_fp32(*spec) for spec in found if fp32_default(module, *spec)]
     return out
+
+
+def launched(name):
+    """The Kernels of the operator that a spec's name begins with."""
+    return importlib.import_module(f"{__package__ or 'kernels'}.{name.partition('_')[0]}").KERNELS.values()
 
 
 def fp32_default(module, name, kernel, signature, constants):
     return name.endswith("#0") and "DOT" in constants and constants.get("D", 0) <= getattr(module, "FP32_WIDTH", 0)
 
 
-def in_fp32(module, name, kernel, signature, constants):
+def in_fp32(name, kernel, signature, constants):
     """A default with inputs of fp32, as it is launched for them."""
-    own = next(k.fp32 or {} for k in module.KERNELS.values() if k.function is kernel)
+    own = next(k.fp32 or {} for k in launched(name) if k.function is kernel)
     own = {x: min(n, constants[x]) if x in ("BK", "BV") else n for x, n in own.items()}
     signature = {x: kind.replace("bf16", "fp32") for x, kind in signature.items()}
     return name.replace(" #", " fp32 #"), kernel, signature, constants | own | dict(DOT="tf32x3")
@@ -149,7 +154,11 @@ def main():
         sys.exit("kernels.report needs Triton: pip install triton")
     chosen = [x for x in specs() if args.only in x[0] and (not args.defaults or x[0].endswith(" #0"))]
     print(f"triton {triton.__version__}; registers a thread, stack and shared in bytes, local = LDL + STL instructions")
-    print(f"{'kernel':36}{'BK':>5}{'BV':>5}{'warps':>6}{'stages':>7}{'sm':>4}" + "".join(f"{x:>10}" for x in COLUMNS))
+    print(
+        f"{'kernel':36}{'BK':>5}{'BV':>5}{'warps':>6}{'stages':>7}{'sm':>4}"
+        + "".join(f"{x:>10}" for x in COLUMNS)
+        + "  serial steps"
+    )
     rows, wanted = {}, [(spec, arch) for spec in chosen for arch in ARCHS if args.arch in (None, arch)]
     with multiprocessing.get_context("fork").Pool() as pool:
         jobs = [pool.apply_async(by_name, (spec[0], arch)) for spec, arch in wanted]
@@ -158,7 +167,9 @@ def main():
             rows[name, arch] = row
             tiles = [constants.get(x, "") for x in ("BK", "BV", "num_warps", "num_stages")]
             print(f"{name:36}{tiles[0]:>5}{tiles[1]:>5}{tiles[2]:>6}{tiles[3]:>7}{arch:>4}", end="")
-            print("".join(f"{row[x]:>10}" for x in COLUMNS) + ("  spills" if spills(row) else ""), flush=True)
+            serial = next(k.serial for k in launched(name) if k.function is spec[1])
+            cells = "".join(f"{row[x]:>10}" for x in COLUMNS)
+            print(f"{cells}  {serial}{', spills' if spills(row) else ''}", flush=True)
     found = faults(rows)
     fine = "no default spills too much, and every kernel has a configuration for consumer cards"
     print("\n".join(found) or fine)
