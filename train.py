@@ -781,15 +781,14 @@ def train(model_config, cfg, given, world, device):
             raise ConfigError(f"out_dir={cfg.out_dir} is the folder of {name}: write another, it would be replaced")
     if cfg.eval_only and cfg.init_from == "scratch" and weights.is_training_folder(cfg.out_dir):
         raise ConfigError(f"--eval_only would score a new model, not that of {cfg.out_dir}: add --init_from=resume")
-    runtime = config.resolve_device(device, cfg.dtype, cfg.compile)
+    runtime = config.resolve_device(device, cfg.dtype, cfg.compile, training=not cfg.eval_only)
     dataset = Dataset(cfg.dataset)
     if cfg.dry_run:
-        explicit = config.explicit(model_config, given)
         if cfg.init_from != "scratch":
             folder = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
             if not weights.is_training_folder(folder):
                 raise ConfigError(f"--dry_run adds up a new model or a run's: {folder} holds no checkpoint of train.py")
-            model_config = stored_config(read_checkpoint(folder), **explicit)
+            model_config = stored_config(read_checkpoint(folder), **config.explicit(model_config, given))
         dry_run(model_config, cfg, dataset)
         return 0
     with contextlib.ExitStack() as stack:
@@ -808,8 +807,9 @@ def work(model_config, cfg, given, world, runtime, dataset):
     torch.manual_seed(cfg.seed)
     model, stored, what = make_model(cfg, model_config, given, dataset)
     if model.config.vocab_size < dataset.vocab_size:
-        size = model.config.vocab_size
-        raise ConfigError(f"vocab_size={size} is less than the {dataset.vocab_size} of {cfg.dataset}")
+        raise ConfigError(f"vocab_size={model.config.vocab_size} is below the {dataset.vocab_size} of {cfg.dataset}")
+    runtime = config.as_it_began(runtime, cfg, stored)
+    cfg = config.override(cfg, dtype=runtime.dtype)  # on record
     model.to(runtime.device)
     freeze(model, cfg.train_only)
     teacher = load_teacher(cfg, model).to(runtime.device) if cfg.teacher else None

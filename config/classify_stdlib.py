@@ -11,6 +11,7 @@ pos_emb = "rope"
 batch_size = 32
 optimizer = "muon"
 muon_learning_rate = 0.05
+dtype = "float32"  # as in the published figures
 learning_rate = 5e-3
 min_lr = 2e-4
 warmup_iters = 20

@@ -16,6 +16,7 @@ qkv_bias = True
 attention_init = "xavier"
 
 batch_size = 250
+dtype = "float32"  # as in the published figures
 learning_rate = 5e-3
 min_lr = 5e-5
 warmup_iters = 0

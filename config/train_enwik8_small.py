@@ -8,6 +8,7 @@ n_embd = 256
 block_size = 256
 
 batch_size = 16
+dtype = "float32"  # as in the published figures
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 100

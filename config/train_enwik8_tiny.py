@@ -5,3 +5,4 @@ out_dir = "out/enwik8_tiny"
 dataset = "enwik8"
 max_iters = 2000
 max_seconds = 0.0
+dtype = "float32"  # as in the published figures

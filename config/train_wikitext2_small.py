@@ -9,6 +9,7 @@ block_size = 128
 dropout = 0.2
 
 batch_size = 8
+dtype = "float32"  # as in the published figures
 learning_rate = 2e-3
 min_lr = 2e-4
 warmup_iters = 100

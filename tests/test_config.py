@@ -13,6 +13,7 @@ import sys
 import tempfile
 import typing
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -990,3 +991,40 @@ def test_the_complaint_can_be_made():
     ):
         assert "not one line" in complaint(*good, 2, text)
     assert "does not name" in complaint(*good, 2, "train.py: --n_head must be an integer\n")
+
+
+@pytest.mark.parametrize(
+    "flags, native", [("fpu avx512f avx512_bf16", True), ("amx_tile amx_bf16", True), ("avx2", False)]
+)
+def test_a_cpu_trains_in_bfloat16_where_it_multiplies_it(monkeypatch, flags, native):
+    real = open
+    text = io.StringIO(f"processor : 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(
+        "builtins.open", lambda path, *a, **kw: text if path == "/proc/cpuinfo" else real(path, *a, **kw)
+    )
+    runtime = resolve_device("cpu", "auto", training=True)
+    assert runtime.dtype == ("bfloat16" if native else "float32")
+    assert runtime.why == f"as asked; {'' if native else 'no '}AVX512-BF16 or AMX"
+    assert resolve_device("cpu", "float32", training=True).dtype == "float32"
+    assert resolve_device("cpu", "auto").dtype == "float32"  # sampling and evaluation: casting costs more than it saves
+
+
+@pytest.mark.parametrize(
+    "device, dtype, keys, began, want",
+    [
+        ("cpu", "float32", {}, "bfloat16", "bfloat16"),
+        ("cpu", "bfloat16", {}, "float32", "float32"),
+        ("cpu", "bfloat16", {}, "auto", "float32"),  # what an earlier version meant by it
+        ("cuda", "bfloat16", {}, "auto", "bfloat16"),
+        ("cpu", "float32", {}, "float16", "float32"),  # needs CUDA
+        ("cuda", "bfloat16", {}, "float16", "float16"),
+        ("cpu", "float32", dict(dtype="float32"), "bfloat16", "float32"),
+        ("cpu", "float32", dict(eval_only=True), "bfloat16", "float32"),
+        ("cpu", "float32", dict(init_from="scratch"), "bfloat16", "float32"),
+    ],
+)
+def test_a_resumed_run_keeps_its_precision(device, dtype, keys, began, want):
+    cfg = SimpleNamespace(**(dict(init_from="resume", eval_only=False, dtype="auto") | keys))
+    runtime = Runtime(device, dtype, False, "as asked; no AVX512-BF16 or AMX")
+    got = config.as_it_began(runtime, cfg, {"config": {"dtype": began}})
+    assert got.dtype == want and (got == runtime or got.why == "as asked; the run's precision")
