@@ -154,8 +154,8 @@ def tiny(text_dataset, tmp_path):
 
     def arguments(**keys):
         defaults = dict(
-            out_dir=str(tmp_path / "run"), dataset=text_dataset, device="cpu", dtype="float32", n_layer=2, n_head=2, n_embd=32,
-            block_size=16, batch_size=4, max_iters=20, lr_decay_iters=20, warmup_iters=3, learning_rate=1e-3,
+            out_dir=str(tmp_path / "run"), dataset=text_dataset, device="cpu", dtype="float32", n_layer=2, n_head=2,
+            n_embd=32, block_size=16, batch_size=4, max_iters=20, lr_decay_iters=20, warmup_iters=3, learning_rate=1e-3,
             min_lr=1e-4, eval_interval=10, eval_iters=2, log_interval=1, dropout=0.1,
         )  # fmt: skip
         return [f"--{k}={v}" for k, v in (defaults | keys).items()]
