@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import Case, check, in_autocast, leave_autocast, operator
+from . import check, in_autocast, leave_autocast, operator
 from .gla import SAFE_EXPONENT, compute_dtype
 
 CHUNK = 64  # tokens a chunk
@@ -221,13 +221,6 @@ def chunk_backward(q, k, v, beta, g, states, do, dstate, scale, gate_min):
     return grads, dS.clone().view(dstate.shape)
 
 
-def operations(T, H, K, V, gated=True):
-    """(nominal, executed) of a sequence of T: the recurrence, and the products that `chunk_forward` runs, the
-    triangular solve as one."""
-    C = CHUNK
-    return 6 * K * V * H * T, H * -(-T // C) * (2 * C * C * (3 * K + 2 * V) + 2 * C * K * V * 5)
-
-
 # ----------------------------------------------------------------------------- op
 
 
@@ -321,22 +314,3 @@ def check_inputs(q, k, v, beta, g, gate_min, initial_state, backend):
     if initial_state is not None and initial_state.shape != (B, H, K, v.shape[3]):
         shape = tuple(initial_state.shape)
         raise ValueError(f"delta: initial_state must be {(B, H, K, v.shape[3])}, got {shape}")
-
-
-def case(name, width, gate_min, q, k, v, **_):
-    """What is timed: keys of norm 1, mild gates for each head, or for each channel."""
-    (B, T, H, K), V = q.shape, v.shape[3]
-    beta = torch.rand(B, T, H, device=q.device).requires_grad_()
-    g = F.logsigmoid(torch.randn(B, T, H, *((K,) if width else ()), device=q.device)) / 16
-    unit = [F.normalize(x.detach(), dim=-1).requires_grad_() for x in (q, k)]
-    call = functools.partial(gated_output, gate_min=gate_min)
-    executed = B * operations(T, H, K, V)[1]
-    oracle = functools.partial(call, backend="recurrent")
-    return {name: Case(call, [*unit, v, beta, g.requires_grad_()], oracle, executed)}
-
-
-def gated_output(*inputs, **options):
-    return delta(*inputs, **options)[0]
-
-
-CASES = {name: functools.partial(case, name, *kind) for name, *kind in (("gdn", False, None), ("kda", True, -1.25))}
