@@ -96,14 +96,15 @@ DEVICE = cuda
 LIMIT = 480
 TOKENS = 100
 gpu:  ## on a CUDA machine, PART=1..4: checks, operators, steps, quality; each writes docs/gpu-PART.json within 9 minutes
+	mkdir -p out
 	PYTHONPATH=$(WHEELS) $(PYTHON) bench.py --what=gpu --part=$(PART) --device=$(DEVICE) --limit=$(LIMIT) --rounds=3 \
-	  --seconds=0.3 --tokens=$(TOKENS) --json=docs/gpu-$(PART).json
+	  --seconds=0.3 --tokens=$(TOKENS) --json=$(if $(filter cpu,$(DEVICE)),out,docs)/gpu-$(PART).json
 
 gpu-table:  ## the section of docs/results.md from docs/gpu-1.json to docs/gpu-4.json
 	$(PYTHON) -m benchmarks.gpu
 
 gpu-wheels:  ## flash-linear-attention and einops into $(WHEELS), for a machine without a network
-	$(PYTHON) -m pip install -q --no-deps --target $(WHEELS) $$(grep '^fla-core' requirements-peers.txt) einops
+	$(PYTHON) -m pip install -q --no-deps --target $(WHEELS) $$(grep '^fla-core' requirements-peers.txt) einops==0.8.2
 
 clean:  ## remove the environment, caches and runs; prepared data stays
 	rm -rf $(VENV) out .pytest_cache .ruff_cache .hypothesis

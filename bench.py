@@ -62,7 +62,7 @@ class BenchConfig:
     part: int = key(1, "1 checks, 2 operators, 3 steps, 4 quality (gpu)", low=1, high=4)
     check: bool = key(True, "compare outputs with those of the oracle before timing (overview, ops)")
     batch_size: int = key(0, "sequences of a call; 0: 4096 tokens (overview), 16 with a shape given (step)", low=0)
-    tokens: int = key(500, "tokens to sample (decode)", low=1)
+    tokens: int = key(500, "tokens to sample (decode, gpu)", low=1)
     positions: str = key("10,10000", "tokens before the one that is timed, comma-separated (decode)")
     operators: str = key("", "operators, comma-separated; empty: all (ops)")
     shapes: str = key("2x1024x4x64x64,2x4096x4x64x64,2x16384x4x64x64", "B x T x H x key size x value size, ... (ops)")

@@ -36,6 +36,7 @@ from benchmarks.tables import Table
 from config import ConfigError
 from model import GPT, GPTConfig
 from train import TrainConfig
+from weights import read_checkpoint
 
 TIMED = {  # B x T x H x K x V
     "cpu": "1x64x2x16x16",
@@ -196,9 +197,18 @@ def quality(bench, runtime, report, rows):
         for name, future in futures.items():
             with rows.row(name):
                 folders.append(future.result())
+                done, wanted = progress(folders[-1])
+                if done < wanted:
+                    rows.fail(f"{name} was stopped by the time limit after {done} of {wanted} iterations")
     if folders:
         bench.out_dir, bench.split, bench.png = ",".join(folders), "val", os.path.join(root, "quality.png")
         bench_quality(bench, runtime, report)
+
+
+def progress(folder):
+    """Iterations of a run, done and wanted."""
+    stored = read_checkpoint(os.path.join(ROOT, folder), "ckpt.pt")
+    return stored["iter_num"], stored["config"]["max_iters"]
 
 
 # make gpu-table

@@ -366,9 +366,10 @@ def as_it_began(runtime, cfg, stored):
     trained in float32 when checkpoints said `auto`."""
     if cfg.init_from != "resume" or cfg.eval_only or cfg.dtype != "auto":
         return runtime
-    kept = stored.get("config", {}).get("dtype", "auto")
-    kept = "float32" if kept == "auto" and runtime.device_type == "cpu" else kept
-    if kept == "auto" or (kept == "float16" and runtime.device_type != "cuda"):
+    began, cpu = stored.get("config"), runtime.device_type == "cpu"
+    kept = began.get("dtype") if isinstance(began, dict) else None
+    kept = kept if kept in ("float32", "bfloat16", "float16") else "float32" if cpu else runtime.dtype
+    if kept == runtime.dtype or (kept == "float16" and runtime.device_type != "cuda"):
         return runtime
     return dataclasses.replace(runtime, dtype=kept, why=f"{runtime.why.partition(';')[0]}; the run's precision")
 

@@ -11,10 +11,9 @@ matrix products. Axes: B batch, T time, H heads, K key width, V value width, C t
 import functools
 
 import torch
-import torch.nn.functional as F
 
 from . import check, in_autocast, leave_autocast, operator
-from .gla import SAFE_EXPONENT, compute_dtype
+from .gla import SAFE_EXPONENT, chunked, compute_dtype, store
 
 CHUNK = 64  # tokens a chunk
 SEGMENT = 8192  # token-heads that are worked on at a time, so that their tensors stay in cache
@@ -172,21 +171,18 @@ def segments(q, C):
 
 def load(x, segment, C, dtype):
     """A segment of x (B, T, H, D) as (N, C, D), padded with zeros: tokens that write nothing and forget nothing."""
-    lo, hi, n = segment
-    x = F.pad(x[:, lo:hi].to(dtype), (0, 0, 0, 0, 0, n * C - (hi - lo)))
-    return x.unflatten(1, (n, C)).permute(1, 0, 3, 2, 4).flatten(0, 2)
+    return chunked(x, segment, C).to(dtype).flatten(0, 2)
 
 
-def store(out, x, segment):
+def put(out, x, segment, C):
     """The inverse, x (N, C, D) into out (B, T, H, D)."""
-    (lo, hi, n), (B, _, H, _) = segment, out.shape
-    out[:, lo:hi] = x.unflatten(0, (n, B, H)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : hi - lo]
+    store(out, segment, C, lambda place: place.copy_(x.view(place.shape)))
 
 
 def load_all(q, k, v, beta, g, scale, gate_min, segment, C):
     dtype = compute_dtype(q.dtype)
-    q, k, v, beta = (load(x, segment, C, dtype) for x in (q * scale, k, v, beta.unsqueeze(-1)))
-    return q, k, v, beta, None if g is None else bounded(load(by_channel(g), segment, C, dtype), gate_min)
+    q, k, v, beta = (load(x, segment, C, dtype) for x in (q, k, v, beta.unsqueeze(-1)))
+    return q * scale, k, v, beta, None if g is None else bounded(load(by_channel(g), segment, C, dtype), gate_min)
 
 
 def chunk_forward(q, k, v, beta, g, state, scale, gate_min):
@@ -198,7 +194,7 @@ def chunk_forward(q, k, v, beta, g, state, scale, gate_min):
         states = chunk.walk(S, segment[2])
         kept.append(states[:-1])
         S = states[-1]
-        store(o, chunk.output(states[:-1].flatten(0, 1)), segment)
+        put(o, chunk.output(states[:-1].flatten(0, 1)), segment, C)
     return o, S.clone().view(state.shape), torch.cat(kept)
 
 
@@ -215,7 +211,7 @@ def chunk_backward(q, k, v, beta, g, states, do, dstate, scale, gate_min):
         parts = chunk.gradients(here, dos, back[1:].flatten(0, 1))
         for grad, part, factor in zip(grads, parts, (scale, 1.0, 1.0, 1.0, 1.0)):
             if part is not None:
-                store(grad if grad.dim() == 4 else grad.unsqueeze(-1), part * factor, segment)
+                put(by_channel(grad), part * factor, segment, C)
     if g is not None and gate_min is not None:
         grads[4].masked_fill_(g < gate_min, 0.0)
     return grads, dS.clone().view(dstate.shape)
@@ -252,9 +248,8 @@ def delta_backward_op(q, k, v, beta, g, states, do, dstate, scale, gate_min):
 
 @delta_backward_op.register_fake
 def _(q, k, v, beta, g, states, do, dstate, scale, gate_min):
-    return *(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, beta, g)), dstate.new_empty(
-        dstate.shape
-    )
+    grads = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, beta, g))
+    return *grads, dstate.new_empty(dstate.shape)
 
 
 def setup_context(ctx, inputs, output):

@@ -1017,6 +1017,7 @@ def test_a_cpu_trains_in_bfloat16_where_it_multiplies_it(monkeypatch, flags, nat
         ("cpu", "bfloat16", {}, "auto", "float32"),  # what an earlier version meant by it
         ("cuda", "bfloat16", {}, "auto", "bfloat16"),
         ("cpu", "float32", {}, "float16", "float32"),  # needs CUDA
+        ("cpu", "bfloat16", {}, ["damaged"], "float32"),
         ("cuda", "bfloat16", {}, "float16", "float16"),
         ("cpu", "float32", dict(dtype="float32"), "bfloat16", "float32"),
         ("cpu", "float32", dict(eval_only=True), "bfloat16", "float32"),
@@ -1028,3 +1029,4 @@ def test_a_resumed_run_keeps_its_precision(device, dtype, keys, began, want):
     runtime = Runtime(device, dtype, False, "as asked; no AVX512-BF16 or AMX")
     got = config.as_it_began(runtime, cfg, {"config": {"dtype": began}})
     assert got.dtype == want and (got == runtime or got.why == "as asked; the run's precision")
+    assert config.as_it_began(runtime, cfg, {"config": began}).dtype in ("float32", dtype)  # refused where it is read

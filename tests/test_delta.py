@@ -124,13 +124,13 @@ def test_clamp_autocast_and_two_backward_passes():
     g = g.requires_grad_()
     dg = torch.autograd.grad(delta(q, k, v, beta, g, None, -1.0, state)[0].sum(), g)[0]
     assert (dg[g < -1.0] == 0).all() and (dg[g > -1.0] != 0).any()
-    xs = [x.float().requires_grad_() for x in (q, k, v, beta)]
+    xs = [x.float().requires_grad_() for x in draw(70, 20)[:4]]  # a scale that is no power of two
     with torch.autocast("cpu", torch.bfloat16):
         o = delta(*xs)[0]
         assert o.dtype == torch.bfloat16
     rounded = [x.detach().bfloat16().double() for x in xs[:3]]
     wanted = delta_recurrent(*rounded, xs[3].detach().double())[0]
-    assert (o.double() - wanted).norm() < 3e-3 * wanted.norm()  # the error of rounding the output
+    assert (o.double() - wanted).norm() < 2e-3 * wanted.norm()  # the error of rounding the output
     first, second = (torch.autograd.grad(o.float().sum(), xs, retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
 

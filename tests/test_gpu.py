@@ -68,6 +68,14 @@ def test_operators_and_steps_are_timed(tmp_path, monkeypatch):
 def test_runs_are_trained_and_scored(tmp_path, text_dataset):
     tables, _ = measured(tmp_path, 4, f"--dataset={text_dataset}")
     assert [row["attention"] for row in tables["quality"]] == ["softmax", "gla"]
+    assert gpu.progress("out/gpu/gla") == (2, 2)
+
+
+def test_a_run_that_the_limit_stopped_is_told(tmp_path, text_dataset, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "progress", lambda folder: (1, 2))
+    with pytest.raises(ConfigError, match="some rows failed"):
+        measured(tmp_path, 4, f"--dataset={text_dataset}")
+    assert "gla was stopped by the time limit after 1 of 2 iterations" in capsys.readouterr().out
 
 
 def test_the_limit_ends_a_row_and_what_is_measured_stays(tmp_path, monkeypatch, capsys):

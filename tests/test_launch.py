@@ -98,3 +98,24 @@ def test_old_gpus_take_the_pytorch_form(monkeypatch):
         assert choose("op", "auto", q) == "torch"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose("op", "auto", q) == "triton"
+
+
+def test_fp32_takes_its_own_default(entered):
+    kernel = Kernel(Function(entered), configurations("BK", (64,), (32,)), {"BK": "K"}, fp32=dict(BK=16))
+    tiles = {
+        dot: [option["BK"] for option in kernel.options(dict(K=100, DOT=dot))] for dot in ("bf16", "tf32", "tf32x3")
+    }
+    assert tiles == {"bf16": [64, 32], "tf32": [16, 64, 32], "tf32x3": [16, 64, 32]}
+
+
+def test_products_are_made_of_what_pytorch_allows(monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    assert [launch.dot_type(d) for d in (torch.float32, torch.bfloat16, torch.float16)] == ["tf32x3", "bf16", "bf16"]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert [launch.dot_type(d) for d in (torch.float32, torch.bfloat16, torch.float16)] == ["tf32", "bf16", "bf16"]
+
+
+def test_nsa_takes_wide_heads_in_bf16_alone():
+    x = torch.empty(1, 1, 4, 128, device="meta")
+    assert "float32 heads up to 64 wide" in N.too_large(x, 64, 4) and N.too_large(x.bfloat16(), 64, 4) is None
+    assert N.too_large(x[..., :64], 64, 4) is None and "up to 128 wide" in N.too_large(x.bfloat16(), 256, 4)

@@ -76,6 +76,20 @@ def test_resume_is_exact(tiny, tmp_path, keys):
     assert len(losses) == 20 and len(set(losses)) == 20 and losses[-1] < losses[0]
 
 
+def test_auto_keeps_the_precision_of_a_resumed_run(tiny, tmp_path, monkeypatch, capsys):
+    """A run that a processor with bfloat16 began goes on so on one without; it is the run that was never stopped."""
+    monkeypatch.setattr(config, "native_bfloat16", lambda: True)
+    train.main(tiny(dtype="auto", out_dir=tmp_path / "whole"))
+    train.main(tiny(dtype="auto", out_dir=tmp_path / "parts", max_iters=10))
+    assert "bfloat16, eager (as asked; AVX512-BF16 or AMX)" in capsys.readouterr().out
+    monkeypatch.setattr(config, "native_bfloat16", lambda: False)
+    train.main(tiny(dtype="auto", out_dir=tmp_path / "parts", init_from="resume"))
+    assert "bfloat16, eager (as asked; the run's precision)" in capsys.readouterr().out
+    whole, parts = (weights.read_checkpoint(str(tmp_path / name), "ckpt.pt") for name in ("whole", "parts"))
+    assert whole["config"]["dtype"] == parts["config"]["dtype"] == "bfloat16"
+    assert all(torch.equal(w, parts["model"][name]) for name, w in whole["model"].items())
+
+
 def test_resume_takes_the_commands_hyperparameters(tiny, tmp_path):
     train.main(tiny(max_iters=1, weight_decay=0.1))
     train.main(tiny(max_iters=2, weight_decay=0.3, beta2=0.9, init_from="resume"))
