@@ -318,20 +318,14 @@ class Runtime:
         return f"device {self.device}, {self.dtype}, {'compiled' if self.compile else 'eager'} ({self.why})"
 
 
-def native_bfloat16():
-    """Whether this processor multiplies bfloat16 itself; another is half as fast in it as in float32."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
-        flags = next((line.split() for line in f if line.startswith("flags")), ())
-        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
-    return False
-
-
 def resolve_device(device, dtype, compile=False, training=False):
     """(device, dtype, compile) as asked -> Runtime. `auto` takes CUDA, then MPS, then the CPU; bfloat16 where CUDA has
     it, else float16 with a scaler; bfloat16 where a CPU that is to train multiplies it, and float32 elsewhere;
     compile=None compiles on CUDA. CUDA is not touched unless asked for or `auto`. Raises ConfigError where the device
     does not exist or lacks the precision."""
     import torch
+
+    from kernels import launch
 
     why = "as asked"
     if device == "auto":
@@ -352,7 +346,7 @@ def resolve_device(device, dtype, compile=False, training=False):
         if kind == "cuda":  # a V100 or T4 only emulates bfloat16, and is slow at that
             dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         elif kind == "cpu" and training:
-            dtype = "bfloat16" if native_bfloat16() else "float32"
+            dtype = "bfloat16" if launch.native_bfloat16() else "float32"
             why += f"; {'' if dtype == 'bfloat16' else 'no '}AVX512-BF16 or AMX"
     if dtype == "float16" and kind != "cuda":
         raise ConfigError(f"dtype=float16 needs CUDA (its gradient scaler); write --dtype=float32 for {kind}")

@@ -1,6 +1,7 @@
 """What every launch of a Triton kernel shares: whether it can run, with which tiles, and on which device."""
 
 import contextlib
+import functools
 
 import torch
 
@@ -28,6 +29,21 @@ def choose(name, backend, q, obstacle=None):
     if reason:
         warn_once(f"{name} runs its PyTorch form: {reason}")
     return "torch" if reason else "triton"
+
+
+@functools.cache
+def native_bfloat16():
+    """Whether this processor multiplies bfloat16 itself; another is half as fast in it as in float32."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        flags = next((line.split() for line in f if line.startswith("flags")), ())
+        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+    return False
+
+
+def product_type(inputs, sums):
+    """The type of the operands of a PyTorch form's products, and of what they give, for the types of the inputs and of
+    the sums: bf16 for bf16 inputs where that is fast. Each product is added up in fp32 and rounded once."""
+    return torch.bfloat16 if inputs == torch.bfloat16 and native_bfloat16() else sums
 
 
 def power(n):

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 import data
+from kernels import launch
 
 torch.set_num_threads(1)  # sums in a fixed order: runs in this process and in others are compared digit for digit
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -146,6 +147,23 @@ def products():
         return operations
 
     return count
+
+
+@pytest.fixture
+def operand_types(monkeypatch):
+    """`operand_types(call, native)`: the types of the operands of all matrix products of a call, such as "float", on a
+    processor that multiplies bfloat16 itself or not."""
+
+    def collect(call, native):
+        monkeypatch.setattr(launch, "native_bfloat16", lambda: native)
+        with torch.autograd.profiler.profile(record_shapes=True) as profile:
+            call()
+        events = [
+            event for event in profile.kineto_results.events() if event.name().rstrip("_").endswith(("mm", "bmm"))
+        ]
+        return {kind for event in events for kind in event.dtypes() if kind != "Scalar"}
+
+    return collect
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import gla as G
+from kernels import gla as G, launch
 from kernels.gla import gla, gla_recurrent
 from kernels.launch import Kernel
 
@@ -176,10 +176,22 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(f, safe)
 
 
-def test_bf16_computes_in_fp32():
-    inputs = [x.bfloat16().double() for x in draw(2, 130, 3, 32, 64)]
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("T, K, V", [(17, 16, 32), (64, 96, 24), (300, 64, 64)])
+def test_bf16(T, K, V, gates, native, monkeypatch):
+    """With products in fp32 and in bf16, which the processor decides."""
+    monkeypatch.setattr(launch, "native_bfloat16", lambda: native)
+    inputs = [x.bfloat16().double() for x in draw(2, T, 3, K, V, gates)]
     for gate_min in (-1.25, None):
         compare(inputs, torch.bfloat16, BF16, gate_min=gate_min)
+
+
+@pytest.mark.parametrize("gate_min", [-1.25, None])
+def test_products_of_bf16_follow_the_processor(gate_min, operand_types):
+    q, k, v, g = (x.bfloat16() for x in draw(1, 128, 2, 16, 16)[:4])
+    for native, wanted in ((True, "c10::BFloat16"), (False, "float")):
+        assert operand_types(lambda: gla(q, k, v, g.float(), gate_min=gate_min), native) == {wanted}
 
 
 # ----------------------------------------------------------------------------- the oracle

@@ -23,6 +23,7 @@ import train
 import weights
 from data import Batches, DataError, Dataset, windows
 from data.scoring import evaluate, label_scores
+from kernels import launch
 from model import ATTENTION, GPT, GPTConfig, ModelError, read_checkpoint
 from parallel import World
 from train import Objective, TrainConfig, TrainError, lr_factor, make_optimizers
@@ -78,11 +79,11 @@ def test_resume_is_exact(tiny, tmp_path, keys):
 
 def test_auto_keeps_the_precision_of_a_resumed_run(tiny, tmp_path, monkeypatch, capsys):
     """A run that a processor with bfloat16 began goes on so on one without; it is the run that was never stopped."""
-    monkeypatch.setattr(config, "native_bfloat16", lambda: True)
+    monkeypatch.setattr(launch, "native_bfloat16", lambda: True)
     train.main(tiny(dtype="auto", out_dir=tmp_path / "whole"))
     train.main(tiny(dtype="auto", out_dir=tmp_path / "parts", max_iters=10))
     assert "bfloat16, eager (as asked; AVX512-BF16 or AMX)" in capsys.readouterr().out
-    monkeypatch.setattr(config, "native_bfloat16", lambda: False)
+    monkeypatch.setattr(launch, "native_bfloat16", lambda: False)
     train.main(tiny(dtype="auto", out_dir=tmp_path / "parts", init_from="resume"))
     assert "bfloat16, eager (as asked; the run's precision)" in capsys.readouterr().out
     whole, parts = (weights.read_checkpoint(str(tmp_path / name), "ckpt.pt") for name in ("whole", "parts"))
