@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import time
 from dataclasses import dataclass
 
 if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of theirs
@@ -56,6 +57,7 @@ class SampleConfig:
     )
     seed: int = key(1337, "seed of the draws", low=0, high=2**31 - 1)
     use_cache: bool = key(True, "False recomputes the context for each token: slow, the same text")
+    compile: bool = key(False, "torch.compile the step of one token, for types whose state does not grow with the text")
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = key("auto", "autocast precision", choices=("auto", "float32", "bfloat16", "float16"))
 
@@ -136,9 +138,37 @@ def encode(model, codec, prompt, start):
     return ids
 
 
+def compile_step(model, batch):
+    """Let the model decode single tokens of `batch` sequences by a compiled step. Returns the seconds that it took, or
+    why the model stays eager. Prompts stay eager: each length would be compiled anew."""
+    growing = [name for name, block in zip(model.config.types(), model.transformer.h) if block.attn.keeps_keys]
+    if growing:
+        return f"eager: the state of {growing[0]} grows with the text"
+    start, eager, compiled = time.perf_counter(), model.step, torch.compile(type(model).step.__wrapped__)
+
+    def step(idx, state):
+        if idx.size(1) > 1:
+            return eager(idx, state)
+        return compiled(model, idx.clone(memory_format=torch.contiguous_format), state)  # other strides compile anew
+
+    try:
+        with torch.inference_mode():
+            token = torch.zeros(batch, 1, dtype=torch.long, device=next(model.parameters()).device)
+            state = eager(token, model.init_state(batch))[1]
+            for _ in range(3):  # the second position makes the compiler leave positions open
+                state = step(token, state)[1]
+    except Exception as error:  # the compiler or its C++ compiler
+        torch._dynamo.reset()
+        return f"eager: torch.compile failed ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+    model.step = step
+    return f"step compiled in {time.perf_counter() - start:.1f} s"
+
+
 def stream(cfg, model, codec, prompt, runtime):
     """The prompt as the codec gives it back, and the tokens (num_samples, 1) that follow, one at a time."""
     ids = encode(model, codec, prompt, cfg.start)
+    if cfg.compile and cfg.use_cache and "step" not in vars(model):
+        print(compile_step(model, cfg.num_samples), file=sys.stderr)
     torch.manual_seed(cfg.seed)
     idx = torch.tensor([ids], device=runtime.device).expand(cfg.num_samples, -1)
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, vocab_size=codec.vocab_size)

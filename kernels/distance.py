@@ -10,6 +10,7 @@ H heads, D key width, V value width, C queries a block, W keys that a block sees
 and heads worked on together), N = R * n.
 """
 
+import bisect
 import functools
 import itertools
 import math
@@ -552,8 +553,7 @@ GATHERED = 512  # kept keys of a head: up to here one copy for all heads costs l
 @dataclass
 class BandCache:
     """Keys and values of the last tokens, (B, H, 2 reach, D): a ring of twice what the masks reach, so that a window is
-    always one slice. `heads`: slices of heads that are read together, with their kept distances from far to near, (O,)
-    or (h, O), and the log-mask of these, (h, O). `first`: the log-mask of the first keys, which stay in k_first,
+    always one slice. `heads`: what is read together. `first`: the log-mask of the first keys, which stay in k_first,
     v_first. Queries, keys and values come and go as (B, t, H, D)."""
 
     reach: int
@@ -575,13 +575,13 @@ class BandCache:
         reach, heads, h = max([1] + [int(r[0]) + 1 for r in rows if len(r)]), [], 0
         while h < H:
             n = next((n for n in range(1, H - h) if not torch.equal(rows[h], rows[h + n])), H - h)
-            heads.append((slice(h, h + n), rows[h], table[h : h + n, rows[h]]))
+            heads.append(HeadGroup.of(slice(h, h + n), rows[h], table[h : h + n, rows[h]]))
             h += n
         longest = max(len(row) for row in rows)
         if len(heads) > 1 and longest <= GATHERED and min(len(row) for row in rows):
             far = torch.stack([torch.cat((row[:1].expand(longest - len(row)), row)) for row in rows])  # (H, O)
             extra = torch.arange(longest) < torch.tensor([[longest - len(row)] for row in rows])
-            heads = [(slice(0, H), far, table.gather(1, far).masked_fill(extra.to(far.device), -math.inf))]
+            heads = [HeadGroup.of(slice(0, H), far, table.gather(1, far).masked_fill(extra.to(far.device), -math.inf))]
         return cls(reach, heads, table.new_empty(1, 0, columns) if first is None else first)
 
     def append(self, k, v):
@@ -608,40 +608,61 @@ class BandCache:
 
     def read(self, q):
         """The output (B, 1, H, D) of the last token's query q, of that shape."""
-        q, H = q.transpose(1, 2), q.size(2)
-        y, P, at = torch.zeros_like(q), self.first.size(1), self.seen - 1
-        young = at - P < self.reach - 1  # some kept distances lie before the start; and the first keys are read apart
-        for heads, far, bias in self.heads:
-            if young and far.dim() == 1:
-                near = far <= at - P
-                far, bias = far[near], bias[:, near]
-            elif young:
-                far, bias = far.clamp(max=max(0, at - P)), bias.masked_fill(far > at - P, -math.inf)
-            k, v = (kept_slots(ring[:, heads], self.end - 1 - far) for ring in (self.k, self.v))
+        q, P, at = q.transpose(1, 2), self.first.size(1), self.seen - 1
+        oldest = at - P  # the furthest distance that is read from the ring; the first keys are read apart
+        outputs = []
+        for group in self.heads:
+            heads, far, bias = group.heads, group.far, group.bias
+            if group.places is None:
+                if oldest < self.reach - 1:
+                    far, bias = far.clamp(max=max(0, oldest)), bias.masked_fill(far > oldest, -math.inf)
+                rows = torch.arange(len(far), device=far.device)[:, None]
+                k, v = (ring[:, rows, self.end - 1 - far] for ring in (self.k, self.v))
+            else:
+                skip = bisect.bisect_left(group.places, -oldest)  # distances before the start
+                bias = bias[:, skip:] if skip else bias
+                k, v = (group.slots(ring, self.end - 1, skip) for ring in (self.k, self.v))
             if P:
                 n = min(P, self.seen)
                 x = (at - torch.arange(n, device=q.device)).clamp(max=self.first.size(2) - 1)
-                first = self.first.expand(H, -1, -1)[heads, torch.arange(n, device=q.device), x]
+                first = self.first.expand(q.size(1), -1, -1)[heads, torch.arange(n, device=q.device), x]
                 bias = torch.cat((first, bias), 1)
                 k, v = (torch.cat(ts, 2) for ts in ((self.k_first[:, heads, :n], k), (self.v_first[:, heads, :n], v)))
-            if bias.size(1):
-                y[:, heads] = F.scaled_dot_product_attention(q[:, heads], k, v, attn_mask=bias[:, None].to(q.dtype))
-            if young or P:  # a mask without the token itself may leave the first ones blind
-                y[:, heads] = y[:, heads].masked_fill((bias == -math.inf).all(1)[:, None, None], 0.0)
-        return y.transpose(1, 2)
+            if not bias.size(1):
+                outputs.append(torch.zeros_like(q[:, heads]))
+                continue
+            y = F.scaled_dot_product_attention(q[:, heads], k, v, attn_mask=bias[None, :, None].to(q.dtype))
+            if not group.sees_itself and (P or oldest < self.reach - 1):  # its first tokens may be blind
+                y = y.masked_fill((bias == -math.inf).all(1)[:, None, None], 0.0)
+            outputs.append(y)
+        return torch.cat(outputs, 1).transpose(1, 2)
 
 
-def kept_slots(ring, slots):
-    """ring (B, h, 2 reach, D) at ascending slots, (O,) or for each head (h, O): a view where one row serves all heads
-    and is evenly spaced."""
-    if slots.dim() == 2:
-        return ring[:, torch.arange(len(slots), device=slots.device)[:, None], slots]
-    if len(slots) < 2:
-        return ring[:, :, slots]
-    first, step = int(slots[0]), int(slots[1] - slots[0])
-    if int(slots[-1]) - first == step * (len(slots) - 1):
-        return ring[:, :, first : first + step * (len(slots) - 1) + 1 : step]
-    return ring[:, :, slots]
+class HeadGroup(NamedTuple):
+    """Heads that one call reads. Positions are integers of the host: nothing waits for a device."""
+
+    heads: slice
+    far: torch.Tensor  # their kept distances from far to near, (O,) or for each head (h, O)
+    bias: torch.Tensor  # the log-mask of these, (h, O)
+    places: list | None  # -far, ascending; None where heads differ
+    step: int | None  # the even spacing of `far`
+    sees_itself: bool  # distance 0 is kept by all of them
+
+    @classmethod
+    def of(cls, heads, far, bias):
+        itself = bool(((far == 0) & (bias > -math.inf)).any(1).all())
+        if far.dim() == 2:
+            return cls(heads, far, bias, None, None, itself)
+        places = (-far).tolist()
+        steps = {b - a for a, b in zip(places, places[1:])} or {1}
+        return cls(heads, far, bias, places, steps.pop() if len(steps) == 1 else None, itself)
+
+    def slots(self, ring, last, skip):
+        """ring (B, H, 2 reach, D) at the kept distances before slot `last`, without the `skip` furthest ones: a view
+        where they are evenly spaced."""
+        if self.step is None or skip == len(self.places):
+            return ring[:, self.heads, last - self.far[skip:]]
+        return ring[:, self.heads, last + self.places[skip] : last + self.places[-1] + 1 : self.step]
 
 
 # ----------------------------------------------------------------------------- public

@@ -161,7 +161,8 @@ def test_ones_of_no_interest(fresh_rng):
             grads = torch.autograd.grad(o, [*leaves, own] if learned else leaves, do)
         assert any("flash_attention_for_cpu_backward" in event.name for event in profile.function_events)
         agree([o.detach(), *grads[:3]], wanted[:4], (1e-10,) * 4)
-    assert D.is_one(table)[:, 0].tolist() == [False, True, False]
+    found = D.is_one(table)[:, 0].tolist()  # a span may happen to hold all 70 distances
+    assert found == (table == 0).all(1).tolist() and found[1]
 
 
 def test_numbers_of_a_vector_apart(fresh_rng):

@@ -265,3 +265,23 @@ def test_curves_follow_the_masks(tiny, tmp_path):
 
 def legend(panel):
     return panel.get_legend().get_texts(), panel.get_legend().get_lines()
+
+
+def test_compiled_steps_are_the_same_text(tiny, tmp_path, capsys):
+    """One graph serves all positions, also after a second prompt; a state that grows stays eager."""
+    for name in ("gla,performer", "softmax"):
+        folder = str(tmp_path / name)
+        train.main(tiny(attention_type=name, out_dir=folder, max_iters=5, lr_decay_iters=5))
+        capsys.readouterr()
+        arguments = [f"--out_dir={folder}", "--start=word1 word2", "--temperature=0", "--num_samples=2"]
+        eager = text_of(capsys, *arguments)
+        torch._dynamo.reset()
+        counters = torch._dynamo.utils.counters["stats"]
+        counters.clear()
+        assert sample.main(["--device=cpu", "--max_new_tokens=40", "--compile=True", *arguments]) == 0
+        out, err = capsys.readouterr()
+        assert out == eager
+        if name == "softmax":
+            assert "eager: the state of softmax grows" in err and not counters["unique_graphs"]
+        else:
+            assert "step compiled in" in err and counters["unique_graphs"] == 2  # one position, then any
