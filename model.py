@@ -12,6 +12,7 @@ The attention protocol, the same for each type:
     attn.stats(x=None)                       # tensors for logs and plots
 """
 
+import functools
 import math
 from dataclasses import dataclass, fields, replace
 
@@ -211,16 +212,23 @@ class NoAttention(Attention):
 
 def rotate(x, offset, base):
     """Rotary positions (Su et al. 2021, eq. 34): pair (d, d + D/2) of the vector at position p = offset + t turns by
-    the angle p base^(-2d/D). x (B, T, H, D). Angles are integers in units of 2^-64 turns: their products overflow just
-    as turns wrap around, so every position is exact without float64, which some devices lack."""
-    T, D = x.shape[1], x.shape[3]
-    frequency = [round(base ** (-2 * d / D) / math.tau * 2**64) for d in range(D // 2)]
-    position = torch.arange(offset, offset + T, device=x.device)
-    phase = position[:, None] * torch.tensor(frequency, device=x.device)  # (T, D/2) int64, -1/2 to 1/2 turns
-    angle = phase.to(torch.float64 if x.dtype == torch.float64 else torch.float32) * (math.tau / 2**64)
-    cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]  # (T, 1, D/2)
+    the angle p base^(-2d/D). x (B, T, H, D)."""
+    made_in = torch.is_inference_mode_enabled()  # autograd refuses what inference mode made
+    of = turns.__wrapped__ if torch.compiler.is_compiling() else turns
+    cos, sin = of(offset, x.shape[1], x.shape[3], base, x.dtype, x.device, made_in)  # (T, 1, D/2)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+@functools.lru_cache(maxsize=4)  # queries and keys of all layers turn alike
+def turns(offset, T, D, base, dtype, device, made_in):
+    """cos and sin of the angles. These are integers in units of 2^-64 turns: their products overflow just as turns wrap
+    around, so every position is exact without float64, which some devices lack."""
+    frequency = [round(base ** (-2 * d / D) / math.tau * 2**64) for d in range(D // 2)]
+    position = torch.arange(offset, offset + T, device=device)
+    phase = position[:, None] * torch.tensor(frequency, device=device)  # (T, D/2) int64, -1/2 to 1/2 turns
+    angle = phase.to(torch.float64 if dtype == torch.float64 else torch.float32) * (math.tau / 2**64)
+    return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
 
 
 @dataclass
