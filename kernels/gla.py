@@ -103,7 +103,8 @@ class Workspace:
 class Factorised:
     """A = (q e^(b-m)) (k e^(m-b))^T, m = b in the middle of the chunk. Needs C/2 * |g| <= SAFE_EXPONENT.
 
-    The state moves to the same footing: it is read as e^m S, and k e^(m-b) writes it up to a factor e^(B-m).
+    The state moves to the same footing: it is read as e^m S, and k e^(m-b) writes it up to a factor e^(B-m). One gate
+    may serve all channels, g (N, C, 1).
     """
 
     def __init__(self, q, k, g, new):
@@ -113,8 +114,8 @@ class Factorised:
         self.decay = b[:, -1].exp()  # (N, K)
         mid = b[:, C // 2 - 1 : C // 2].clone()  # (N, 1, K)
         self.e = b.sub_(mid).exp_()  # (N, C, K)
-        e = self.e.view(q.shape)  # (n, B, H, C, K)
-        self.sharp = [f(x, e, out=new(*x.shape)).view_as(g) for f, x in ((torch.mul, q), (torch.div, k))]
+        e = self.e.view(*q.shape[:-1], -1)  # (n, B, H, C, K or 1)
+        self.sharp = [f(x, e, out=new(*x.shape)).flatten(0, 2) for f, x in ((torch.mul, q), (torch.div, k))]
         self.q, self.k = (new.operand(x) for x in self.sharp)
         self.read, self.write = mid.exp_().mT, self.e[:, -1, :, None]  # (N, K, 1)
 
@@ -177,6 +178,37 @@ class Tree:
             half = base.view(-1, 2, h, base.shape[-1])[:, 0]
             torch.addcmul(small_bmm(below(dA, h).mT, ql, self.new), half, right, out=half)
         return base
+
+
+class Scalar:
+    """One gate for all channels of a head, g (N, C, 1), of any strength: A = (q k^T) * L, L_ij = e^(b_i - b_j), the
+    dual form of Mamba-2 (arXiv 2405.21060, section 6)."""
+
+    read = write = None
+
+    def __init__(self, q, k, g, new):
+        self.new, (N, C, _) = new, g.shape
+        self.sharp = [x.flatten(0, 2) if x.is_contiguous() else new(*x.shape).copy_(x).flatten(0, 2) for x in (q, k)]
+        b = torch.cumsum(g, 1, dtype=torch.float64)  # (N, C, 1): a gate of -50 must cost its neighbours no digits
+        high = b.to(g.dtype)
+        low = (b - high).to(g.dtype)
+        self.decay = high[:, -1].exp()  # (N, 1)
+        self.L = torch.sub(high, high.mT, out=new(N, C, C)).add_(low).sub_(low.mT)
+        later = torch.ones(C, C, dtype=torch.bool, device=g.device).triu_(1)
+        self.L.masked_fill_(later, -math.inf).exp_()
+        self.factors = high.exp(), (b[:, -1:] - b).to(g.dtype).exp()  # of reading and writing the state (N, C, 1)
+        self.q, self.k = (new.operand(torch.mul(x, f, out=new(*x.shape))) for x, f in zip(self.sharp, self.factors))
+
+    def scores(self):
+        A = self.new.bmm(*(self.new.operand(x) if i == 0 else self.new.operand(x).mT for i, x in enumerate(self.sharp)))
+        return self.new.operand(self.new.full(A).mul_(self.L))
+
+    def dq(self, dA, base):
+        """dA is strictly lower."""
+        return self.new.full(base).mul_(self.factors[0]).baddbmm_(dA.mul_(self.L), self.sharp[1])
+
+    def dk(self, dA, base):
+        return self.new.full(base).mul_(self.factors[1]).baddbmm_(dA.mT, self.sharp[0])  # dA has its decay from dq
 
 
 def small_bmm_t(a, b, new):
@@ -251,11 +283,12 @@ def store(out, segment, chunk, write):
     out[:, lo:hi].copy_(padded[:, : hi - lo])
 
 
-def operations(T, H, K, V, gate_min):
+def operations(T, H, K, V, gate_min, scalar=False):
     """(nominal, executed) of a sequence of T: the recurrence, and the matrix products that `chunk_forward` runs, a
-    whole last chunk included. Elementwise work is not counted, nor the levels of one and two tokens of a tree."""
-    C = CHUNK
-    scores = 2 * C * C * K if is_factorised(gate_min) else C * (C - 4) * K  # C h K at each level of h = 4 ... C / 2
+    whole last chunk included. Elementwise work is not counted, nor the levels of one and two tokens of a tree.
+    scalar: one gate a head."""
+    C, whole = CHUNK, scalar or is_factorised(gate_min)
+    scores = 2 * C * C * K if whole else C * (C - 4) * K  # C h K at each level of h = 4 ... C / 2
     return 4 * K * V * H * T, H * -(-T // C) * (4 * C * K * V + scores + 2 * C * C * V)
 
 
@@ -267,7 +300,8 @@ def prepare(q, k, g, segment, chunk, gate_min, new):
         gates.copy_(g)
     else:
         torch.clamp(g.to(gates.dtype), min=gate_min, out=gates)
-    form = Factorised if is_factorised(gate_min, chunk) else Tree
+    scalar = g.shape[-1] < q.shape[-1]
+    form = Factorised if is_factorised(gate_min, chunk) else Scalar if scalar else Tree
     return q, k, g, form(q, k, gates.flatten(0, 2), new)
 
 
@@ -278,10 +312,10 @@ def scaled(x, factor):
 def scan(x, decay, carry, out, reverse=False):
     """States handed from chunk to chunk: out[0] = carry, out[i+1] = decay[i] out[i] + x[i]. The last one into carry.
 
-    x, out (N, K, V), decay (N, K), carry (B, H, K, V)
+    x, out (N, K, V), decay (N, K) or (N, 1), carry (B, H, K, V)
     """
     shape = carry.shape
-    x, decay = x.view(-1, *shape).unbind(), decay.view(-1, *shape[:3], 1).unbind()
+    x, decay = x.view(-1, *shape).unbind(), decay.view(-1, *shape[:2], decay.shape[1], 1).unbind()
     y = out.view(-1, *shape).unbind()
     order = range(len(x) - 1, -1, -1) if reverse else range(len(x))
     y[order[0]].copy_(carry)
@@ -346,6 +380,7 @@ def backward_segment(q, k, v, g, do, dq, dk, dv, dg, S, dstate, segment, scale, 
     x = scaled(new.full(new.bmm(form.q.mT, do)), form.read)
     dS = scan(x, form.decay, dstate, new(*x.shape), reverse=True)
     first = decay_gradient(S, dS, dstate, out=x)
+    first = first if g.shape[-1] == first.shape[-1] else first.sum(-1, keepdim=True)
     if form.read is not None:
         S, dS = torch.mul(S, form.read, out=x), dS.mul_(form.write)
     S, dS = new.operand(S), new.operand(dS)
@@ -384,6 +419,9 @@ def gate_gradient(q, k, dq, dk, first, new):
     The first token's is that of the decay of the incoming state; each token adds k dk - q dq to the next one's. The
     pair of a token with itself would enter k dk and q dq alike: it is left out of both.
     """
+    if first.shape[-1] < q.shape[-1]:  # one gate for all channels
+        each = torch.mul(k, dk, out=new(*q.shape)).addcmul_(q, dq, value=-1).sum(-1, keepdim=True)
+        return torch.cat((first.view_as(each[..., :1, :]), each[..., :-1, :]), -2).cumsum(-2)
     out = new(*q.shape)
     later = out[..., 1:, :]
     torch.mul(k[..., :-1, :], dk[..., :-1, :], out=later).addcmul_(q[..., :-1, :], dq[..., :-1, :], value=-1)
@@ -708,15 +746,15 @@ def dense(*xs):
 def gla_fwd(q, k, v, g, state, scale, gate_min):
     """o and the last state, in two launches."""
     dtype = v.dtype
-    q, k, v, g = *dense(q, k, v), g.contiguous()
+    q, k, v, g = *dense(q, k, v), g.expand(q.shape).contiguous()
     states, last = scan_launch(k, v, g, state.contiguous(), q.dtype, 1.0, gate_min)
     return read_launch(q, k, v, g, states, scale, gate_min)[0].to(dtype), last
 
 
 def gla_bwd(q, k, v, g, state, do, dstate, scale, gate_min):
     """dq, dk, dv, dg and the initial state's gradient, in four launches."""
-    dtypes = [x.dtype for x in (q, k, v, g)]
-    q, k, v, do, g = *dense(q, k, v, do), g.contiguous()
+    dtypes, channels = [x.dtype for x in (q, k, v, g)], g.shape[3]
+    q, k, v, do, g = *dense(q, k, v, do), g.expand(q.shape).contiguous()
     states, _ = scan_launch(k, v, g, state.contiguous(), torch.float32, 1.0, gate_min)
     dstates, first = scan_launch(q, do, g, dstate.contiguous(), torch.float32, scale, gate_min, True)
     dv, _ = read_launch(k, q, do, g, dstates, scale, gate_min, True)
@@ -730,6 +768,7 @@ def gla_bwd(q, k, v, g, state, do, dstate, scale, gate_min):
     factorised = is_factorised(gate_min)
     flags = dict(scale=scale, gate_min=floor(gate_min), C=CHUNK, DOT=dot_type(q.dtype), FACTORISED=factorised)
     KERNELS["grad" if factorised else "grad tree"].launch(programs, *args, K=K, V=V, **flags)
+    dg = dg.sum(3, keepdim=True) if channels < K else dg
     return *(x.to(dtype) for x, dtype in zip((dq, dk, dv, dg), dtypes)), first
 
 
@@ -825,12 +864,14 @@ def gla(
 ):  # fmt: skip
     """Gated linear attention. Returns o (B, T, H, V), and the final state (B, H, K, V) if asked for, else None.
 
-    q, k (B, T, H, K)   v (B, T, H, V)   g (B, T, H, K) log-decay <= 0, None for no decay   initial_state (B, H, K, V)
+    q, k (B, T, H, K)   v (B, T, H, V)   initial_state (B, H, K, V)   g log-decay <= 0: (B, T, H, K), or (B, T, H) for
+    one of all channels, which costs less, or None for no decay
     scale: K^-1/2 unless given.  gate_min: g is clamped there, with no gradient below; from -1.25 up the operator then
     takes its faster form.  backend: auto | triton | torch | recurrent.  States are fp32, fp64 for fp64 inputs.
     """
     check_inputs(q, k, v, g, gate_min, initial_state, backend)
-    (B, _, H, K), V = q.shape, v.shape[3]
+    (B, T, H, K), V = q.shape, v.shape[3]
+    g = g.unsqueeze(3) if g is not None and g.dim() == 3 else g
     q, k, v = in_autocast(q, k, v)  # gates and states keep their precision
     scale = K**-0.5 if scale is None else scale
     if backend == "recurrent":
@@ -838,7 +879,7 @@ def gla(
             o, state = gla_recurrent(q, k, v, g, scale, gate_min, initial_state)
     else:
         if g is None:
-            g, gate_min = torch.zeros((), dtype=compute_dtype(q.dtype), device=q.device).expand(q.shape), -1.0
+            g, gate_min = torch.zeros((), dtype=compute_dtype(q.dtype), device=q.device).expand(B, T, H, 1), -1.0
         dtype = compute_dtype(q.dtype)
         state = q.new_zeros(B, H, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
         o, state, _ = gla_op(q, k, v, g, state, float(scale), gate_min, choose("gla", backend, q, too_wide(K, V)))
@@ -847,8 +888,9 @@ def gla(
 
 def check_inputs(q, k, v, g, gate_min, initial_state, backend):
     check("gla", q, k, v, backend, "auto", "triton", "torch", "recurrent")
-    if g is not None and g.shape != q.shape:
-        raise ValueError(f"gla: g must have the shape of q {tuple(q.shape)}, got {tuple(g.shape)}")
+    if g is not None and g.shape not in (q.shape, q.shape[:3]):
+        shapes = f"{tuple(q.shape)} or {tuple(q.shape[:3])}"
+        raise ValueError(f"gla: g must have the shape of q, with channels or without: {shapes}, got {tuple(g.shape)}")
     if gate_min is not None and gate_min > 0:
         raise ValueError(f"gla: gate_min must be at most 0 or None, got {gate_min}")
     B, _, H, K = q.shape

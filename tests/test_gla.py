@@ -155,12 +155,14 @@ def test_chunk_size_does_not_matter():
             agree(other, found[0], EXACT)
 
 
+@pytest.mark.parametrize("scalar", [False, True])
 @pytest.mark.parametrize("gate_min", [-1.25, -2.0, None])
-def test_products_are_counted(gate_min, products):
+def test_products_are_counted(gate_min, scalar, products):
     for T in (1, 10, 64, 300):
         q, k, v, g = (torch.randn(2, T, 3, D) for D in (16, 16, 20, 16))
+        g = g[..., 0] if scalar else g
         found = products(lambda: gla(q, k, v, -g.exp(), gate_min=gate_min))  # noqa: B023
-        assert found == 2 * G.operations(T, 3, 16, 20, gate_min)[1]
+        assert found == 2 * G.operations(T, 3, 16, 20, gate_min, scalar)[1]
 
 
 def test_gradcheck():
@@ -185,6 +187,22 @@ def test_bf16(T, K, V, gates, native, monkeypatch):
     inputs = [x.bfloat16().double() for x in draw(2, T, 3, K, V, gates)]
     for gate_min in (-1.25, None):
         compare(inputs, torch.bfloat16, BF16, gate_min=gate_min)
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_one_gate_for_all_channels(gates, monkeypatch):
+    """g (B, T, H): as the same gate in each channel, whose gradient is their sum."""
+    monkeypatch.setattr(launch, "native_bfloat16", lambda: True)
+    for gate_min in (-1.25, -5.0, None):
+        for T, K, V in ((1, 8, 8), (63, 24, 20), (150, 16, 32)):
+            q, k, v, g, *rest = draw(2, T, 3, K, V, gates)
+            inputs = q, k, v, g[..., 0], *rest
+            wanted = run((q, k, v, g[..., :1].expand_as(g), *rest), torch.float64, "recurrent", gate_min=gate_min)
+            wanted[5] = wanted[5].sum(-1)
+            agree(run(inputs, torch.float64, "recurrent", gate_min=gate_min), wanted, EXACT)
+            agree(run(inputs, torch.float64, "torch", gate_min=gate_min), wanted, EXACT)
+            agree(run(inputs, torch.float32, "torch", gate_min=gate_min), wanted, FP32)
+            compare([x.bfloat16().double() for x in inputs], torch.bfloat16, BF16, gate_min=gate_min)
 
 
 @pytest.mark.parametrize("gate_min", [-1.25, None])
@@ -447,7 +465,10 @@ def test_triton_under_the_interpreter(which):
 @pytest.mark.parametrize("gate_min", [-1.25, None])
 @pytest.mark.parametrize("T, gates", [(70, "plain"), (130, "decades")])
 def test_interpreted(T, gates, gate_min):
-    compare(draw(1, T, 1, 20, 24, gates), torch.float32, TRITON_FP32, "triton", gate_min=gate_min)
+    inputs = draw(1, T, 1, 20, 24, gates)
+    compare(inputs, torch.float32, TRITON_FP32, "triton", gate_min=gate_min)
+    inputs[3] = inputs[3][..., 0]  # one gate for all channels
+    compare(inputs, torch.float32, TRITON_FP32, "triton", gate_min=gate_min)
 
 
 @INTERPRETED
