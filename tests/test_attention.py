@@ -212,7 +212,7 @@ def test_bf16_autocast_is_close(name, fresh_rng):
     assert (y.float() - exact).norm() <= 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("name", ["gla", "gsa", "performer"])
+@pytest.mark.parametrize("name", ["gla", "gsa", "deltanet", "gdn", "kda", "mamba2", "performer"])
 def test_autocast_leaves_recurrent_steps_alone(name, fresh_rng):
     """The states' arithmetic is in fp32 in either form: all that may differ is a rounding of the projections."""
     attn = make(name, torch.float32)
