@@ -54,6 +54,9 @@ class GPTConfig:
     norm: str = key("layernorm", "normalisation", choices=("layernorm", "rmsnorm", "none"))
     embedding: str = key("tied", "token embedding and output head", choices=("tied", "untied", "onehot"))
 
+    n_kv_head: int = key(0, "heads of keys and values; 0: n_head", "softmax", "gated_output", low=0)
+    window: int = key(0, "tokens that a query sees, itself the last; 0: all", "softmax", "gated_output", low=0)
+    qk_norm: bool = key(False, "RMSNorm of each head's queries and keys", "softmax family")
     span_max: int = key(0, "largest span, in tokens; 0: block_size", "adaptive_span", low=0)
     span_init: float = key(0.5, "first span, as a share of the largest", "adaptive_span", low=0.0, high=1.0)
     span_reg: float = key(2e-6, "penalty for each key that a query needs (mean over heads)", "adaptive_span", low=0.0)
@@ -202,6 +205,11 @@ class Attention(nn.Module):
         """Called before training step `step`: new random numbers where they are due."""
 
 
+def check_heads(total, n_head, name, of="n_embd"):
+    if n_head and total % n_head:
+        raise ValueError(f"{of}={total} is not a multiple of {name}={n_head}")
+
+
 class NoAttention(Attention):
     """Zero output and no parameters: the control that each type must beat, and the template of a new one. With
     `mlp_hidden` widened it has as many parameters as the model it stands beside."""
@@ -257,15 +265,23 @@ class SoftmaxAttention(Attention):
 
         o_t = sum_{s <= t} p_ts v_s,   p_t = softmax_s(q_t . k_s / sqrt(D))
 
-    Decoding keeps a ring of the last max_len keys and values."""
+    A window keeps s > t - window; dropout then acts on the residual, not on p. With fewer heads of keys and values,
+    n_kv_head, groups of heads share them. Decoding keeps a ring of the last max_len (or window) keys and values."""
 
     positions = keeps_keys = True
     families = ("softmax family", "output gate")
 
+    @classmethod
+    def check(cls, config):
+        check_heads(config.n_head, config.n_kv_head, "n_kv_head", "n_head")
+
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.d_head = config.n_head, config.d_head
-        self.parts = dict.fromkeys("qkv", self.n_head * self.d_head)  # the rows of c_attn
+        self.n_head, self.d_head, self.window = config.n_head, config.d_head, config.window
+        self.n_kv = config.n_kv_head or self.n_head
+        rows, shared = self.n_head * self.d_head, self.n_kv * self.d_head
+        self.parts = dict(q=rows, k=shared, v=shared)  # the rows of c_attn
+        self.ln_q, self.ln_k = (nn.RMSNorm(self.d_head, eps=1e-5) if config.qk_norm else None for _ in "qk")
         self.c_attn = nn.Linear(config.n_embd, sum(self.parts.values()), bias=config.bias or config.qkv_bias)
         self.output_gate = OutputGate(config, self.n_head, self.d_head)
         self.c_proj = nn.Linear(self.n_head * self.d_head, config.n_embd, bias=config.bias)
@@ -274,13 +290,23 @@ class SoftmaxAttention(Attention):
         self.rope_base = config.rope_base if config.pos_emb == "rope" else None
 
     def forward(self, x):
-        q, k, v = (t.transpose(1, 2) for t in self._qkv(x, 0))  # (B, H, T, D)
-        p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-        return self._project(y.transpose(1, 2), x), torch.zeros((), device=x.device)
+        q, k, v = self._qkv(x, 0)
+        if 0 < self.window < x.size(1):
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv, 2) for t in (k, v))  # (B, T, H, D)
+            y = distance(q, k, v, self._band(x.size(1), x.device))
+        else:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or Hk, T, D)
+            p, gqa = self.dropout if self.training else 0.0, self.n_kv < self.n_head
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+        return self._project(y, x), torch.zeros((), device=x.device)
+
+    def _band(self, T, device=None):
+        """The log-mask of distances, (1, T): 0 in the window."""
+        far = torch.arange(T, device=device)[None]
+        return torch.zeros(far.shape, device=device).masked_fill(far >= self.window, -math.inf)
 
     def init_state(self, batch, max_len):
-        return KVCache(max_len)
+        return KVCache(min(self.window or max_len, max_len))
 
     def step(self, x, state):
         """A prompt longer than the window goes in pieces; a query sees itself and the max_len - 1 tokens before it."""
@@ -303,10 +329,13 @@ class SoftmaxAttention(Attention):
 
     def _read(self, x, q, k, v, mask):
         """The step's attention, (B, H, t, D). Without a mask: one query, or the causal start of a sequence."""
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1)
+        options = dict(is_causal=mask is None and q.size(2) > 1, enable_gqa=self.n_kv < self.n_head)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
 
     def flops(self, T):
         """The pairs of a query and the keys up to it, twice: what tiles PyTorch's kernel takes is its own affair."""
+        if 0 < self.window < T:
+            return distance_operations(self._band(T), None, self.n_head, self.d_head, self.d_head)
         pairs = T * (T + 1) // 2
         return (4 * self.n_head * self.d_head * pairs,) * 2
 
@@ -317,15 +346,19 @@ class SoftmaxAttention(Attention):
         if x is None:
             return {}
         q, k, _ = (t.transpose(1, 2) for t in self._qkv(x, 0))
-        logits = (q @ k.mT).float() / math.sqrt(self.d_head)  # (B, H, T, T)
-        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
+        logits = (q @ k.repeat_interleave(self.n_head // self.n_kv, 1).mT).float() / math.sqrt(self.d_head)
+        seen = torch.ones_like(logits, dtype=torch.bool).tril()  # (B, H, T, T)
+        logits = logits.masked_fill(~(seen.triu(1 - self.window) if self.window else seen), -math.inf)
         p, largest = logits.softmax(-1), logits.amax((0, 2, 3))
         found = {"attention_map": p[0], "first_token": p[..., 0].mean((0, 2)), "max_logit": largest}
         return found | self.output_gate.stats(x)
 
     def _qkv(self, x, offset):
-        """q, k, v (B, T, H, D) of tokens from position `offset` on."""
-        q, k, v = (t.unflatten(-1, (self.n_head, self.d_head)) for t in self.c_attn(x).chunk(3, -1))
+        """q (B, T, H, D), k and v (B, T, Hk, D) of tokens from position `offset` on."""
+        parts = self.c_attn(x).split(list(self.parts.values()), -1)
+        q, k, v = (t.unflatten(-1, (-1, self.d_head)) for t in parts)
+        if self.ln_q is not None:
+            q, k = self.ln_q(q), self.ln_k(k)
         if self.rope_base is not None:
             q, k = rotate(q, offset, self.rope_base), rotate(k, offset, self.rope_base)
         return q, k, v
@@ -419,7 +452,7 @@ class GatedAttention(SoftmaxAttention):
     token_weights = ("gate",)
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__(replace(config, n_kv_head=0, window=0))  # those keys are of other layers
         C, inner = config.n_embd, self.n_head * self.d_head
         self.gate = nn.Parameter(torch.zeros(2, self.n_head, C))
         self.gate_bias = nn.Parameter(torch.ones(2 * self.n_head))
@@ -494,7 +527,7 @@ class DistanceAttention(SoftmaxAttention):
     constant_ones = False  # whether a mask of ones has no slope, and so costs what softmax attention costs
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__(replace(config, n_kv_head=0, window=0))  # those keys are of other layers
         self.block_size = config.block_size
         self.make_masks(config)
 
@@ -702,11 +735,6 @@ class MaskMix(DistanceAttention):
 
 # -----------------------------------------------------------------------------
 # linear attention, slots and random features
-
-
-def check_heads(n_embd, n_head, name):
-    if n_head and n_embd % n_head:
-        raise ValueError(f"n_embd={n_embd} is not a multiple of {name}={n_head}")
 
 
 def check_width(config, name, n_head):
@@ -1163,8 +1191,7 @@ class NativeSparseAttention(Attention):
 
     @classmethod
     def check(cls, config):
-        if config.nsa_kv_head and config.n_head % config.nsa_kv_head:
-            raise ValueError(f"n_head={config.n_head} is not a multiple of nsa_kv_head={config.nsa_kv_head}")
+        check_heads(config.n_head, config.nsa_kv_head, "nsa_kv_head", "n_head")
         block, stride, select_block, count, _ = cls.choose_sizes(config)
         if block % stride or select_block % stride or block > select_block:
             sizes = f"nsa_compress_block={block}, nsa_compress_stride={stride}, nsa_select_block={select_block}"
