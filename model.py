@@ -45,7 +45,7 @@ class GPTConfig:
     bias: bool = key(False, "biases in linear layers and LayerNorms")
     attention_type: str = key("softmax", "one attention type, or a comma pattern cycled over the layers")
     pos_emb: str = key(
-        "learned", "positions; types that forget by decay take no rope", choices=("learned", "rope", "none")
+        "learned", "positions; gla, gsa, the delta rule and mamba2 take no rope", choices=("learned", "rope", "none")
     )
     rope_base: float = key(10000.0, "base of the rotary frequencies", low=1.0)
     mlp: str = key("gelu", "the MLP of a block", choices=("gelu", "swiglu", "none"))
