@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import build, key, stray_key
+from kernels.delta import delta, operations as delta_operations
 from kernels.distance import BandCache, distance, operations as distance_operations
 from kernels.gated import executed_pairs as gated_pairs, gated, gated_map
 from kernels.gla import compute_dtype, gla, operations as gla_operations
@@ -44,7 +45,9 @@ class GPTConfig:
     dropout: float = key(0.0, "dropout on embeddings, attention and residuals", low=0.0, high=0.999)
     bias: bool = key(False, "biases in linear layers and LayerNorms")
     attention_type: str = key("softmax", "one attention type, or a comma pattern cycled over the layers")
-    pos_emb: str = key("learned", "positions; gla and gsa take no rope", choices=("learned", "rope", "none"))
+    pos_emb: str = key(
+        "learned", "positions; gla, gsa, the delta rule and mamba2 take no rope", choices=("learned", "rope", "none")
+    )
     rope_base: float = key(10000.0, "base of the rotary frequencies", low=1.0)
     mlp: str = key("gelu", "the MLP of a block", choices=("gelu", "swiglu", "none"))
     mlp_hidden: int = key(0, "hidden width of the MLP; 0: 4 n_embd for gelu, 8/3 n_embd for swiglu", low=0)
@@ -52,6 +55,9 @@ class GPTConfig:
     norm: str = key("layernorm", "normalisation", choices=("layernorm", "rmsnorm", "none"))
     embedding: str = key("tied", "token embedding and output head", choices=("tied", "untied", "onehot"))
 
+    n_kv_head: int = key(0, "heads of keys and values; 0: n_head", "softmax", "gated_output", low=0)
+    window: int = key(0, "tokens that a query sees, itself the last; 0: all", "softmax", "gated_output", low=0)
+    qk_norm: bool = key(False, "RMSNorm of each head's queries and keys", "softmax family")
     span_max: int = key(0, "largest span, in tokens; 0: block_size", "adaptive_span", low=0)
     span_init: float = key(0.5, "first span, as a share of the largest", "adaptive_span", low=0.0, high=1.0)
     span_reg: float = key(2e-6, "penalty for each key that a query needs (mean over heads)", "adaptive_span", low=0.0)
@@ -79,6 +85,16 @@ class GPTConfig:
     gsa_n_head: int = key(0, "heads; 0: one for each 128 of n_embd", "gsa", low=0)
     gsa_slots: int = key(64, "slots of a head", "gsa", low=1)
     gsa_gate_normalizer: float = key(8.0, "root of the gate: larger remembers longer", "gsa", low=0.1)
+    delta_n_head: int = key(0, "heads; 0: one for each 128 of n_embd", "delta rule", low=0)
+    delta_expand_v: float = key(1.0, "width of all values, as a share of n_embd", "delta rule", low=0.01)
+    delta_conv: int = key(4, "tokens of the convolution over q, k and v; 0: none", "delta rule", low=0, high=64)
+    delta_beta_max: float = key(1.0, "largest b_t; above 1 a state can change sign", "delta rule", low=0.01, high=2.0)
+    delta_gate_min: float = key(-5.0, "bound of the log-gate of a channel", "kda", high=0.0)
+    mamba2_n_head: int = key(0, "heads; 0: one for each 64 of their channels", "mamba2", low=0)
+    mamba2_expand: float = key(2.0, "channels of all heads, as a share of n_embd", "mamba2", low=0.01)
+    mamba2_state: int = key(64, "numbers that a channel remembers", "mamba2", low=1)
+    mamba2_groups: int = key(1, "groups of heads; a group has one key and one query", "mamba2", low=1)
+    mamba2_conv: int = key(4, "tokens of the convolution over x, B and C; 0: none", "mamba2", low=0, high=64)
     performer_features: str = key("softmax", "feature map", "performer", choices=("softmax", "relu", "learned"))
     performer_num_features: int = key(0, "features of a head; 0: d ln d, to a power of two", "performer", low=0)
     performer_redraw_interval: int = key(1000, "steps between draws of random features; 0: one", "performer", low=0)
@@ -190,6 +206,11 @@ class Attention(nn.Module):
         """Called before training step `step`: new random numbers where they are due."""
 
 
+def check_heads(total, n_head, name, of="n_embd"):
+    if n_head and total % n_head:
+        raise ValueError(f"{of}={total} is not a multiple of {name}={n_head}")
+
+
 class NoAttention(Attention):
     """Zero output and no parameters: the control that each type must beat, and the template of a new one. With
     `mlp_hidden` widened it has as many parameters as the model it stands beside."""
@@ -252,15 +273,23 @@ class SoftmaxAttention(Attention):
 
         o_t = sum_{s <= t} p_ts v_s,   p_t = softmax_s(q_t . k_s / sqrt(D))
 
-    Decoding keeps a ring of the last max_len keys and values."""
+    A window keeps s > t - window; dropout then acts on the residual, not on p. With fewer heads of keys and values,
+    n_kv_head, groups of heads share them. Decoding keeps a ring of the last max_len (or window) keys and values."""
 
     positions = keeps_keys = True
     families = ("softmax family", "output gate")
 
+    @classmethod
+    def check(cls, config):
+        check_heads(config.n_head, config.n_kv_head, "n_kv_head", "n_head")
+
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.d_head = config.n_head, config.d_head
-        self.parts = dict.fromkeys("qkv", self.n_head * self.d_head)  # the rows of c_attn
+        self.n_head, self.d_head, self.window = config.n_head, config.d_head, config.window
+        self.n_kv = config.n_kv_head or self.n_head
+        rows, shared = self.n_head * self.d_head, self.n_kv * self.d_head
+        self.parts = dict(q=rows, k=shared, v=shared)  # the rows of c_attn
+        self.ln_q, self.ln_k = (nn.RMSNorm(self.d_head, eps=1e-5) if config.qk_norm else None for _ in "qk")
         self.c_attn = nn.Linear(config.n_embd, sum(self.parts.values()), bias=config.bias or config.qkv_bias)
         self.output_gate = OutputGate(config, self.n_head, self.d_head)
         self.c_proj = nn.Linear(self.n_head * self.d_head, config.n_embd, bias=config.bias)
@@ -269,13 +298,23 @@ class SoftmaxAttention(Attention):
         self.rope_base = config.rope_base if config.pos_emb == "rope" else None
 
     def forward(self, x):
-        q, k, v = (t.transpose(1, 2) for t in self._qkv(x, 0))  # (B, H, T, D)
-        p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-        return self._project(y.transpose(1, 2), x), torch.zeros((), device=x.device)
+        q, k, v = self._qkv(x, 0)
+        if 0 < self.window < x.size(1):
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv, 2) for t in (k, v))  # (B, T, H, D)
+            y = distance(q, k, v, self._band(x.size(1), x.device))
+        else:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or Hk, T, D)
+            p, gqa = self.dropout if self.training else 0.0, self.n_kv < self.n_head
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+        return self._project(y, x), torch.zeros((), device=x.device)
+
+    def _band(self, T, device=None):
+        """The log-mask of distances, (1, T): 0 in the window."""
+        far = torch.arange(T, device=device)[None]
+        return torch.zeros(far.shape, device=device).masked_fill(far >= self.window, -math.inf)
 
     def init_state(self, batch, max_len):
-        return KVCache(max_len)
+        return KVCache(min(self.window or max_len, max_len))
 
     def step(self, x, state):
         """A prompt longer than the window goes in pieces; a query sees itself and the max_len - 1 tokens before it."""
@@ -298,10 +337,13 @@ class SoftmaxAttention(Attention):
 
     def _read(self, x, q, k, v, mask):
         """The step's attention, (B, H, t, D). Without a mask: one query, or the causal start of a sequence."""
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1)
+        options = dict(is_causal=mask is None and q.size(2) > 1, enable_gqa=self.n_kv < self.n_head)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
 
     def flops(self, T):
         """The pairs of a query and the keys up to it, twice: what tiles PyTorch's kernel takes is its own affair."""
+        if 0 < self.window < T:
+            return distance_operations(self._band(T), None, self.n_head, self.d_head, self.d_head)
         pairs = T * (T + 1) // 2
         return (4 * self.n_head * self.d_head * pairs,) * 2
 
@@ -312,15 +354,19 @@ class SoftmaxAttention(Attention):
         if x is None:
             return {}
         q, k, _ = (t.transpose(1, 2) for t in self._qkv(x, 0))
-        logits = (q @ k.mT).float() / math.sqrt(self.d_head)  # (B, H, T, T)
-        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
+        logits = (q @ k.repeat_interleave(self.n_head // self.n_kv, 1).mT).float() / math.sqrt(self.d_head)
+        seen = torch.ones_like(logits, dtype=torch.bool).tril()  # (B, H, T, T)
+        logits = logits.masked_fill(~(seen.triu(1 - self.window) if self.window else seen), -math.inf)
         p, largest = logits.softmax(-1), logits.amax((0, 2, 3))
         found = {"attention_map": p[0], "first_token": p[..., 0].mean((0, 2)), "max_logit": largest}
         return found | self.output_gate.stats(x)
 
     def _qkv(self, x, offset):
-        """q, k, v (B, T, H, D) of tokens from position `offset` on."""
-        q, k, v = (t.unflatten(-1, (self.n_head, self.d_head)) for t in self.c_attn(x).chunk(3, -1))
+        """q (B, T, H, D), k and v (B, T, Hk, D) of tokens from position `offset` on."""
+        parts = self.c_attn(x).split(list(self.parts.values()), -1)
+        q, k, v = (t.unflatten(-1, (-1, self.d_head)) for t in parts)
+        if self.ln_q is not None:
+            q, k = self.ln_q(q), self.ln_k(k)
         if self.rope_base is not None:
             q, k = rotate(q, offset, self.rope_base), rotate(k, offset, self.rope_base)
         return q, k, v
@@ -414,7 +460,7 @@ class GatedAttention(SoftmaxAttention):
     token_weights = ("gate",)
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__(replace(config, n_kv_head=0, window=0))  # those keys are of other layers
         C, inner = config.n_embd, self.n_head * self.d_head
         self.gate = nn.Parameter(torch.zeros(2, self.n_head, C))
         self.gate_bias = nn.Parameter(torch.ones(2 * self.n_head))
@@ -489,7 +535,7 @@ class DistanceAttention(SoftmaxAttention):
     constant_ones = False  # whether a mask of ones has no slope, and so costs what softmax attention costs
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__(replace(config, n_kv_head=0, window=0))  # those keys are of other layers
         self.block_size = config.block_size
         self.make_masks(config)
 
@@ -699,9 +745,14 @@ class MaskMix(DistanceAttention):
 # linear attention, slots and random features
 
 
-def check_heads(n_embd, n_head, name):
-    if n_head and n_embd % n_head:
-        raise ValueError(f"n_embd={n_embd} is not a multiple of {name}={n_head}")
+def check_width(config, name, n_head):
+    if round(config.n_embd * getattr(config, name) / n_head) < 1:
+        least = f"write at least {n_head / config.n_embd:g}, one channel for each head"
+        raise ValueError(f"{name}={getattr(config, name):g} of n_embd={config.n_embd}: {least}")
+
+
+def full_precision(x):
+    return x if x.dtype == torch.float64 else x.float()  # a decay near 1 needs the digits
 
 
 class GatedLinearAttention(Attention):
@@ -715,11 +766,8 @@ class GatedLinearAttention(Attention):
     @classmethod
     def check(cls, config):
         check_heads(config.n_embd, config.gla_n_head, "gla_n_head")
-        heads = cls.heads(config)
         for name in ("gla_expand_k", "gla_expand_v"):
-            if round(config.n_embd * getattr(config, name) / heads) < 1:
-                least = f"write at least {heads / config.n_embd:g}, one channel for each head"
-                raise ValueError(f"{name}={getattr(config, name):g} of n_embd={config.n_embd}: {least}")
+            check_width(config, name, cls.heads(config))
 
     @staticmethod
     def heads(config):
@@ -770,9 +818,9 @@ class GatedLinearAttention(Attention):
     def _inputs(self, x):
         q, k, v, r, z = self.c_attn(x).split(list(self.parts.values()), -1)
         q, k, v = (t.unflatten(-1, (self.n_head, -1)) for t in (q, k, v))  # (B, T, H, K), (B, T, H, K), (B, T, H, V)
-        z = self.c_gate(z)
-        z = z if z.dtype == torch.float64 else z.float()  # a decay near 1 needs the digits
-        g = F.logsigmoid(z).unflatten(-1, (self.n_head, -1)) / self.normalizer  # (B, T, H, K), <= 0
+        g = (
+            F.logsigmoid(full_precision(self.c_gate(z))).unflatten(-1, (self.n_head, -1)) / self.normalizer
+        )  # (B, T, H, K), <= 0
         return q, k, v, g, r
 
     def _project(self, o, r):
@@ -835,8 +883,7 @@ class GatedSlotAttention(Attention):
     def _inputs(self, x):
         parts = self.c_attn(x).split(list(self.parts.values()), -1)
         q, k, v, f = (t.unflatten(-1, (self.n_head, -1)) for t in parts)
-        f = f if f.dtype == torch.float64 else f.float()  # (B, T, H, M)
-        g = F.logsigmoid(f) / self.normalizer
+        g = F.logsigmoid(full_precision(f)) / self.normalizer  # (B, T, H, M)
         s = -torch.expm1(g)  # 1 - a without cancellation: a nearly closed slot still learns
         return F.silu(q), F.silu(k), F.silu(v), s, g  # q, k, v (B, T, H, D)
 
@@ -928,14 +975,185 @@ class PerformerAttention(Attention):
 
     def _qkv(self, x, offset):
         q, k, v = (t.unflatten(-1, (self.n_head, self.d_head)) for t in self.c_attn(x).chunk(3, -1))  # (B, T, H, D)
-        q, k = (t if t.dtype == torch.float64 else t.float() for t in (q, k))  # exponents need the digits
-        q, k = (F.normalize(t, dim=-1) * self._norm2().sqrt()[:, None] for t in (q, k))
+        q, k = (F.normalize(full_precision(t), dim=-1) * self._norm2().sqrt()[:, None] for t in (q, k))
         if self.rope_base is not None:
             q, k = rotate(q, offset, self.rope_base), rotate(k, offset, self.rope_base)
         return q, k, v
 
     def _project(self, o, x):
         return self.resid_dropout(self.c_proj(self.output_gate(o.flatten(2), x)))  # (B, T, H D) -> (B, T, C)
+
+
+# -----------------------------------------------------------------------------
+# the delta rule and Mamba-2
+
+
+class ConvolvedAttention(Attention):
+    """What these types share. By head, a K x V matrix S is the state; q, k and v come from a causal convolution of each
+    channel over some tokens, and silu. Decoding keeps S and what the convolution still needs. A type has `operator` and
+    its `options`, `_inputs` and `_gate`. A decay is Mamba-2's: a_t = exp(-A softplus(W_a x_t + c))."""
+
+    def build(self, config, parts, width, n_decay):
+        """Parts of c_attn, q, k and v among them; tokens of the convolution; numbers c of the decay."""
+        self.parts = parts
+        self.c_attn = nn.Linear(config.n_embd, sum(parts.values()), bias=False)
+        self.c_proj = nn.Linear(self.n_head * self.d_v, config.n_embd, bias=config.bias)
+        self.resid_dropout = make_dropout(config)
+        self.conv_shape, bound = (width, parts["q"] + parts["k"] + parts["v"]), max(1, width) ** -0.5
+        weight = torch.empty(math.prod(self.conv_shape)).uniform_(-bound, bound)  # a vector: no weight decay, no Muon
+        self.conv = nn.Parameter(weight) if width else None
+        if n_decay:  # as published: A from 1 to 16, the softplus log-uniform from 0.001 to 0.1
+            start = torch.empty(n_decay).uniform_(math.log(0.001), math.log(0.1)).exp()
+            self.log_a = nn.Parameter(torch.empty(self.n_head).uniform_(1, 16).log())
+            self.dt_bias = nn.Parameter(start.expm1().log())
+
+    def forward(self, x):
+        return self._mix(x, (None, None), "auto")[0], torch.zeros((), device=x.device)
+
+    def init_state(self, batch, max_len):
+        w, (width, channels) = self.c_attn.weight, self.conv_shape
+        S = torch.zeros(batch, self.n_head, self.d_k, self.d_v, dtype=compute_dtype(w.dtype), device=w.device)
+        return S, w.new_zeros(batch, max(0, width - 1), channels)
+
+    def step(self, x, state):
+        return self._mix(x, state, "recurrent" if x.size(1) <= 16 else "auto")
+
+    @torch.no_grad()
+    def stats(self, x=None):
+        """With x (B, T, C), by head, (H,): the mean decay, if there is one, and the norm of the states after x."""
+        if x is None:
+            return {}
+        (*_, g), _, _ = self._inputs(x, None)
+        _, (S, _) = self.step(x, self.init_state(x.size(0), x.size(1)))
+        found = {"state_norm": S.norm(dim=(2, 3)).mean(0)}
+        return found if g is None else found | {"decay": g.exp().mean((0, 1)).view(self.n_head, -1).mean(1)}
+
+    def _mix(self, x, state, backend):
+        inputs, rest, past = self._inputs(x, state[1])
+        options = dict(initial_state=state[0], output_final_state=True, backend=backend)
+        o, S = self.operator(*inputs, **options, **self.options)
+        return self.resid_dropout(self.c_proj(self._gate(o, *rest))), (S, past)
+
+    def _convolved(self, x, past):
+        """q, k, v (B, T, H or groups, D), the parts of c_attn after them, and the convolution's next `past`."""
+        (_, T, _), (width, channels), sizes = x.shape, self.conv_shape, list(self.parts.values())
+        x, *rest = self.c_attn(x).split([channels, *sizes[3:]], -1)
+        if width:
+            x = torch.cat((x.new_zeros(x.size(0), width - 1, channels) if past is None else past, x), 1)
+            past, w = x[:, T:].clone(), self.conv.view(width, channels)
+            x = sum(x[:, i : i + T] * w[i] for i in range(width))
+        qkv = zip(F.silu(x).split(sizes[:3], -1), (self.d_k, self.d_k, self.d_v))
+        return [t.unflatten(-1, (-1, D)) for t, D in qkv], rest, past
+
+    def _decay(self, a):
+        """W_a x (B, T, H or H K) -> the softplus and log a_t, (B, T, H, 1 or K)."""
+        dt = F.softplus(full_precision(a) + self.dt_bias).unflatten(-1, (self.n_head, -1))
+        return dt, -self.log_a.exp()[:, None] * dt
+
+
+class DeltaNet(ConvolvedAttention):
+    """The delta rule (Yang et al. 2024, arXiv 2406.06484, section 2.2): the state's answer to a key is corrected,
+
+        S_t = S~_t + b_t k_t (v_t - S~_t^T k_t)^T,   S~_t = a_t S_{t-1},   o_t = S_t^T q_t / sqrt(K)
+        y_t = W_o (norm(o_t) * gate(x_t)),   b_t = beta_max sigmoid(W_b x_t)
+
+    with q and k of norm 1. Here a_t = 1, and the gate is silu."""
+
+    families = ("delta rule",)
+    operator = staticmethod(delta)
+    decay = None  # what has a decay of its own: nothing, each "head" or each "channel"
+
+    @classmethod
+    def check(cls, config):
+        check_heads(config.n_embd, config.delta_n_head, "delta_n_head")
+        check_width(config, "delta_expand_v", cls.heads(config))
+
+    @staticmethod
+    def heads(config):
+        return config.delta_n_head or max(1, config.n_embd // 128)
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = H = self.heads(config)
+        self.d_k, self.d_v = config.n_embd // H, round(config.n_embd * config.delta_expand_v / H)
+        K, V, rank = H * self.d_k, H * self.d_v, self.d_v
+        kinds = {None: (dict(r=V), 0), "head": (dict(r=V, a=H), H), "channel": (dict(r=rank, a=rank), K)}
+        own, n_decay = kinds[self.decay]  # r: gate, a: decay, or the first factor of their weights
+        self.build(config, dict(q=K, k=K, v=V, b=H) | own, config.delta_conv, n_decay)
+        self.ln_o = nn.RMSNorm(self.d_v, eps=1e-5)
+        self.beta_max, self.options = config.delta_beta_max, {}
+        if self.decay == "channel":
+            self.c_decay, self.c_gate = nn.Linear(rank, K, bias=False), nn.Linear(rank, V)
+            self.options = dict(gate_min=config.delta_gate_min)
+
+    def flops(self, T):
+        return delta_operations(T, self.n_head, self.d_k, self.d_v, **self.options)
+
+    def _inputs(self, x, past):
+        (q, k, v), (b, r, *a), past = self._convolved(x, past)
+        q, k = (F.normalize(full_precision(t), dim=-1) for t in (q, k))
+        if self.decay == "channel":
+            r, g = self.c_gate(r).sigmoid(), self._decay(self.c_decay(*a))[1]  # g (B, T, H, K)
+        else:
+            r, g = F.silu(r), self._decay(*a)[1].squeeze(-1) if a else None  # g (B, T, H)
+        return (q, k, v, self.beta_max * full_precision(b).sigmoid(), g), (r,), past
+
+    def _gate(self, o, r):
+        return self.ln_o(o).flatten(2) * r  # (B, T, H V)
+
+
+class GatedDeltaNet(DeltaNet):
+    """Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464): the delta rule with a decay for each head."""
+
+    decay = "head"
+
+
+class KimiDeltaAttention(DeltaNet):
+    """Kimi delta attention (Kimi Team 2025, arXiv 2510.26692): a decay for each channel, bounded below by
+    delta_gate_min, and a sigmoid gate; the weights of both have low rank."""
+
+    decay = "channel"
+
+
+class Mamba2(ConvolvedAttention):
+    """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, sections 3 and 7): a step dt_t sets the decay and weighs what comes,
+
+        S_t = exp(-dt_t A) S_{t-1} + B_t (dt_t x_t)^T,   o_t = S_t^T C_t + D x_t,   y_t = W_o norm(o_t * silu(z_t))
+
+    with dt_t = softplus(W_a u_t + c) of the layer's input u. The convolution gives x, B and C; heads of a group share B
+    and C, their keys and queries."""
+
+    operator, options = staticmethod(gla), dict(scale=1.0)
+
+    @classmethod
+    def check(cls, config):
+        check_width(config, "mamba2_expand", H := cls.heads(config))
+        if H % config.mamba2_groups:
+            raise ValueError(f"mamba2_groups={config.mamba2_groups} does not divide the {H} heads (mamba2_n_head)")
+
+    @staticmethod
+    def heads(config):
+        return config.mamba2_n_head or max(1, int(config.mamba2_expand * config.n_embd) // 64)
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = H = self.heads(config)
+        self.d_k, self.d_v = config.mamba2_state, round(config.mamba2_expand * config.n_embd / H)
+        BC, inner = config.mamba2_groups * self.d_k, H * self.d_v
+        self.build(config, dict(q=BC, k=BC, v=inner, z=inner, a=H), config.mamba2_conv, H)  # q, k, v are C, B, x
+        self.skip, self.ln_o = nn.Parameter(torch.ones(H)), nn.RMSNorm(inner, eps=1e-5)
+
+    def flops(self, T):
+        return gla_operations(T, self.n_head, self.d_k, self.d_v, None, scalar=True)
+
+    def _inputs(self, x, past):
+        (q, k, v), (z, a), past = self._convolved(x, past)
+        q, k = (t.repeat_interleave(self.n_head // t.size(2), 2) for t in (q, k))  # (B, T, H, N)
+        dt, g = self._decay(a)  # (B, T, H, 1)
+        return (q, k, v * dt, g.squeeze(-1)), (v, z), past
+
+    def _gate(self, o, v, z):
+        return self.ln_o((o + self.skip[:, None] * v).flatten(2) * F.silu(z))  # (B, T, H P)
 
 
 # -----------------------------------------------------------------------------
@@ -980,8 +1198,7 @@ class NativeSparseAttention(Attention):
 
     @classmethod
     def check(cls, config):
-        if config.nsa_kv_head and config.n_head % config.nsa_kv_head:
-            raise ValueError(f"n_head={config.n_head} is not a multiple of nsa_kv_head={config.nsa_kv_head}")
+        check_heads(config.n_head, config.nsa_kv_head, "nsa_kv_head", "n_head")
         block, stride, select_block, count, _ = cls.choose_sizes(config)
         if block % stride or select_block % stride or block > select_block:
             sizes = f"nsa_compress_block={block}, nsa_compress_stride={stride}, nsa_select_block={select_block}"
@@ -1111,6 +1328,10 @@ ATTENTION = {
     "gla": GatedLinearAttention,
     "gsa": GatedSlotAttention,
     "performer": PerformerAttention,
+    "deltanet": DeltaNet,
+    "gdn": GatedDeltaNet,
+    "kda": KimiDeltaAttention,
+    "mamba2": Mamba2,
     "nsa": NativeSparseAttention,
     "gated": GatedAttention,
     "gated_output": GatedOutput,

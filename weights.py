@@ -381,12 +381,12 @@ def same_meaning(ours, theirs, parameter):
 
 
 def copy_projections(attn, own, value, theirs):
-    """The rows of q, k and v of a softmax layer's c_attn, `value` (3 H D, C) or its bias (3 H D,), into `own`, where
+    """The rows of q, k and v of a softmax layer's c_attn, `value` (rows, C) or its bias (rows,), into `own`, where
     `attn` has parts of that size under these names; kv_BRANCH takes keys and values. Returns three lists: the parts of
     `attn` that were copied, the parts of `value` that were left, and the parts of `attn` that were not in it."""
     if [*getattr(theirs, "parts", {})] != [*"qkv"]:
         return [], [*"qkv"], []
-    q, k, v = value.chunk(3)
+    q, k, v = value.split(list(theirs.parts.values()))
     source, taken = {"q": q, "k": k, "v": v, "kv": value[len(q) :]}, []
     for part, rows in zip(attn.parts, own.split(list(attn.parts.values()))):
         wanted = source.get(part.split("_")[0])

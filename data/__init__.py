@@ -14,8 +14,9 @@ the same folder if that can be written, says which states have been.
 A data set may be records instead of running text. meta.json then has "record_len": L, each split is whole records of L
 tokens, and <split>.targets.bin holds for each token, as int32, what the model is to say there: an id of the vocabulary
 (no shift is applied), or -1 where nothing is scored. A split says {"tokens": n, "scored": n, "sha256": of the .bin,
-"targets_sha256": of the .targets.bin}. With "labels": {name: id, ...} every target is one of these classes;
-"stripped": true says that records are texts without the whitespace around them.
+"targets_sha256": of the .targets.bin}; with "record_len": n too its own records have that length. With "labels":
+{name: id, ...} every target is one of these classes; "stripped": true says that records are texts without the
+whitespace around them.
 """
 
 import argparse
@@ -276,12 +277,15 @@ class Dataset:
 
     def _check_records(self, meta):
         length, labels = meta.get("record_len"), meta.get("labels")
-        if length is not None:
-            if not _is_count(length) or length == 0:
-                self._foreign(f"record_len {reprlib.repr(length)} is not a number of tokens")
-            for name, info in meta["splits"].items():
-                if info["tokens"] % length:
-                    self._foreign(f"split {name} has {info['tokens']} tokens, no whole records of {length}")
+        if length is not None and (not _is_count(length) or length == 0):
+            self._foreign(f"record_len {reprlib.repr(length)} is not a number of tokens")
+        for name, info in meta["splits"].items():
+            own = info.get("record_len") or length
+            if own is not None:
+                if length is None or not _is_count(own):
+                    self._foreign(f"split {name} has {reprlib.repr(own)} for a record_len")
+                if info["tokens"] % own:
+                    self._foreign(f"split {name} has {info['tokens']} tokens, no whole records of {own}")
         if labels is not None:
             ids = list(labels.values()) if isinstance(labels, dict) else []
             if length is None or len(ids) < 2 or not all(_is_count(i) and i < meta["vocab_size"] for i in ids):
@@ -401,7 +405,7 @@ class Split:
         info = dataset.meta["splits"][name]
         self.name = name
         self.where = f"{dataset._where}: {name}"
-        self.record_len, self.labels = dataset.record_len, dataset.labels
+        self.record_len, self.labels = info.get("record_len") or dataset.record_len, dataset.labels
         self.n_tokens, self.n_bytes, self.n_words = info["tokens"], info.get("bytes"), info.get("words")
         self.n_scored = info["tokens"] - 1 if self.record_len is None else info["scored"]
         self._vocab_size, self._codec, self._first_bytes = dataset.vocab_size, dataset.codec, info.get("first_bytes")
@@ -464,7 +468,7 @@ class Batches:
 
     One generator draws the starts of all processes, so the stream of rows depends on the seed alone: one process that
     draws twice sees what two processes see that draw once. Of records whole ones are drawn, `length` is theirs, and
-    block_size only has to hold one. DataError if a split is too short for block_size.
+    block_size only has to hold the longest. DataError if a split is too short for block_size.
     """
 
     def __init__(self, dataset, block_size, batch_size, seed, rank=0, world_size=1):
@@ -473,10 +477,11 @@ class Batches:
                 f"batches need block_size >= 1, batch_size >= 1 and 0 <= rank < world_size, "
                 f"not {block_size}, {batch_size}, {rank} of {world_size}"
             )
-        if block_size < (dataset.record_len or 0):
+        longest = max(info.get("record_len") or dataset.record_len or 0 for info in dataset.meta["splits"].values())
+        if block_size < longest:
             raise DataError(
-                f"block_size {block_size} does not hold the {dataset.record_len} tokens of a record of {dataset.name}: "
-                f"use --block_size={dataset.record_len}"
+                f"block_size {block_size} does not hold the {longest} tokens of a record of {dataset.name}: "
+                f"use --block_size={longest}"
             )
         self.dataset, self.length, self.batch_size = dataset, dataset.record_len or block_size, batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
@@ -490,7 +495,7 @@ class Batches:
         """(x, y), int64 CPU tensors (batch_size, length); y is x shifted by one, or a record's targets."""
         split, n = self._split(split), self.batch_size
         starts = self._starts(split, self.world_size * n, self.generator)
-        return split.pairs(starts[self.rank * n : (self.rank + 1) * n], self.length)
+        return split.pairs(starts[self.rank * n : (self.rank + 1) * n], split.record_len or self.length)
 
     def fixed(self, split, n):
         """Yield this process's share of n batches, every world_size-th one. The n are the same at every call and for
@@ -501,7 +506,7 @@ class Batches:
         for i in range(n):
             starts = self._starts(split, self.batch_size, generator)
             if i % self.world_size == self.rank:
-                yield split.pairs(starts, self.length)
+                yield split.pairs(starts, split.record_len or self.length)
 
     def state_dict(self):
         """{"generator": uint8 tensor, "seed": int}: it suits any number of processes and any batch size."""
@@ -526,7 +531,8 @@ class Batches:
 
     def _starts(self, split, n, generator):
         if split.record_len is not None:
-            return torch.randint(split.n_tokens // self.length, (n,), generator=generator).numpy() * self.length
+            count = split.n_tokens // split.record_len
+            return torch.randint(count, (n,), generator=generator).numpy() * split.record_len
         return torch.randint(split.n_tokens - self.length, (n,), generator=generator).numpy()
 
 
@@ -846,9 +852,9 @@ def write_meta(out_dir, codec, splits, source, sha256, label, record_len=None, l
     """Put the split files in their places, then meta.json, and return meta.
 
     codec: its object; splits: {name: what write_split or write_records returned}, the latter with the record_len of all
-    and, for classes, labels {name: id}; stripped: records are texts without the whitespace around them. An interruption
-    before this call leaves an earlier preparation as it was; one during it leaves no meta.json, so that nothing
-    half-prepared can be taken for whole.
+    that do not hold a "record_len" themselves and, for classes, labels {name: id}; stripped: records are texts without
+    the whitespace around them. An interruption before this call leaves an earlier preparation as it was; one during it
+    leaves no meta.json, so that nothing half-prepared can be taken for whole.
     """
     out_dir = Path(out_dir)
     name = {BytesCodec: "bytes", GPT2Codec: "gpt2", SymbolsCodec: "symbols"}[type(codec)]
@@ -881,7 +887,8 @@ def print_summary(meta, out_dir):
     print(f"{meta['label']}: codec {meta['codec']}, vocabulary {meta['vocab_size']}, in {printable(str(out_dir))}")
     for name, info in meta["splits"].items():
         if "record_len" in meta:
-            counted = f"{info['tokens'] // meta['record_len']:>12,} records {info['scored']:>12,} targets"
+            records = info["tokens"] // (info.get("record_len") or meta["record_len"])
+            counted = f"{records:>12,} records {info['scored']:>12,} targets"
         else:
             words = "" if info["words"] is None else f"{info['words']:>12,} words"
             counted = f"{info['tokens']:>12,} tokens {info['bytes']:>12,} bytes {words}"

@@ -156,10 +156,20 @@ class Chunk:
 
 
 def chunk_length(g, gate_min):
-    """Tokens a chunk. Factors of a gate for each channel stay within e^SAFE_EXPONENT."""
-    if g is None or g.dim() == 3:
-        return CHUNK
+    """Tokens a chunk."""
+    return CHUNK if g is None or g.dim() == 3 else channel_chunk(gate_min)
+
+
+def channel_chunk(gate_min):
+    """With a gate for each channel: the factors of its products stay within e^SAFE_EXPONENT."""
     return min(CHUNK, 1 << (max(1, int(2 * SAFE_EXPONENT / max(-gate_min, 1e-9))).bit_length() - 1))
+
+
+def operations(T, H, K, V, gate_min=None):
+    """(nominal, executed) of a sequence of T: the recurrence, and the products and triangular solves of
+    `chunk_forward`, a whole last chunk included. gate_min: of a gate for each channel; None: there is none."""
+    C = CHUNK if gate_min is None else channel_chunk(gate_min)
+    return 6 * K * V * H * T, H * -(-T // C) * (8 * C * K * V + C * C * (5 * K + 4 * V))
 
 
 def segments(q, C):

@@ -127,9 +127,9 @@ def fresh_rng():
 
 @pytest.fixture
 def products():
-    """`products(call)`: the operations of the matrix products that a call runs, also of those inside operators, two for
-    a multiply-add, by the shapes that PyTorch was given. Of its causal attention those of the pairs s <= t, in two
-    products forward and five backward."""
+    """`products(call)`: the operations of the matrix products and triangular solves that a call runs, also of those
+    inside operators, two for a multiply-add, by the shapes that PyTorch was given. Of its causal attention those of the
+    pairs s <= t, in two products forward and five backward."""
 
     def count(call):
         with torch.autograd.profiler.profile(record_shapes=True) as profile:
@@ -140,6 +140,8 @@ def products():
             if name in ("mm", "bmm", "addmm", "baddbmm"):
                 a, b = shapes[int("add" in name) :][:2]
                 operations += 2 * math.prod(a) * b[-1]
+            elif name == "linalg_solve_triangular":
+                operations += math.prod(shapes[0]) * shapes[1][-1]
             elif name.startswith("_scaled_dot_product_flash_attention_for_cpu"):
                 backward = name.endswith("backward")
                 B, H, T, D = shapes[int(backward)]

@@ -213,8 +213,8 @@ def test_bf16_autocast_is_close(name, fresh_rng):
     assert (y.float() - exact).norm() <= 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("name", ["gla", "gsa", "performer"])
-@pytest.mark.parametrize("native, bound", [(False, 1e-3), (True, 5e-3)])
+@pytest.mark.parametrize("name", ["gla", "gsa", "deltanet", "gdn", "kda", "mamba2", "performer"])
+@pytest.mark.parametrize("native, bound", [(False, 1e-3), (True, 1e-2)])
 def test_autocast_leaves_recurrent_steps_alone(name, native, bound, fresh_rng, monkeypatch):
     """The states' arithmetic is in fp32 in either form: all that may differ is a rounding of the projections, and of
     the chunks' operands on a processor that multiplies bfloat16 itself."""

@@ -58,7 +58,8 @@ SMALL = dict(
     mask_mix_candidates=MIXES.map(",".join) | st.integers(1, 5).map("full,first_{},full".format),
 )  # fmt: skip
 START = dict(block_size=8, n_layer=1, n_head=1, n_embd=8)
-ENDLESS = {"gla", "gsa", "performer", "nsa", "adaptive_span", "mask_mix", "none"}  # the others forget, step by step
+ENDLESS = {"gla", "gsa", "performer", "nsa", "adaptive_span", "mask_mix", "none"}
+ENDLESS |= {"deltanet", "gdn", "kda", "mamba2"}  # the others forget, step by step
 
 
 def values(field, hint):
