@@ -8,12 +8,11 @@
 matrix products. Axes: B batch, T time, H heads, K key width, V value width, C tokens a chunk, N = chunks * B * H.
 """
 
-import functools
-
 import torch
 
 from . import check, in_autocast, leave_autocast, operator
-from .gla import SAFE_EXPONENT, chunked, compute_dtype, store
+from .gla import SAFE_EXPONENT, chunked, compute_dtype, gate_sums, pair_decays, store
+from .gsa import below
 
 CHUNK = 64  # tokens a chunk
 SEGMENT = 8192  # token-heads that are worked on at a time, so that their tensors stay in cache
@@ -56,103 +55,123 @@ def by_channel(g):
 #     o  = scale * ((q e^b) S + A U)        A_ij = q_i . k_j D_ij, j <= i
 #     S' = e^B S + (k e^(B-b))^T U          B = b at the last token
 #
-# (I + L)^-1 is the same for all columns, so U = X - W S with X and W of the chunk alone: all chunks of a segment at
+# T = (I + L)^-1 is the same for all columns, so U = X - W S with X and W of the chunk alone: all chunks of a segment at
 # once. What is left is a walk over the states, two products a chunk. The backward pass keeps the states at the chunks'
 # starts, walks back over their gradients, and computes the rest of all chunks at once again.
 
 
 class Chunk:
     """What N chunks need beside their state. q, k (N, C, K), v (N, C, V), beta (N, C, 1), g (N, C, K), (N, C, 1) or
-    None; q is scaled. A gate for each channel is split at the chunk's middle, e^(b_i - m) e^(m - b_j)."""
+    None; q is scaled. A gate for each channel is split at the chunk's middle, e^(b_i - m) e^(m - b_j). Products with
+    one factor in common are one: rows (N, 2 C, K) holds the left factors of A and of L."""
 
     def __init__(self, q, k, v, beta, g):
-        self.q, self.k, self.v, self.beta, self.D, self.decay, self.f = q, k, v, beta, None, None, None
-        self.read, self.write, self.left, up, down, self.upq = q, k, k, k, k, q
+        (N, C, K), self.q, self.k, self.v, self.beta = q.shape, q, k, v, beta
+        self.decay = self.D = self.f = None
+        self.read, self.write, self.left, self.down = q, k, k, k
+        self.rows = q.new_empty(N, 2 * C, K)
+        rows_q, rows_k = self.rows[:, :C], self.rows[:, C:]
+        if g is None or g.shape[2] == 1:
+            rows_q.copy_(q)
+            rows_k.copy_(k)
         if g is not None:
-            b = g.cumsum(1)
-            self.e, self.decay = b.exp(), b[:, -1:].mT.exp()
-            if g.shape[2] == 1:  # each D a sum of its own gates: a strong one costs its neighbours no digits
-                self.D = g.expand(-1, -1, g.shape[1]).tril(-1).cumsum(1).exp()  # (N, C, C), 1 above the diagonal
-                self.tail = self.D[:, -1, :, None]
+            b = gate_sums(g) if g.shape[2] == 1 else g.cumsum(1)
+            self.e, self.decay = b.to(q.dtype).exp(), b[:, -1:].mT.to(q.dtype).exp()
+            self.tail = (b[:, -1:] - b).to(q.dtype).exp()
+            if g.shape[2] == 1:
+                self.D = pair_decays(b, q.new_empty(N, C, C))
             else:
-                self.f, self.tail = (b - b[:, (b.shape[1] - 1) // 2, None]).exp(), (b[:, -1:] - b).exp()
-                up, down, self.upq = k * self.f, k / self.f, q * self.f
+                self.f, self.down = (b - b[:, (C - 1) // 2, None]).exp(), q.new_empty(N, C, K)
+                torch.mul(q, self.f, out=rows_q)
+                torch.mul(k, self.f, out=rows_k)
+                torch.div(k, self.f, out=self.down)
             self.read, self.write, self.left = q * self.e, k * self.tail, k * self.e
-        self.up, self.down = up, down
-        self.pairs, self.scores = (up @ down.mT).tril(-1), (self.upq @ down.mT).tril()
+        products = torch.bmm(self.rows, self.down.mT)  # (N, 2 C, C)
         if self.D is not None:
-            self.pairs, self.scores = self.pairs * self.D, self.scores * self.D
-        self.L = self.pairs * beta
-
-    def solve(self, x):
-        """(I + L)^-1 x."""
-        return torch.linalg.solve_triangular(self.L, x, upper=False, unitriangular=True)
-
-    @functools.cached_property
-    def w(self):
-        return self.solve(self.left * self.beta)
+            products.view(N, 2, C, C).mul_(self.D[:, None])
+        self.scores, self.pairs = products[:, :C].tril_(), products[:, C:].tril_(-1)
+        self.T = inverse(self.pairs * beta)
 
     def error(self, S):
-        """v - left S, which beta times is solved for."""
+        """v - left S: beta times it is what T takes."""
         return torch.baddbmm(self.v, self.left, S, alpha=-1)
 
-    def output(self, S):
-        """o (N, C, V), from S (N, K, V) before the chunks."""
-        return torch.baddbmm(self.scores @ self.solve(self.error(S) * self.beta), self.read, S)
-
-    def gradients(self, S, do, dS):
-        """Of q, k, v, beta and g, from the states before the chunks and the gradients of those after them."""
-        error = self.error(S)
-        u = self.solve(error * self.beta)
-        du = torch.baddbmm(self.scores.mT @ do, self.write, dS)
-        de = torch.linalg.solve_triangular(self.L.mT, du, upper=True, unitriangular=True)
-        dL = (de @ u.mT).tril_(-1).neg_()
+    def gradients(self, S, u, error, do, du, dS):
+        """Of q, k, v, beta and g, from the states before the chunks, u, the error, and the gradients of o, of u and of
+        the states after the chunks."""
+        C = do.shape[1]
+        both = do.new_empty(len(do), 2 * C, do.shape[2])  # do, and the gradient of beta times the error
+        both[:, :C] = do
+        de = torch.bmm(self.T.mT, du, out=both[:, C:])
+        pairs, states = both @ u.mT, both @ S.mT
+        dscores, dL = pairs[:, :C].tril_(), pairs[:, C:].tril_(-1).neg_()
+        dread, dleft, dwrite = states[:, :C], states[:, C:].mul_(self.beta).neg_(), u @ dS.mT
         dbeta = (de * error).sum(-1, True) + (dL * self.pairs).sum(-1, True)
-        de = de * self.beta
-        dpairs, dscores = dL * self.beta, (do @ u.mT).tril_()
-        dread, dwrite, dleft = do @ S.mT, u @ dS.mT, (de @ S.mT).neg_()
-        if self.decay is None:
-            dq = torch.baddbmm(dread, dscores, self.k)
-            dk = (dwrite + dleft).baddbmm_(dscores.mT, self.q).baddbmm_(dpairs + dpairs.mT, self.k)
-            return dq, dk, de, dbeta, None
-        db = dread * self.read + dleft * self.left - dwrite * self.write
-        last = (dwrite * self.write).sum(1, True) + self.decay.mT * (S * dS).sum(2).unsqueeze(1)
+        dL.mul_(self.beta)
+        if self.decay is not None:
+            db = (dread * self.read).addcmul_(dleft, self.left)
+            written = dwrite * self.write
+            last = written.sum(1, True) + self.decay.mT * (S * dS).sum(2).unsqueeze(1)
+            db.sub_(written)
         if self.D is not None:
-            pair = dpairs * self.pairs + dscores * self.scores
-            db = db.sum(-1, True) + pair.sum(2, True) - pair.sum(1).unsqueeze(2)
-            last = last.sum(-1, True)
-            dpairs, dscores = dpairs * self.D, dscores * self.D
-        dq, up = dscores @ self.down, dpairs @ self.down
-        down = torch.baddbmm(dscores.mT @ self.upq, dpairs.mT, self.up)
+            pair = (dL * self.pairs).addcmul_(dscores, self.scores)
+            db, last = db.sum(-1, True) + pair.sum(2, True) - pair.sum(1).unsqueeze(2), last.sum(-1, True)
+            pairs.view(-1, 2, C, C).mul_(self.D[:, None])
+        rows, down = pairs @ self.down, pairs.mT @ self.rows
+        dq, dk = rows[:, :C], rows[:, C:]
         if self.f is not None:
-            dq, up, down = dq * self.f, up * self.f, down / self.f
-            db = db + self.q * dq + self.k * (up - down)
-        dk = up + down + dwrite * self.tail + dleft * self.e
-        return dq + dread * self.e, dk, de, dbeta, db.flip(1).cumsum(1).flip(1) + last
+            rows.view(-1, 2, *self.f.shape[1:]).mul_(self.f[:, None])
+            down.div_(self.f)
+            db += self.q * dq + self.k * (dk - down)
+        dk = dk + down
+        if self.decay is None:
+            return dq + dread, dk.add_(dwrite).add_(dleft), de * self.beta, dbeta, None
+        dq, dk = torch.addcmul(dq, dread, self.e), dk.addcmul_(dwrite, self.tail).addcmul_(dleft, self.e)
+        return dq, dk, de * self.beta, dbeta, db.flip(1).cumsum(1).flip(1) + last
 
     def walk(self, S, n):
-        """The states before each of n chunks, and after the last, from S (BH, K, V): (n + 1, BH, K, V)."""
-        out = S.new_empty(n + 1, *S.shape)
+        """The states before each of n chunks, and after the last, from S (BH, K, V): (n + 1, BH, K, V); and u."""
+        out, V = S.new_empty(n + 1, *S.shape), S.shape[2]
         out[0] = S
-        parts = [x.unflatten(0, (n, -1)) for x in (self.solve(self.v * self.beta), self.w, self.write)]
+        parts = torch.bmm(self.T, torch.cat((self.v, self.left), 2).mul_(self.beta)).unflatten(0, (n, -1))
+        write = self.write.mT.unflatten(0, (n, -1))
         decay = None if self.decay is None else self.decay.unflatten(0, (n, -1))
-        for i, (x, w, write) in enumerate(zip(*parts)):
-            u = torch.baddbmm(x, w, out[i], alpha=-1)
-            torch.baddbmm(out[i] if decay is None else out[i] * decay[i], write.mT, u, out=out[i + 1])
-        return out
+        u = parts[..., :V].contiguous()
+        for i in range(n):
+            u[i].baddbmm_(parts[i][..., V:], out[i], alpha=-1)
+            torch.baddbmm(out[i] if decay is None else out[i] * decay[i], write[i], u[i], out=out[i + 1])
+        return out, u.flatten(0, 1)
 
     def walk_back(self, do, dS, n):
-        """The gradients of the states after each of n chunks, and of the first one: (n + 1, BH, K, V)."""
-        out = dS.new_empty(n + 1, *dS.shape)
+        """The gradients of the states after each of n chunks, and of the first one: (n + 1, BH, K, V); and of u."""
+        out, w = dS.new_empty(n + 1, *dS.shape), torch.bmm(self.T, self.left * self.beta)
         out[n] = dS
-        parts = [x.unflatten(0, (n, -1)) for x in (self.scores.mT @ do, self.read.mT @ do, self.w, self.write)]
+        du, ds = torch.bmm(self.scores.mT, do), torch.bmm(self.read.mT, do)
+        parts = [x.unflatten(0, (n, -1)) for x in (du, ds, w.mT, self.write)]
         decay = None if self.decay is None else self.decay.unflatten(0, (n, -1))
         for i in reversed(range(n)):
-            du, ds, w, write = (x[i] for x in parts)
-            du = torch.baddbmm(du, write, out[i + 1])
-            ds = ds + (out[i + 1] if decay is None else out[i + 1] * decay[i])
-            torch.baddbmm(ds, w.mT, du, alpha=-1, out=out[i])
-        return out
+            dui, dsi, wi, write = (x[i] for x in parts)
+            dui.baddbmm_(write, out[i + 1])
+            dsi.add_(out[i + 1]) if decay is None else dsi.addcmul_(out[i + 1], decay[i])
+            torch.baddbmm(dsi, wi, dui, alpha=-1, out=out[i])
+        return out, du
+
+
+def inverse(L):
+    """(I + L)^-1 of strictly lower L (N, C, C): by substitution in blocks of 16 on the diagonal, which are then merged,
+    [[T1, 0], [-T2 L21 T1, T2]]. A substitution of 64 rows takes three times as long."""
+    N, C, _ = L.shape
+    h = min(16, C)
+    blocks = L.view(N, C // h, h, C // h, h).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, h, h)
+    eye = torch.eye(h, dtype=L.dtype, device=L.device).expand_as(blocks)
+    T = torch.linalg.solve_triangular(blocks, eye, upper=False, unitriangular=True)
+    while h < C:
+        left, right = T.view(-1, 2, h, h).unbind(1)
+        T = L.new_zeros(len(left), 2 * h, 2 * h)
+        T[:, :h, :h], T[:, h:, h:] = left, right
+        T[:, h:, :h] = -(right @ below(L, h).reshape(-1, h, h) @ left)
+        h *= 2
+    return T
 
 
 def chunk_length(g, gate_min):
@@ -201,10 +220,10 @@ def chunk_forward(q, k, v, beta, g, state, scale, gate_min):
     S = state.flatten(0, 1)
     for segment in segments(q, C):
         chunk = Chunk(*load_all(q, k, v, beta, g, scale, gate_min, segment, C))
-        states = chunk.walk(S, segment[2])
+        states, u = chunk.walk(S, segment[2])
         kept.append(states[:-1])
         S = states[-1]
-        put(o, chunk.output(states[:-1].flatten(0, 1)), segment, C)
+        put(o, torch.bmm(chunk.scores, u).baddbmm_(chunk.read, kept[-1].flatten(0, 1)), segment, C)
     return o, S.clone().view(state.shape), torch.cat(kept)
 
 
@@ -216,9 +235,10 @@ def chunk_backward(q, k, v, beta, g, states, do, dstate, scale, gate_min):
         here = states[lo // C : lo // C + n].flatten(0, 1)
         dos = load(do, segment, C, states.dtype)
         chunk = Chunk(*load_all(*inputs, scale, gate_min, segment, C))
-        back = chunk.walk_back(dos, dS, n)
-        dS = back[0]
-        parts = chunk.gradients(here, dos, back[1:].flatten(0, 1))
+        back, du = chunk.walk_back(dos, dS, n)
+        dS, error = back[0], chunk.error(here)
+        u = torch.bmm(chunk.T, error * chunk.beta)
+        parts = chunk.gradients(here, u, error, dos, du, back[1:].flatten(0, 1))
         for grad, part, factor in zip(grads, parts, (scale, 1.0, 1.0, 1.0, 1.0)):
             if part is not None:
                 put(by_channel(grad), part * factor, segment, C)

@@ -189,14 +189,9 @@ class Scalar:
     def __init__(self, q, k, g, new):
         self.new, (N, C, _) = new, g.shape
         self.sharp = [x.flatten(0, 2) if x.is_contiguous() else new(*x.shape).copy_(x).flatten(0, 2) for x in (q, k)]
-        b = torch.cumsum(g, 1, dtype=torch.float64)  # (N, C, 1): a gate of -50 must cost its neighbours no digits
-        high = b.to(g.dtype)
-        low = (b - high).to(g.dtype)
-        self.decay = high[:, -1].exp()  # (N, 1)
-        self.L = torch.sub(high, high.mT, out=new(N, C, C)).add_(low).sub_(low.mT)
-        later = torch.ones(C, C, dtype=torch.bool, device=g.device).triu_(1)
-        self.L.masked_fill_(later, -math.inf).exp_()
-        self.factors = high.exp(), (b[:, -1:] - b).to(g.dtype).exp()  # of reading and writing the state (N, C, 1)
+        b = gate_sums(g)  # (N, C, 1)
+        self.decay, self.L = b[:, -1].to(g.dtype).exp(), pair_decays(b, new(N, C, C))
+        self.factors = [x.to(g.dtype).exp() for x in (b, b[:, -1:] - b)]  # of reading and writing the state (N, C, 1)
         self.q, self.k = (new.operand(torch.mul(x, f, out=new(*x.shape))) for x, f in zip(self.sharp, self.factors))
 
     def scores(self):
@@ -209,6 +204,21 @@ class Scalar:
 
     def dk(self, dA, base):
         return self.new.full(base).mul_(self.factors[1]).baddbmm_(dA.mT, self.sharp[0])  # dA has its decay from dq
+
+
+def gate_sums(g):
+    """Sums of gates g (N, C, 1) in fp64: a gate of -50 must cost its neighbours no digits. One of -inf becomes finite:
+    e^-10000 is 0 too, and two such sums have a difference."""
+    return g.clamp(min=-1e4).cumsum(1, dtype=torch.float64)
+
+
+def pair_decays(b, out):
+    """e^(b_i - b_j) for j <= i, else 0, into out (N, C, C), for sums of gates b (N, C, 1) in fp64. The differences are
+    taken in the type of out, in two parts: that is faster."""
+    high = b.to(out.dtype)
+    low, C = (b - high).to(out.dtype), b.shape[1]
+    later = torch.ones(C, C, dtype=torch.bool, device=b.device).triu_(1)
+    return torch.sub(high, high.mT, out=out).add_(low).sub_(low.mT).masked_fill_(later, -math.inf).exp_()
 
 
 def small_bmm_t(a, b, new):
