@@ -4,7 +4,7 @@ dataset = "state_tracking"  # data/state_tracking/prepare.py
 
 attention_type = "deltanet"
 delta_beta_max = 2.0
-delta_n_head = 4
+delta_n_head = 8  # gdn needs one head, among those that begin slowly, that hardly forgets
 delta_conv = 0  # with one, keys differ by their neighbours, and what is learnt fades beyond 100 tokens
 
 n_layer = 2
