@@ -990,8 +990,8 @@ class PerformerAttention(Attention):
 
 class ConvolvedAttention(Attention):
     """What these types share. By head, a K x V matrix S is the state; q, k and v come from a causal convolution of each
-    channel over some tokens, and silu. Decoding keeps S and what the convolution still needs. A type has `operator` and
-    its `options`, `_inputs` and `_gate`. A decay is Mamba-2's: a_t = exp(-A softplus(W_a x_t + c))."""
+    channel over some tokens, and silu. Decoding keeps S and what the convolution still needs. A type has `operator`,
+    its `operations` and `options`, `_inputs` and `_gate`. A decay is Mamba-2's: a_t = exp(-A softplus(W_a x_t + c))."""
 
     def build(self, config, parts, width, n_decay):
         """Parts of c_attn, q, k and v among them; tokens of the convolution; numbers c of the decay."""
@@ -1003,9 +1003,10 @@ class ConvolvedAttention(Attention):
         weight = torch.empty(math.prod(self.conv_shape)).uniform_(-bound, bound)  # a vector: no weight decay, no Muon
         self.conv = nn.Parameter(weight) if width else None
         if n_decay:  # as published: A from 1 to 16, the softplus log-uniform from 0.001 to 0.1
-            start = torch.empty(n_decay).uniform_(math.log(0.001), math.log(0.1)).exp()
+            self.dt_bias = nn.Parameter(
+                torch.empty(n_decay).uniform_(math.log(0.001), math.log(0.1)).exp().expm1().log()
+            )
             self.log_a = nn.Parameter(torch.empty(self.n_head).uniform_(1, 16).log())
-            self.dt_bias = nn.Parameter(start.expm1().log())
 
     def forward(self, x):
         return self._mix(x, (None, None), "auto")[0], torch.zeros((), device=x.device)
@@ -1017,6 +1018,9 @@ class ConvolvedAttention(Attention):
 
     def step(self, x, state):
         return self._mix(x, state, "recurrent" if x.size(1) <= 16 else "auto")
+
+    def flops(self, T):
+        return self.operations(T, self.n_head, self.d_k, self.d_v, self.options.get("gate_min"))
 
     @torch.no_grad()
     def stats(self, x=None):
@@ -1060,7 +1064,7 @@ class DeltaNet(ConvolvedAttention):
     with q and k of norm 1. Here a_t = 1, and the gate is silu."""
 
     families = ("delta rule",)
-    operator = staticmethod(delta)
+    operator, operations = staticmethod(delta), staticmethod(delta_operations)
     decay = None  # what has a decay of its own: nothing, each "head" or each "channel"
 
     @classmethod
@@ -1085,9 +1089,6 @@ class DeltaNet(ConvolvedAttention):
         if self.decay == "channel":
             self.c_decay, self.c_gate = nn.Linear(rank, K, bias=False), nn.Linear(rank, V)
             self.options = dict(gate_min=config.delta_gate_min)
-
-    def flops(self, T):
-        return delta_operations(T, self.n_head, self.d_k, self.d_v, **self.options)
 
     def _inputs(self, x, past):
         (q, k, v), (b, r, *a), past = self._convolved(x, past)
@@ -1124,6 +1125,7 @@ class Mamba2(ConvolvedAttention):
     and C, their keys and queries."""
 
     operator, options = staticmethod(gla), dict(scale=1.0)
+    operations = staticmethod(functools.partial(gla_operations, scalar=True))
 
     @classmethod
     def check(cls, config):
@@ -1142,9 +1144,6 @@ class Mamba2(ConvolvedAttention):
         BC, inner = config.mamba2_groups * self.d_k, H * self.d_v
         self.build(config, dict(q=BC, k=BC, v=inner, z=inner, a=H), config.mamba2_conv, H)  # q, k, v are C, B, x
         self.skip, self.ln_o = nn.Parameter(torch.ones(H)), nn.RMSNorm(inner, eps=1e-5)
-
-    def flops(self, T):
-        return gla_operations(T, self.n_head, self.d_k, self.d_v, None, scalar=True)
 
     def _inputs(self, x, past):
         (q, k, v), (z, a), past = self._convolved(x, past)
