@@ -18,6 +18,7 @@ _said = set()
 
 MODULES = (
     "gla",
+    "delta",
     "gsa",
     "nsa",
     "performer",

@@ -8,9 +8,12 @@
 matrix products. Axes: B batch, T time, H heads, K key width, V value width, C tokens a chunk, N = chunks * B * H.
 """
 
-import torch
+import functools
 
-from . import check, in_autocast, leave_autocast, operator
+import torch
+import torch.nn.functional as F
+
+from . import Case, check, in_autocast, leave_autocast, operator
 from .gla import SAFE_EXPONENT, chunked, compute_dtype, gate_sums, pair_decays, store
 from .gsa import below
 
@@ -188,7 +191,10 @@ def operations(T, H, K, V, gate_min=None):
     """(nominal, executed) of a sequence of T: the recurrence, and the products and triangular solves of
     `chunk_forward`, a whole last chunk included. gate_min: of a gate for each channel; None: there is none."""
     C = CHUNK if gate_min is None else channel_chunk(gate_min)
-    return 6 * K * V * H * T, H * -(-T // C) * (8 * C * K * V + C * C * (5 * K + 4 * V))
+    inverse, h = C * min(16, C) ** 2, 16
+    while h < C:
+        inverse, h = inverse + 2 * C * h * h, 2 * h
+    return 6 * K * V * H * T, H * -(-T // C) * (6 * C * K * V + C * C * (6 * K + 4 * V) + inverse)
 
 
 def segments(q, C):
@@ -339,3 +345,23 @@ def check_inputs(q, k, v, beta, g, gate_min, initial_state, backend):
     if initial_state is not None and initial_state.shape != (B, H, K, v.shape[3]):
         shape = tuple(initial_state.shape)
         raise ValueError(f"delta: initial_state must be {(B, H, K, v.shape[3])}, got {shape}")
+
+
+def case(gate, q, k, v, **_):
+    """What is timed: keys of norm 1, and mild gates of a head, of its channels or none."""
+    (B, T, H, K), V = q.shape, v.shape[3]
+    q, k = (F.normalize(x.detach(), dim=-1).requires_grad_() for x in (q, k))
+    beta = torch.rand(B, T, H, device=q.device).requires_grad_()
+    shape = {"none": None, "head": (B, T, H), "channel": (B, T, H, K)}[gate]
+    g = [(F.logsigmoid(torch.randn(shape, device=q.device)) / 16).requires_grad_()] if shape else []
+    low = -1.25 if gate == "channel" else None
+    call = functools.partial(corrected_output, gate_min=low)
+    executed = B * operations(T, H, K, V, low)[1]
+    return {f"delta_{gate}": Case(call, [q, k, v, beta, *g], functools.partial(call, backend="recurrent"), executed)}
+
+
+def corrected_output(*inputs, **options):
+    return delta(*inputs, **options)[0]
+
+
+CASES = {f"delta_{gate}": functools.partial(case, gate) for gate in ("none", "head", "channel")}

@@ -914,12 +914,12 @@ def too_wide(K, V):
     return f"the Triton kernels take heads up to {MAX_WIDTH} wide" if max(K, V) > MAX_WIDTH else None
 
 
-def case(name, gate_min, q, k, v, **_):
-    """What is timed: mild gates, bounded below or not."""
+def case(name, gate_min, channels, q, k, v, **_):
+    """What is timed: mild gates, bounded below or not, of each channel or of a head."""
     (B, T, H, K), V = q.shape, v.shape[3]
-    call = functools.partial(gated_output, gate_min=gate_min)
-    g = (F.logsigmoid(torch.randn(B, T, H, K, device=q.device)) / 16).requires_grad_()
-    executed = B * operations(T, H, K, V, gate_min)[1]
+    call, shape = functools.partial(gated_output, gate_min=gate_min), (B, T, H, K) if channels else (B, T, H)
+    g = (F.logsigmoid(torch.randn(shape, device=q.device)) / 16).requires_grad_()
+    executed = B * operations(T, H, K, V, gate_min, not channels)[1]
     return {name: Case(call, [q, k, v, g], functools.partial(call, backend="recurrent"), executed)}
 
 
@@ -927,4 +927,5 @@ def gated_output(*inputs, **options):
     return gla(*inputs, **options)[0]
 
 
-CASES = {name: functools.partial(case, name, low) for name, low in (("gla", -1.25), ("gla_exact", None))}
+FORMS = ("gla", -1.25, True), ("gla_exact", None, True), ("gla_head", None, False)
+CASES = {form[0]: functools.partial(case, *form) for form in FORMS}
