@@ -1080,7 +1080,7 @@ class DeltaNet(ConvolvedAttention):
         super().__init__()
         self.n_head = H = self.heads(config)
         self.d_k, self.d_v = config.n_embd // H, round(config.n_embd * config.delta_expand_v / H)
-        K, V, rank = H * self.d_k, H * self.d_v, self.d_v
+        K, V, rank = H * self.d_k, H * self.d_v, min(self.d_v, max(16, config.n_embd // 16))  # published: 128 of 2,048
         kinds = {None: (dict(r=V), 0), "head": (dict(r=V, a=H), H), "channel": (dict(r=rank, a=rank), K)}
         own, n_decay = kinds[self.decay]  # r: gate, a: decay, or the first factor of their weights
         self.build(config, dict(q=K, k=K, v=V, b=H) | own, config.delta_conv, n_decay)
