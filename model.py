@@ -79,6 +79,12 @@ class GPTConfig:
     gla_n_head: int = key(0, "heads; 0: one for each 128 of n_embd", "gla", low=0)
     gla_expand_k: float = key(0.5, "width of all keys, as a share of n_embd", "gla", low=0.01)
     gla_expand_v: float = key(1.0, "width of all values, as a share of n_embd", "gla", low=0.01)
+    gla_gate: str = key(
+        "vector",
+        "decays: of channels, of heads, or constants as in RetNet",
+        "gla",
+        choices=("vector", "scalar", "fixed"),
+    )
     gla_gate_rank: int = key(16, "rank of the gate's projection", "gla", low=1)
     gla_gate_normalizer: float = key(16.0, "root of the gate: larger remembers longer", "gla", low=0.1)
     gla_gate_min: float | None = key(-1.25, "bound of the log-gate; None: none, by the exact form", "gla", high=0.0)
@@ -761,7 +767,8 @@ class GatedLinearAttention(Attention):
         S_t = diag(a_t) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K),   y_t = W_o (norm(o_t) * silu(W_r x_t))
 
     with the decay a_t = sigmoid(W_2 W_1 x_t + b)^(1/normalizer), a low-rank function of the token. With gates bounded
-    below by gla_gate_min the chunks are plain matrix products; None takes the exact form for any gate."""
+    below by gla_gate_min the chunks are plain matrix products; None takes the exact form for any gate. gla_gate=scalar
+    has one decay a head, fixed the constant 1 - 2^(-5-h) of head h: retention (Sun et al. 2023, arXiv 2307.08621)."""
 
     @classmethod
     def check(cls, config):
@@ -778,10 +785,11 @@ class GatedLinearAttention(Attention):
         self.n_head = self.heads(config)
         self.d_k = round(config.n_embd * config.gla_expand_k / self.n_head)
         self.d_v = round(config.n_embd * config.gla_expand_v / self.n_head)
-        widths = [self.n_head * d for d in (self.d_k, self.d_k, self.d_v, self.d_v)] + [config.gla_gate_rank]
+        self.gate, rank = config.gla_gate, 0 if config.gla_gate == "fixed" else config.gla_gate_rank
+        widths = [self.n_head * d for d in (self.d_k, self.d_k, self.d_v, self.d_v)] + [rank]
         self.parts = dict(zip("qkvrz", widths))  # the rows of c_attn; z is the first factor of the gate
         self.c_attn = nn.Linear(config.n_embd, sum(widths), bias=False)
-        self.c_gate = nn.Linear(config.gla_gate_rank, self.n_head * self.d_k)
+        self.c_gate = nn.Linear(rank, self.n_head * (self.d_k if self.gate == "vector" else 1)) if rank else None
         self.ln_o = nn.RMSNorm(self.d_v, eps=1e-5)
         self.c_proj = nn.Linear(self.n_head * self.d_v, config.n_embd, bias=config.bias)
         self.resid_dropout = make_dropout(config)
@@ -804,7 +812,7 @@ class GatedLinearAttention(Attention):
         return self._project(o, r), state
 
     def flops(self, T):
-        return gla_operations(T, self.n_head, self.d_k, self.d_v, self.gate_min)
+        return gla_operations(T, self.n_head, self.d_k, self.d_v, self.gate_min, self.gate != "vector")
 
     @torch.no_grad()
     def stats(self, x=None):
@@ -813,14 +821,19 @@ class GatedLinearAttention(Attention):
             return {}
         _, _, _, g, _ = self._inputs(x)
         _, state = self.step(x, self.init_state(x.size(0), x.size(1)))
-        return {"decay": g.exp().mean((0, 1, 3)), "state_norm": state.norm(dim=(2, 3)).mean(0)}
+        return {
+            "decay": g.exp().mean((0, 1)).view(self.n_head, -1).mean(1),
+            "state_norm": state.norm(dim=(2, 3)).mean(0),
+        }
 
     def _inputs(self, x):
         q, k, v, r, z = self.c_attn(x).split(list(self.parts.values()), -1)
         q, k, v = (t.unflatten(-1, (self.n_head, -1)) for t in (q, k, v))  # (B, T, H, K), (B, T, H, K), (B, T, H, V)
-        g = (
-            F.logsigmoid(full_precision(self.c_gate(z))).unflatten(-1, (self.n_head, -1)) / self.normalizer
-        )  # (B, T, H, K), <= 0
+        if self.gate == "fixed":
+            g = torch.log1p(-(2.0 ** (-5.0 - torch.arange(self.n_head, device=x.device)))).to(compute_dtype(q.dtype))
+            return q, k, v, g.expand(q.shape[:3]), r
+        g = F.logsigmoid(full_precision(self.c_gate(z))) / self.normalizer
+        g = g.unflatten(-1, (self.n_head, -1)) if self.gate == "vector" else g  # (B, T, H, K) or (B, T, H), <= 0
         return q, k, v, g, r
 
     def _project(self, o, r):

@@ -13,6 +13,7 @@ from sample import label_probabilities
 from weights import read_checkpoint
 
 TYPES = list(ATTENTION)
+GLA_KEYS = dict(gla_gate_min=None), dict(gla_gate="scalar"), dict(gla_gate="fixed", gla_gate_min=None)
 POSITIONS = ("learned", "rope", "none")
 
 
@@ -177,7 +178,7 @@ def test_operations_are_counted(name):
     assert name == "none" or attn.flops(64)[0] >= 3.9 * attn.flops(16)[0]
 
 
-@pytest.mark.parametrize("name, keys", [*((name, {}) for name in TYPES), ("gla", dict(gla_gate_min=None))])
+@pytest.mark.parametrize("name, keys", [*((name, {}) for name in TYPES), *(("gla", keys) for keys in GLA_KEYS)])
 def test_executed_operations_are_those_of_the_products(name, keys, fresh_rng, products):
     """Of layers as initialised, whole chunks or not. `gated` counts its gates too, 1 in 64 of the rest, and the one
     product of `nsa` with its slots is nothing for many sequences."""
@@ -293,3 +294,28 @@ def test_rotary_logits_depend_on_the_distance_alone(fresh_rng):
     turned = torch.view_as_complex(torch.stack(rotate(q, 3, 10000.0)[0, 0, 0].chunk(2), -1))
     angle = 3 * 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
     torch.testing.assert_close(turned, pair * torch.polar(torch.ones_like(angle), angle), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "fixed"])
+def test_gates_of_a_head(gate, fresh_rng):
+    """gla_gate: the layer against its T x T form, its steps, and its first products with a gradient for every weight."""
+    config = GPTConfig(block_size=150, n_head=2, n_embd=64, gla_n_head=4, attention_type="gla", gla_gate=gate)
+    attn = ATTENTION["gla"](config).double()
+    x = torch.randn(2, 150, 64, dtype=torch.float64)
+    y = attn(x)[0]
+    q, k, v, g, r = attn._inputs(x)
+    assert g.shape == (2, 150, 4)
+    if gate == "fixed":
+        assert torch.allclose(g.exp(), 1 - 2.0 ** (-5.0 - torch.arange(4.0, dtype=torch.float64)), atol=1e-7)
+    b = g.cumsum(1).transpose(1, 2)  # (B, H, T)
+    decay = (b.unsqueeze(-1) - b.unsqueeze(-2)).exp().tril()
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * decay / q.size(3) ** 0.5
+    o = torch.einsum("bhij,bjhv->bihv", scores, v)
+    assert torch.allclose(attn._project(o, r), y, atol=1e-10)
+    state, steps = attn.init_state(2, 150), []
+    for piece in x.split((1, 2, 17, 64, 66), 1):
+        z, state = attn.step(piece, state)
+        steps.append(z)
+    assert torch.allclose(torch.cat(steps, 1), y, atol=1e-10)
+    y.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in attn.parameters() if p is not attn.c_proj.bias)

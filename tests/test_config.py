@@ -28,6 +28,7 @@ import weights
 from benchmarks import decoding, layers, steps
 from config import ConfigError, Runtime, build, key, load, override, read_file, resolve_device
 from data import DataError
+from kernels import launch
 from model import ATTENTION, GPT, GPTConfig, ModelError
 from train import TrainConfig, TrainError, default_folder
 
@@ -1002,6 +1003,7 @@ def test_a_cpu_trains_in_bfloat16_where_it_multiplies_it(monkeypatch, flags, nat
     monkeypatch.setattr(
         "builtins.open", lambda path, *a, **kw: text if path == "/proc/cpuinfo" else real(path, *a, **kw)
     )
+    monkeypatch.setattr(launch, "native_bfloat16", launch.native_bfloat16.__wrapped__)  # asks anew
     runtime = resolve_device("cpu", "auto", training=True)
     assert runtime.dtype == ("bfloat16" if native else "float32")
     assert runtime.why == f"as asked; {'' if native else 'no '}AVX512-BF16 or AMX"
