@@ -298,7 +298,7 @@ def test_rotary_logits_depend_on_the_distance_alone(fresh_rng):
 
 @pytest.mark.parametrize("gate", ["scalar", "fixed"])
 def test_gates_of_a_head(gate, fresh_rng):
-    """gla_gate: the layer against its T x T form, its steps, and its first products with a gradient for every weight."""
+    """gla_gate: the layer against its T x T form and its steps, and a gradient for every weight."""
     config = GPTConfig(block_size=150, n_head=2, n_embd=64, gla_n_head=4, attention_type="gla", gla_gate=gate)
     attn = ATTENTION["gla"](config).double()
     x = torch.randn(2, 150, 64, dtype=torch.float64)
