@@ -55,7 +55,7 @@ def run_block(language, block, folder):
         words = shlex.split(line, comments=True)
         script = next(word for word in words if word.endswith(".py"))
         given = [word.split("=")[0] for word in words]
-        given += SHAPE if "skip_trigrams" in line else []  # the vocabulary decides it
+        given += SHAPE if "skip_trigrams" in line or "parity" in line else []  # the data decide it
         extra = [f"--{key}" for key in SMALL.get(script, []) if f"--{key.split('=')[0]}" not in given]
         if words[0] == "python":
             words[0] = sys.executable
