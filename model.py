@@ -160,6 +160,16 @@ class GPTConfig:
         return self.head_dim or self.n_embd // self.n_head
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (Zhang and Sennrich 2019) with its weight in the precision of x: mixed, PyTorch has no fused kernel."""
+
+    def __init__(self, width):
+        super().__init__(width, eps=1e-5)
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 # -----------------------------------------------------------------------------
 # what every attention is
 
@@ -295,7 +305,7 @@ class SoftmaxAttention(Attention):
         self.n_kv = config.n_kv_head or self.n_head
         rows, shared = self.n_head * self.d_head, self.n_kv * self.d_head
         self.parts = dict(q=rows, k=shared, v=shared)  # the rows of c_attn
-        self.ln_q, self.ln_k = (nn.RMSNorm(self.d_head, eps=1e-5) if config.qk_norm else None for _ in "qk")
+        self.ln_q, self.ln_k = (RMSNorm(self.d_head) if config.qk_norm else None for _ in "qk")
         self.c_attn = nn.Linear(config.n_embd, sum(self.parts.values()), bias=config.bias or config.qkv_bias)
         self.output_gate = OutputGate(config, self.n_head, self.d_head)
         self.c_proj = nn.Linear(self.n_head * self.d_head, config.n_embd, bias=config.bias)
@@ -790,7 +800,7 @@ class GatedLinearAttention(Attention):
         self.parts = dict(zip("qkvrz", widths))  # the rows of c_attn; z is the first factor of the gate
         self.c_attn = nn.Linear(config.n_embd, sum(widths), bias=False)
         self.c_gate = nn.Linear(rank, self.n_head * (self.d_k if self.gate == "vector" else 1)) if rank else None
-        self.ln_o = nn.RMSNorm(self.d_v, eps=1e-5)
+        self.ln_o = RMSNorm(self.d_v)
         self.c_proj = nn.Linear(self.n_head * self.d_v, config.n_embd, bias=config.bias)
         self.resid_dropout = make_dropout(config)
         self.normalizer, self.gate_min = config.gla_gate_normalizer, config.gla_gate_min
@@ -862,7 +872,7 @@ class GatedSlotAttention(Attention):
         self.output_gate = OutputGate(config, self.n_head, self.d_head)
         self.parts = dict(q=inner, k=inner, v=inner, f=self.n_head * self.n_slot)  # the rows of c_attn; f forgets
         self.c_attn = nn.Linear(config.n_embd, sum(self.parts.values()), bias=False)
-        self.ln_o = nn.RMSNorm(inner, eps=1e-5)
+        self.ln_o = RMSNorm(inner)
         self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
         self.resid_dropout = make_dropout(config)
         self.normalizer = config.gsa_gate_normalizer
@@ -1097,7 +1107,7 @@ class DeltaNet(ConvolvedAttention):
         kinds = {None: (dict(r=V), 0), "head": (dict(r=V, a=H), H), "channel": (dict(r=rank, a=rank), K)}
         own, n_decay = kinds[self.decay]  # r: gate, a: decay, or the first factor of their weights
         self.build(config, dict(q=K, k=K, v=V, b=H) | own, config.delta_conv, n_decay)
-        self.ln_o = nn.RMSNorm(self.d_v, eps=1e-5)
+        self.ln_o = RMSNorm(self.d_v)
         self.beta_max, self.options = config.delta_beta_max, {}
         if self.decay == "channel":
             self.c_decay, self.c_gate = nn.Linear(rank, K, bias=False), nn.Linear(rank, V)
@@ -1156,7 +1166,7 @@ class Mamba2(ConvolvedAttention):
         self.d_k, self.d_v = config.mamba2_state, round(config.mamba2_expand * config.n_embd / H)
         BC, inner = config.mamba2_groups * self.d_k, H * self.d_v
         self.build(config, dict(q=BC, k=BC, v=inner, z=inner, a=H), config.mamba2_conv, H)  # q, k, v are C, B, x
-        self.skip, self.ln_o = nn.Parameter(torch.ones(H)), nn.RMSNorm(inner, eps=1e-5)
+        self.skip, self.ln_o = nn.Parameter(torch.ones(H)), RMSNorm(inner)
 
     def _inputs(self, x, past):
         (q, k, v), (z, a), past = self._convolved(x, past)
@@ -1370,7 +1380,7 @@ class LayerNorm(nn.Module):
 def make_norm(config):
     if config.norm == "layernorm":
         return LayerNorm(config.n_embd, config.bias)
-    return nn.RMSNorm(config.n_embd, eps=1e-5) if config.norm == "rmsnorm" else nn.Identity()
+    return RMSNorm(config.n_embd) if config.norm == "rmsnorm" else nn.Identity()
 
 
 def make_dropout(config):
