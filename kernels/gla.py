@@ -488,19 +488,70 @@ def tree_level(b_r, b_l, h, C: tl.constexpr):
 
 
 @jit
+def add_pairs(
+    b_A, b_x, b_y, b_g, C: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr,
+    FACTORISED: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """A (C, C) plus sum_d x_id y_jd e^(b_i - b_j) for j <= i, with REVERSE e^(b_j - b_i) for i <= j; what stands beyond
+    the diagonal is not defined. And the sums of gates up to the row (C, BK), with REVERSE those after it."""
+    if FACTORISED:
+        b_b = tl.cumsum(b_g, 0)
+        b_m = pick_row(b_b, C // 2 - 1, C)[None, :]
+        b_e = b_m - b_b if REVERSE else b_b - b_m
+        b_A += dot(b_x * tl.exp2(b_e), tl.trans(operand(b_y * tl.exp2(-b_e), DOT)), DOT)
+        b_r, b_l = b_b, tl.sum(b_g, 0)[None, :] - b_b
+    else:
+        o_c = tl.arange(0, C)
+        b_A += tl.where(o_c[:, None] == o_c[None, :], tl.sum(b_x * b_y, 1)[:, None], 0.0)
+        b_r, b_l = b_g, tl.zeros([C, BK], tl.float32)
+        h = 1  # a loop of its own: unrolled, all levels want their registers at once
+        while h < C:
+            b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
+            if REVERSE:
+                b_xe, b_ye = b_x * b_el, b_y * b_er
+            else:
+                b_xe, b_ye = b_x * b_er, b_y * b_el
+            b_p = dot(b_xe, tl.trans(operand(b_ye, DOT)), DOT)
+            b_A += tl.where(m_same, b_p, 0.0)
+            b_r, b_l = double_sums(b_r, b_l, h, C, BK)
+            h *= 2
+    return b_A, b_l if REVERSE else b_r
+
+
+@jit
+def head_decays(b_g, C: tl.constexpr, REVERSE: tl.constexpr):
+    """e^(b_i - b_j) for j <= i, with REVERSE e^(b_j - b_i) for i <= j, 0 elsewhere (C, C), from gates of a head (C,).
+    Each sum is of its own gates: a difference of sums would lose digits to a strong gate before them."""
+    o_i, o_j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    if REVERSE:
+        return tl.where(o_j >= o_i, tl.exp2(tl.cumsum(tl.where(o_j > o_i, b_g[None, :], 0.0), 1)), 0.0)
+    return tl.where(o_i >= o_j, tl.exp2(tl.cumsum(tl.where(o_i > o_j, b_g[:, None], 0.0), 0)), 0.0)
+
+
+@jit
+def next_gates(p_g, o_t, o_d, T, H, D, gate_min, C: tl.constexpr):
+    """The gate of the token after each, 0 for the last of a chunk (C, D): summed from the end, the decay after it."""
+    m_n = ((o_t + 1) % C != 0) & (o_t + 1 < T)
+    return load_gates(p_g, (o_t + 1)[:, None] * (H * D) + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], gate_min)
+
+
+@jit
 def gla_scan_kernel(
     p_x, p_y, p_g, p_first, p_all, p_last, T, H, K, V, scale, gate_min,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    GATED: tl.constexpr, REVERSE: tl.constexpr,
+    GATED: tl.constexpr, HEAD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """One (BK, BV) tile of the state walks over the chunks; what it is on arrival at each is written to p_all."""
+    """One (BK, BV) tile of the state walks over the chunks; what it is on arrival at each is written to p_all. HEAD:
+    the gates have one channel."""
     i_bh = tl.program_id(0)
     o_k, o_v = tl.program_id(1) * BK + tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     o_c = tl.arange(0, C)
     m_k, m_v = o_k < K, o_v < V
     NT = tl.cdiv(T, C)
     row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
-    p_x, p_g, p_y = p_x + row * K, p_g + row * K, p_y + row * V
+    o_d = tl.arange(0, 1) if HEAD else o_k  # channels of gates
+    D = 1 if HEAD else K
+    p_x, p_g, p_y = p_x + row * K, p_g + row * D, p_y + row * V
     o_s, m_s = o_k[:, None] * V + o_v[None, :], m_k[:, None] & m_v[None, :]
     p_all += i_bh.to(tl.int64) * NT * K * V
     b_s = tl.load(p_first + i_bh.to(tl.int64) * K * V + o_s, mask=m_s, other=0.0)
@@ -513,14 +564,15 @@ def gla_scan_kernel(
         m_y = (o_t < T)[:, None] & m_v[None, :]
         b_y = tl.load(p_y + o_t[:, None] * (H * V) + o_v[None, :], mask=m_y, other=0.0)  # (C, BV)
         if GATED:
+            o_g, m_d = o_t[None, :] * (H * D) + o_d[:, None], o_d < D
             if REVERSE:  # decay from the chunk's start to the token
-                b_g = load_gates(p_g, o_kt, m_kt, gate_min)
+                b_g = load_gates(p_g, o_g, m_d[:, None] & (o_t < T)[None, :], gate_min)
                 b_e, b_total = tl.cumsum(b_g, 1), tl.sum(b_g, 1)
             else:  # from after the token to the chunk's end
-                m_n = m_k[:, None] & ((o_c + 1 < C) & (o_t + 1 < T))[None, :]
-                b_g = load_gates(p_g, o_kt + H * K, m_n, gate_min)
+                m_n = m_d[:, None] & ((o_c + 1 < C) & (o_t + 1 < T))[None, :]
+                b_g = load_gates(p_g, o_g + H * D, m_n, gate_min)
                 b_e = tl.cumsum(b_g, 1, reverse=True)
-                b_total = tl.sum(b_g, 1) + load_gates(p_g, i_t * C * H * K + o_k, m_k, gate_min)
+                b_total = tl.sum(b_g, 1) + load_gates(p_g, i_t * C * H * D + o_d, m_d, gate_min)
             b_x = operand(b_x.to(tl.float32) * tl.exp2(b_e) * scale, DOT)
             b_s = b_s * tl.exp2(b_total)[:, None] + dot(b_x, b_y, DOT)
         else:
@@ -532,17 +584,19 @@ def gla_scan_kernel(
 def gla_read_kernel(
     p_x, p_y, p_w, p_g, p_s, p_o, p_z, p_inverse, T, H, K, V, scale, gate_min, tiny,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    GATED: tl.constexpr, FACTORISED: tl.constexpr, NORMALISED: tl.constexpr, REVERSE: tl.constexpr,
+    GATED: tl.constexpr, HEAD: tl.constexpr, FACTORISED: tl.constexpr, STATES: tl.constexpr,
+    NORMALISED: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """o = scale * (x e^b S + tril(A) w), one (C, BV) tile. REVERSE: dv = k e^(B-b) dS + scale * triu(A^T) do.
-    NORMALISED: o over x z + A 1, whose inverse is kept."""
+    STATES: there are any. NORMALISED: o over x z + A 1, whose inverse is kept."""
     i_v, i = split(tl.program_id(0), tl.cdiv(V, BV))
     i_t, i_bh = split(i, tl.cdiv(T, C))
     o_c, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     o_t = i_t * C + o_c
     m_t, m_v = o_t < T, o_v < V
     row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
-    p_x, p_y, p_g, p_w, p_o = p_x + row * K, p_y + row * K, p_g + row * K, p_w + row * V, p_o + row * V
+    p_x, p_y, p_w, p_o = p_x + row * K, p_y + row * K, p_w + row * V, p_o + row * V
+    p_g += row * (1 if HEAD else K)
     chunk = i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t
     p_s += chunk * K * V
     b_A = tl.zeros([C, C], tl.float32)
@@ -553,42 +607,28 @@ def gla_read_kernel(
         o_x, m_x = o_t[:, None] * (H * K) + o_k[None, :], m_t[:, None] & (o_k < K)[None, :]
         b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
         b_y = tl.load(p_y + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
-        m_s = (o_k < K)[:, None] & m_v[None, :]
-        b_s = tl.load(p_s + o_k[:, None] * V + o_v[None, :], mask=m_s, other=0.0).to(tl.float32)  # (BK, BV)
         if NORMALISED:
             b_z += tl.sum(b_x * tl.load(p_z + chunk * K + o_k, mask=o_k < K, other=0.0)[None, :], 1)
-        if GATED:
+        if STATES:
+            m_s = (o_k < K)[:, None] & m_v[None, :]
+            b_s = tl.load(p_s + o_k[:, None] * V + o_v[None, :], mask=m_s, other=0.0)  # (BK, BV)
+        if GATED and not HEAD:
             b_g = load_gates(p_g, o_x, m_x, gate_min)  # (C, BK)
-        if FACTORISED:
-            if GATED:
-                b_b = tl.cumsum(b_g, 0)
-                b_m = pick_row(b_b, C // 2 - 1, C)
-                if REVERSE:
-                    b_x, b_y = b_x * tl.exp2(b_m[None, :] - b_b), b_y * tl.exp2(b_b - b_m[None, :])
-                    b_s *= tl.exp2(tl.sum(b_g, 0) - b_m)[:, None]
-                else:
-                    b_x, b_y = b_x * tl.exp2(b_b - b_m[None, :]), b_y * tl.exp2(b_m[None, :] - b_b)
-                    b_s *= tl.exp2(b_m)[:, None]
-            b_A += dot(b_x, tl.trans(operand(b_y, DOT)), DOT)
+            b_A, b_e = add_pairs(b_A, b_x, b_y, b_g, C, BK, DOT, FACTORISED, REVERSE)
+            b_x *= tl.exp2(b_e)
         else:
-            b_A += tl.where(o_c[:, None] == o_c[None, :], tl.sum(b_x * b_y, 1)[:, None], 0.0)
-            b_r, b_l = b_g, tl.zeros([C, BK], tl.float32)
-            h = 1  # a loop of its own: unrolled, all levels want their registers at once
-            while h < C:
-                b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
-                if REVERSE:
-                    b_xe, b_ye = b_x * b_el, b_y * b_er
-                else:
-                    b_xe, b_ye = b_x * b_er, b_y * b_el
-                b_p = dot(b_xe, tl.trans(operand(b_ye, DOT)), DOT)
-                b_A += tl.where(m_same, b_p, 0.0)
-                b_r, b_l = double_sums(b_r, b_l, h, C, BK)
-                h *= 2
-            b_x *= tl.exp2(b_l if REVERSE else b_r)
-        b_o += dot(b_x, b_s, DOT)
-    if FACTORISED:
-        m_A = o_c[:, None] <= o_c[None, :] if REVERSE else o_c[:, None] >= o_c[None, :]
-        b_A = tl.where(m_A, b_A, 0.0)
+            b_A += dot(b_x, tl.trans(operand(b_y, DOT)), DOT)
+        if STATES:
+            b_o += dot(b_x, b_s, DOT)
+    if HEAD:
+        b_g = load_gates(p_g, o_t * H, m_t, gate_min)  # (C,)
+        b_A *= head_decays(b_g, C, REVERSE)
+        if STATES:
+            if REVERSE:
+                b_g = load_gates(p_g, o_t * H + H, (o_c + 1 < C) & (o_t + 1 < T), gate_min)
+            b_o *= tl.exp2(tl.cumsum(b_g, 0, reverse=REVERSE))[:, None]
+    else:
+        b_A = tl.where(o_c[:, None] <= o_c[None, :] if REVERSE else o_c[:, None] >= o_c[None, :], b_A, 0.0)
     m_o, o_o = m_t[:, None] & m_v[None, :], o_t[:, None] * (H * V) + o_v[None, :]
     b_w = tl.load(p_w + o_o, mask=m_o, other=0.0)  # (C, BV)
     if not REVERSE:  # dS carries the scale already
@@ -605,16 +645,19 @@ def gla_read_kernel(
 def gla_grad_kernel(
     p_q, p_k, p_v, p_g, p_do, p_s, p_ds, p_dq, p_dk, p_dg, T, H, K, V, scale, gate_min,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    FACTORISED: tl.constexpr,
+    HEAD: tl.constexpr, FACTORISED: tl.constexpr, STRICT: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dg of one (C, BK) tile. A token's pair with itself stays apart: the gate gradient must not see it."""
+    """dq, dk, dg of one (C, BK) tile. A token's pair with itself stays apart: the gate gradient must not see it.
+    STRICT: there is no such pair, and nothing after the chunk. HEAD: dg is of all channels of the tile."""
     i_k, i = split(tl.program_id(0), tl.cdiv(K, BK))
     i_t, i_bh = split(i, tl.cdiv(T, C))
     o_c, o_k = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
     o_t = i_t * C + o_c
     m_t, m_k = o_t < T, o_k < K
     row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
-    p_v, p_do = p_v + row * V, p_do + row * V
+    o_d = tl.arange(0, 1) if HEAD else o_k  # channels of gates
+    D = 1 if HEAD else K
+    p_v, p_do, p_g = p_v + row * V, p_do + row * V, p_g + row * D
     state = (i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t) * K * V
     b_dA, b_dAT = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     b_dq, b_dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
@@ -626,32 +669,41 @@ def gla_grad_kernel(
         b_do = tl.load(p_do + o_y, mask=m_y, other=0.0)  # (C, BV)
         o_s, m_s = state + o_k[None, :] * V + o_v[:, None], m_k[None, :] & (o_v < V)[:, None]
         b_s = tl.load(p_s + o_s, mask=m_s, other=0.0)  # (BV, BK)
-        b_ds = tl.load(p_ds + o_s, mask=m_s, other=0.0)  # (BV, BK)
-        b_first += tl.sum(b_s * b_ds, 0)
-        b_own += tl.sum(b_v.to(tl.float32) * b_do.to(tl.float32), 1)
         b_dA += dot(b_do, tl.trans(b_v), DOT)
         b_dAT += dot(b_v, tl.trans(b_do), DOT)
         b_dq += dot(b_do, b_s, DOT)
-        b_dk += dot(b_v, b_ds, DOT)
+        if not STRICT:
+            b_ds = tl.load(p_ds + o_s, mask=m_s, other=0.0)  # (BV, BK)
+            b_first += tl.sum(b_s * b_ds, 0)
+            b_own += tl.sum(b_v.to(tl.float32) * b_do.to(tl.float32), 1)
+            b_dk += dot(b_v, b_ds, DOT)
+    if HEAD:
+        b_h = load_gates(p_g, o_t * H, m_t, gate_min)  # (C,)
+        b_dA *= head_decays(b_h, C, False)
+        b_dAT *= head_decays(b_h, C, True)
     b_pairs = operand(tl.where(o_c[:, None] > o_c[None, :], b_dA * scale, 0.0), DOT)  # (i, j), i > j
     b_pairsT = operand(tl.where(o_c[:, None] < o_c[None, :], b_dAT * scale, 0.0), DOT)  # (j, i)
     o_x, m_x = row * K + o_t[:, None] * (H * K) + o_k[None, :], m_t[:, None] & m_k[None, :]
     b_q = tl.load(p_q + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
     b_k = tl.load(p_k + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
-    b_g = load_gates(p_g, o_x, m_x, gate_min)  # (C, BK)
+    o_g, m_g = o_t[:, None] * (H * D) + o_d[None, :], m_t[:, None] & (o_d < D)[None, :]
+    b_g = load_gates(p_g, o_g, m_g, gate_min)  # (C, BK) or (C, 1)
     b_b = tl.cumsum(b_g, 0)
     b_total = tl.sum(b_g, 0)
     b_dq *= tl.exp2(b_b) * scale
     b_first = b_first * tl.exp2(b_total) + tl.sum(b_q * b_dq, 0)  # sum_v S dS at the chunk's start
-    if FACTORISED:
+    if HEAD:
+        b_dq += dot(b_pairs, b_k, DOT)
+        b_n = next_gates(p_g, o_t, o_d, T, H, D, gate_min, C)
+        b_dk = b_dk * tl.exp2(tl.cumsum(b_n, 0, reverse=True)) + dot(b_pairsT, b_q, DOT)
+    elif FACTORISED:
         b_m = pick_row(b_b, C // 2 - 1, C)[None, :]
         b_e, b_i = tl.exp2(b_b - b_m), tl.exp2(b_m - b_b)
         b_dq += b_e * dot(b_pairs, b_k * b_i, DOT)
         b_dk *= tl.exp2(b_total[None, :] - b_m)
         b_dk = b_i * (b_dk + dot(b_pairsT, b_q * b_e, DOT))
     else:
-        m_n = ((o_c + 1 < C) & (o_t + 1 < T))[:, None] & m_k[None, :]
-        b_n = load_gates(p_g, o_x + H * K, m_n, gate_min)
+        b_n = next_gates(p_g, o_t, o_d, T, H, D, gate_min, C)
         b_dk *= tl.exp2(tl.cumsum(b_n, 0, reverse=True))
         b_r, b_l = b_g, tl.zeros([C, BK], tl.float32)
         h = 1
@@ -665,8 +717,12 @@ def gla_grad_kernel(
             h *= 2
     b_z = tl.where(((o_c + 1 < C) & (o_t + 1 < T))[:, None], b_k * b_dk - b_q * b_dq, 0.0)  # dg_{t+1} - dg_t
     b_dg = b_first[None, :] + tl.cumsum(b_z, 0) - b_z
-    m_min = tl.load(p_g + o_x, mask=m_x, other=0.0).to(tl.float32) >= gate_min
-    tl.store(p_dg + o_x, tl.where(m_min, b_dg, 0.0).to(p_dg.dtype.element_ty), mask=m_x)
+    m_min = tl.load(p_g + o_g, mask=m_g, other=0.0).to(tl.float32) >= gate_min
+    b_dg = tl.where(m_min, b_dg, 0.0)
+    if HEAD:  # one column for each tile
+        tl.store(p_dg + (row + o_t * H) * tl.cdiv(K, 16) + i_k, tl.sum(b_dg, 1), mask=m_t)
+    else:
+        tl.store(p_dg + row * K + o_g, b_dg.to(p_dg.dtype.element_ty), mask=m_g)
     b_own = (b_own * scale)[:, None]
     tl.store(p_dq + o_x, (b_dq + b_own * b_k).to(p_dq.dtype.element_ty), mask=m_x)
     tl.store(p_dk + o_x, (b_dk + b_own * b_q).to(p_dk.dtype.element_ty), mask=m_x)
@@ -711,8 +767,8 @@ MAX_WIDTH = 256  # of heads
 
 
 def scan_launch(x, y, g, first, dtype, scale=1.0, gate_min=None, reverse=False, kernels=KERNELS):
-    """States (B, H, chunks, K, V) on arrival at each chunk, and the last one (B, H, K, V). Without gates where g is
-    None; there `scale` does not act."""
+    """States (B, H, chunks, K, V) on arrival at each chunk, and the last one (B, H, K, V). g (B, T, H, K or 1), or
+    None: no gates; there `scale` does not act."""
     B, T, H, K, V = *x.shape, y.shape[3]
     states = x.new_empty(B, H, triton.cdiv(T, CHUNK), K, V, dtype=dtype)
     last = torch.empty_like(first)
@@ -721,27 +777,51 @@ def scan_launch(x, y, g, first, dtype, scale=1.0, gate_min=None, reverse=False, 
         return B * H, triton.cdiv(K, meta["BK"]), triton.cdiv(V, meta["BV"])
 
     args = x, y, x if g is None else g, first, states, last, T, H
-    flags = dict(scale=scale, gate_min=floor(gate_min), DOT=dot_type(x.dtype), GATED=g is not None, REVERSE=reverse)
+    flags = dict(scale=scale, gate_min=floor(gate_min), DOT=dot_type(x.dtype), REVERSE=reverse)
+    flags |= dict(GATED=g is not None, HEAD=is_head(g))
     kernels["scan"].launch(programs, *args, K=K, V=V, C=CHUNK, **flags)
     return states, last
 
 
 def read_launch(x, y, w, g, states, scale=1.0, gate_min=None, reverse=False, normaliser=None, kernels=KERNELS):
-    """o (B, T, H, V). normaliser: what the sums of y are on arrival at each chunk, (B, H, chunks, K); then also the
-    inverse (B, T, H, 1) of z, else None."""
+    """o (B, T, H, V), without what comes of states where they are None. normaliser: what the sums of y are on arrival
+    at each chunk, (B, H, chunks, K); then also the inverse (B, T, H, 1) of z, else None."""
     (B, T, H, K), V, out = x.shape, w.shape[3], torch.empty_like(w)
     inverse = None if normaliser is None else normaliser.new_empty(B, T, H, 1)
 
     def programs(meta):
-        return (triton.cdiv(V, meta["BV"]) * states.shape[2] * B * H,)
+        return (triton.cdiv(V, meta["BV"]) * triton.cdiv(T, CHUNK) * B * H,)
 
     sums = (out, out) if normaliser is None else (normaliser, inverse)
-    args = x, y, w, x if g is None else g, states, out, *sums, T, H
+    args = x, y, w, x if g is None else g, w if states is None else states, out, *sums, T, H
     numbers = dict(scale=scale, gate_min=floor(gate_min), tiny=torch.finfo(torch.float32).tiny)
-    flags = dict(GATED=g is not None, FACTORISED=g is None or is_factorised(gate_min))
-    flags |= dict(NORMALISED=normaliser is not None, REVERSE=reverse, DOT=dot_type(x.dtype), C=CHUNK)
+    flags = dict(GATED=g is not None, HEAD=is_head(g), FACTORISED=is_factorised(gate_min))
+    flags |= dict(STATES=states is not None, NORMALISED=normaliser is not None, REVERSE=reverse)
+    flags |= dict(DOT=dot_type(x.dtype), C=CHUNK)
     kernels["read"].launch(programs, *args, K=K, V=V, **numbers, **flags)
     return out, inverse
+
+
+def grad_launch(q, k, v, g, do, states, dstates, scale, gate_min, kernels=KERNELS):
+    """dq, dk, dg from the states before the chunks and the gradients of those after them. dstates None: STRICT."""
+    (B, T, H, K), V, head = q.shape, v.shape[3], is_head(g)
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    dg = g.new_zeros(B, T, H, triton.cdiv(K, 16), dtype=torch.float32) if head else torch.empty_like(g)
+
+    def programs(meta):
+        return (triton.cdiv(K, meta["BK"]) * states.shape[2] * B * H,)
+
+    factorised = head or is_factorised(gate_min)
+    args = q, k, v, g, do, states, states if dstates is None else dstates, dq, dk, dg, T, H
+    flags = dict(scale=scale, gate_min=floor(gate_min), C=CHUNK, DOT=dot_type(q.dtype))
+    flags |= dict(HEAD=head, FACTORISED=factorised, STRICT=dstates is None)
+    kernels["grad" if factorised else "grad tree"].launch(programs, *args, K=K, V=V, **flags)
+    return dq, dk, dg.sum(3, keepdim=True).to(g.dtype) if head else dg
+
+
+def is_head(g):
+    """Whether one gate is for all channels of a head."""
+    return g is not None and g.shape[3] == 1
 
 
 def floor(gate_min):
@@ -756,52 +836,45 @@ def dense(*xs):
 def gla_fwd(q, k, v, g, state, scale, gate_min):
     """o and the last state, in two launches."""
     dtype = v.dtype
-    q, k, v, g = *dense(q, k, v), g.expand(q.shape).contiguous()
+    q, k, v, g = *dense(q, k, v), g.contiguous()
     states, last = scan_launch(k, v, g, state.contiguous(), q.dtype, 1.0, gate_min)
     return read_launch(q, k, v, g, states, scale, gate_min)[0].to(dtype), last
 
 
 def gla_bwd(q, k, v, g, state, do, dstate, scale, gate_min):
     """dq, dk, dv, dg and the initial state's gradient, in four launches."""
-    dtypes, channels = [x.dtype for x in (q, k, v, g)], g.shape[3]
-    q, k, v, do, g = *dense(q, k, v, do), g.expand(q.shape).contiguous()
+    dtypes = [x.dtype for x in (q, k, v, g)]
+    q, k, v, do, g = *dense(q, k, v, do), g.contiguous()
     states, _ = scan_launch(k, v, g, state.contiguous(), torch.float32, 1.0, gate_min)
     dstates, first = scan_launch(q, do, g, dstate.contiguous(), torch.float32, scale, gate_min, True)
     dv, _ = read_launch(k, q, do, g, dstates, scale, gate_min, True)
-    dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)
-    (B, T, H, K), V = q.shape, v.shape[3]
-
-    def programs(meta):
-        return (triton.cdiv(K, meta["BK"]) * states.shape[2] * B * H,)
-
-    args = q, k, v, g, do, states, dstates, dq, dk, dg, T, H
-    factorised = is_factorised(gate_min)
-    flags = dict(scale=scale, gate_min=floor(gate_min), C=CHUNK, DOT=dot_type(q.dtype), FACTORISED=factorised)
-    KERNELS["grad" if factorised else "grad tree"].launch(programs, *args, K=K, V=V, **flags)
-    dg = dg.sum(3, keepdim=True) if channels < K else dg
+    dq, dk, dg = grad_launch(q, k, v, g, do, states, dstates, scale, gate_min)
     return *(x.to(dtype) for x, dtype in zip((dq, dk, dv, dg), dtypes)), first
 
 
 def aot_specs():
     """(name, kernel, signature, constants) of every kernel and configuration, for the report. Default first."""
-    plain = dict(GATED=True, NORMALISED=False)
+    channel, head = dict(GATED=True, HEAD=False), dict(GATED=True, HEAD=True, FACTORISED=True)
+    factorised, tree = channel | dict(FACTORISED=True), channel | dict(FACTORISED=False)
     forms = {
-        "scan": [("", dict(GATED=True, REVERSE=False)), (" reverse", dict(GATED=True, REVERSE=True))],
-        "read": [
-            (a + b, plain | dict(FACTORISED=not a, REVERSE=bool(b))) for a in ("", " tree") for b in ("", " reverse")
-        ],
-        "grad": [("", dict(FACTORISED=True))],
-        "grad tree": [("", dict(FACTORISED=False))],
+        "scan": [("", channel), (" head", dict(GATED=True, HEAD=True))],
+        "read": [("", factorised), (" tree", tree), (" head", head)],
+        "grad": [("", factorised), (" head", head)],
+        "grad tree": [("", tree)],
     }
+    for name, more in (("scan", {}), ("read", dict(STATES=True, NORMALISED=False))):
+        ways = (("", False), (" reverse", True))
+        forms[name] = [(form + way, flags | more | dict(REVERSE=r)) for form, flags in forms[name] for way, r in ways]
     fp32 = {"p_g", "p_first", "p_last", "p_ds", "p_dg", "p_z", "p_inverse"}
     specs = []
     for name, kernel in KERNELS.items():
+        names = kernel.function.arg_names
         for form, flags in forms[name]:
             for width in (64, 128):
                 for i, option in enumerate(kernel.options(dict(K=width, V=width))):
-                    constants = dict(C=CHUNK, DOT="bf16", **flags, **option)
+                    constants = dict(C=CHUNK, DOT="bf16", STRICT=False, **flags, **option)
+                    constants = {x: constants[x] for x in constants if x in names or x[:4] == "num_"}
                     wide = fp32 | ({"p_all", "p_s"} if flags.get("REVERSE") or "grad" in name else set())
-                    names = kernel.function.arg_names
                     signature = {x: "*fp32" if x in wide else "*bf16" for x in names if x[:2] == "p_"}
                     signature |= dict.fromkeys("TH", "i32") | dict.fromkeys("KV", "i32:16")
                     signature |= dict.fromkeys(("scale", "gate_min", "tiny"), "fp32")

@@ -357,7 +357,8 @@ def performer_bwd(q, k, v, wq, wk, state, o, inverse, do, dstate, features, weig
 def aot_specs():
     """(name, kernel, signature, constants) of every kernel, for the report."""
     forms = [("scan", dict(REVERSE=False)), ("scan", dict(REVERSE=True)), ("grad", {})]
-    forms += [("read", dict(FACTORISED=True, NORMALISED=not reverse, REVERSE=reverse)) for reverse in (False, True)]
+    read = dict(FACTORISED=True, STATES=True)
+    forms += [("read", read | dict(NORMALISED=not reverse, REVERSE=reverse)) for reverse in (False, True)]
     specs = []
     for name, flags in forms:
         for M, V in ((128, 32), (256, 64), (512, 128)):
@@ -368,7 +369,7 @@ def aot_specs():
             signature |= dict.fromkeys("TH", "i32") | dict.fromkeys("KV", "i32:16")
             signature |= dict.fromkeys(("scale", "gate_min", "tiny"), "fp32")
             constants = KERNELS[name].options(dict(K=M, V=V))[0] | flags | dict(C=CHUNK, DOT="bf16")
-            constants |= {} if name == "grad" else dict(GATED=False)
+            constants |= {} if name == "grad" else dict(GATED=False, HEAD=False)
             form = " reverse" if flags.get("REVERSE") else ""
             specs.append((f"performer_{name}{form} {V} #0", kernel, signature, constants))
     return specs

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from test_gla import fla_naive
+from test_gla import GPU, INTERPRETED, fla_naive, interpret
 from torch.nn import functional as F
 
 from kernels import delta as D
 from kernels.delta import delta, delta_recurrent
 from kernels.gla import gla_recurrent
+from kernels.launch import Kernel
 
 NAMES = ("o", "state", "dq", "dk", "dv", "dbeta", "dstate", "dg")
 EXACT, FP32 = (1e-10,) * 8, (1e-5, 1e-5, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 2e-4)
+BF16 = (5e-3, 5e-3, 8e-3, 8e-3, 8e-3, 8e-3, 8e-3, 1e-2)
 GATES = {  # name: of each head or channel, log-decays of a shape
     "none": ("head", lambda shape: None),
     "head weak": ("head", lambda shape: F.logsigmoid(torch.randn(shape)) / 16),
@@ -31,13 +33,15 @@ def draw(T, K=16, V=20, gates="head weak", B=2, H=3):
     return [x if x is None else x.double() for x in (*xs, torch.randn(B, T, H, V), torch.randn(B, H, K, V))]
 
 
-def run(inputs, backend, dtype=torch.float64, gate_min=None):
+def run(inputs, backend, dtype=torch.float64, gate_min=None, device="cpu"):
+    """Both outputs and the gradients in float64. beta, gates and states are fp32 beside inputs of bf16."""
     *xs, do, dstate = inputs
-    xs = [x if x is None else x.to(dtype).requires_grad_() for x in xs]
+    kinds = [torch.float32 if dtype == torch.bfloat16 and i > 2 else dtype for i in range(6)]
+    xs = [x if x is None else x.to(device, kind).requires_grad_() for x, kind in zip(xs, kinds)]
     q, k, v, beta, state, g = xs
     o, last = delta(q, k, v, beta, g, None, gate_min, state, True, backend)
-    loss = (o.double() * do).sum() + (last.double() * dstate).sum()
-    return [x.detach().double() for x in (o, last, *torch.autograd.grad(loss, [x for x in xs if x is not None]))]
+    loss = (o.double() * do.to(device)).sum() + (last.double() * dstate.to(device)).sum()
+    return [x.detach().double().cpu() for x in (o, last, *torch.autograd.grad(loss, [x for x in xs if x is not None]))]
 
 
 def agree(found, wanted, tolerances):
@@ -138,7 +142,7 @@ def test_clamp_autocast_and_two_backward_passes():
 def test_opcheck_and_one_graph():
     q, k, v, beta, state, g, *_ = (x if x is None else x.float() for x in draw(70, 8, 8, B=1, H=2))
     tensors = [x.requires_grad_() for x in (q, k, v, beta, g, state)]
-    torch.library.opcheck(D.delta_op, (*tensors, 0.5, None))
+    torch.library.opcheck(D.delta_op, (*tensors, 0.5, None, "torch"))
     compiled = torch.compile(lambda *xs: delta(*xs)[0], backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(q, k, v, beta, g), delta(q, k, v, beta, g)[0])
 
@@ -150,7 +154,7 @@ def test_opcheck_and_one_graph():
         ("g must be (1, 5, 2) or (1, 5, 2, 4)", lambda q: dict(g=q[:, :4])),
         ("gate_min must be at most 0", lambda q: dict(gate_min=0.5)),
         ("initial_state must be (1, 2, 4, 4)", lambda q: dict(initial_state=q)),
-        ("backend must be auto, torch or recurrent", lambda q: dict(backend="triton")),
+        ("backend must be auto, triton, torch or recurrent", lambda q: dict(backend="cuda")),
     ],
 )
 def test_errors_name_the_argument(want, change):
@@ -158,3 +162,89 @@ def test_errors_name_the_argument(want, change):
     with pytest.raises(ValueError) as error:
         delta(**(dict(q=q, k=q, v=q, beta=q[..., 0]) | change(q)))
     assert want in str(error.value) and "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------- Triton
+
+FORMS = [("none", None), ("head weak", None), ("head strong", -20.0), ("channel", -1.25), ("channel decades", None)]
+
+
+def compare_triton(inputs, gate_min, dtype=torch.float32, device="cpu"):
+    inputs = [x if x is None else x.to(dtype).double() for x in inputs]
+    wanted = run(inputs, "recurrent", gate_min=gate_min)
+    agree(run(inputs, "triton", dtype, gate_min, device), wanted, BF16 if dtype == torch.bfloat16 else FP32)
+
+
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_triton_under_the_interpreter(which):
+    interpret(__file__, which)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("gates, gate_min", FORMS)
+def test_interpreted(gates, gate_min):
+    compare_triton(draw(70, 20, 24, gates, 1, 2), gate_min)
+
+
+@INTERPRETED
+@pytest.mark.slow
+@pytest.mark.parametrize("gates, gate_min", [*FORMS, ("head decades", None), ("head -inf", None), ("channel", -5.0)])
+@pytest.mark.parametrize("T, K, V", [(1, 16, 16), (64, 32, 16), (200, 16, 48)])
+def test_interpreted_shapes(T, K, V, gates, gate_min):
+    compare_triton(draw(T, K, V, gates, 1, 1), gate_min)
+
+
+@INTERPRETED
+def test_interpreted_keys_that_are_all_the_same():
+    """The inverse is the hardest where every pair counts in full: its powers grow to 2^63."""
+    inputs = draw(64, 16, 16, "none", 1, 1)
+    inputs[1] = inputs[1][:, :1].expand_as(inputs[1]).clone()
+    compare_triton(inputs, None)
+
+
+@INTERPRETED
+@pytest.mark.slow
+def test_interpreted_tiles(monkeypatch):
+    """Heads wider than a tile, in both directions, with a rest."""
+    for kernel in (*D.KERNELS.values(), *D.G.KERNELS.values()):
+        tiles = dict.fromkeys(kernel.tiles, 16)
+        monkeypatch.setattr(kernel, "configs", [dict(**tiles, num_warps=4, num_stages=1)])
+        monkeypatch.setattr(kernel, "fp32", None)
+        monkeypatch.setattr(kernel, "runs", {})
+    for gates, gate_min in FORMS:
+        compare_triton(draw(65, 40, 24, gates, 1, 1), gate_min)
+
+
+@INTERPRETED
+def test_interpreted_launches(monkeypatch):
+    """Three kernels forward, seven backward."""
+    count, launch = [], Kernel.launch
+    monkeypatch.setattr(Kernel, "launch", lambda self, *args, **kw: (count.append(self), launch(self, *args, **kw)))
+    run(draw(20, B=1, H=1), "triton", torch.float32)
+    assert len(count) == 3 + 7
+
+
+@GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gates, gate_min", [*FORMS, ("channel", -5.0)])
+@pytest.mark.parametrize("T, K, V", [(1, 16, 16), (100, 64, 64), (256, 60, 96), (1000, 128, 128), (130, 256, 192)])
+def test_on_a_gpu(T, K, V, gates, gate_min, dtype):
+    compare_triton(halved(draw(T, K, V, gates, 1, 3)), gate_min, dtype, "cuda")
+
+
+def halved(inputs):
+    """With beta in (0, 1), as the papers have it."""
+    inputs[3] = inputs[3] / 2
+    return inputs
+
+
+@GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name, i", [(name, i) for name in D.KERNELS for i in range(len(D.KERNELS[name].configs))])
+def test_every_configuration_on_a_gpu(name, i, width, monkeypatch):
+    kernel = D.KERNELS[name]
+    monkeypatch.setitem(D.KERNELS, name, Kernel(kernel.function, [kernel.configs[i]], kernel.tiles))
+    for gates, gate_min in FORMS:
+        compare_triton(halved(draw(200, width, width, gates, 2, 3)), gate_min, torch.bfloat16, "cuda")

@@ -436,9 +436,8 @@ def test_works_without_triton():
 # ----------------------------------------------------------------------------- Triton
 
 
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_triton_under_the_interpreter(which):
-    """The tests below marked INTERPRETED, in a process whose kernels run on the CPU."""
+def interpret(path, which):
+    """The tests of a file marked INTERPRETED, in a process whose kernels run on the CPU."""
     if kernels.triton is None:
         pytest.skip("Triton is not installed")
     if kernels.interpreting():
@@ -454,12 +453,17 @@ def test_triton_under_the_interpreter(which):
         "interpreted",
         "-m",
         which,
-        __file__,
+        path,
     ]
     env = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, cwd=Path(__file__).parent.parent, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout, result.stdout[-4000:]
+
+
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_triton_under_the_interpreter(which):
+    interpret(__file__, which)
 
 
 @INTERPRETED
@@ -484,7 +488,10 @@ def test_interpreted_shapes(T, K, V, gates, gate_min):
 @pytest.mark.slow
 @pytest.mark.parametrize("gates", ["blocks", "coin", "-20", "-8", "0"])
 def test_interpreted_gates(gates):
-    compare(draw(1, 67, 1, 16, 16, gates), torch.float32, TRITON_FP32, "triton")
+    inputs = draw(1, 67, 1, 16, 16, gates)
+    compare(inputs, torch.float32, TRITON_FP32, "triton")
+    inputs[3] = inputs[3][..., 0]  # one gate for all channels
+    compare(inputs, torch.float32, TRITON_FP32, "triton")
 
 
 @INTERPRETED
@@ -495,7 +502,10 @@ def test_interpreted_tiles(monkeypatch):
         monkeypatch.setattr(kernel, "configs", [dict(BK=16, BV=16, num_warps=4, num_stages=1)])
         monkeypatch.setattr(kernel, "runs", {})
     for gate_min in (-1.25, None):
-        compare(draw(1, 65, 1, 40, 24), torch.float32, TRITON_FP32, "triton", gate_min=gate_min)
+        inputs = draw(1, 65, 1, 40, 24)
+        compare(inputs, torch.float32, TRITON_FP32, "triton", gate_min=gate_min)
+        inputs[3] = inputs[3][..., 0]
+        compare(inputs, torch.float32, TRITON_FP32, "triton", gate_min=gate_min)
 
 
 @INTERPRETED
@@ -532,6 +542,8 @@ def test_interpreted_launches(monkeypatch):
 def test_on_a_gpu(T, K, V, dtype, tolerances, gate_min):
     inputs = [x.to(dtype).double() for x in draw(1, T, 3, K, V)]
     compare(inputs, dtype, tolerances, "triton", "cuda", gate_min=gate_min)
+    inputs[3] = inputs[3][..., 0]  # one gate for all channels
+    compare(inputs, dtype, tolerances, "triton", "cuda", gate_min=gate_min)
 
 
 @GPU
@@ -543,4 +555,6 @@ def test_every_configuration_on_a_gpu(name, i, gate_min, width, monkeypatch):
     kernel = G.KERNELS[name]
     monkeypatch.setitem(G.KERNELS, name, Kernel(kernel.function, [kernel.configs[i]], kernel.tiles))
     inputs = [x.bfloat16().double() for x in draw(2, 200, 3, width, width)]
+    compare(inputs, torch.bfloat16, BF16, "triton", "cuda", gate_min=gate_min)
+    inputs[3] = inputs[3][..., 0]
     compare(inputs, torch.bfloat16, BF16, "triton", "cuda", gate_min=gate_min)

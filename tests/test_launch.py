@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import gla as G, gsa as S, launch, nsa as N, performer as P
+from kernels import delta as D, gla as G, gsa as S, launch, nsa as N, performer as P
 from kernels.launch import Kernel, choose, configurations
 
 
@@ -65,24 +65,25 @@ def test_a_configuration_that_does_not_fit_gives_way_to_the_next(entered):
 
 
 @pytest.mark.parametrize(
-    "kernels", [G.KERNELS, S.KERNELS, P.KERNELS, N.KERNELS], ids=["gla", "gsa", "performer", "nsa"]
+    "kernels", [G.KERNELS, D.KERNELS, S.KERNELS, P.KERNELS, N.KERNELS], ids=["gla", "delta", "gsa", "performer", "nsa"]
 )
 def test_only_the_first_axis_of_a_grid_is_long(kernels, monkeypatch):
     """With 70,000 pairs of a sequence and a head: axes beyond the first end at 65,535."""
     pytest.importorskip("triton")
     grids, constants = [], dict(BK=16, BV=16, BD=16)
     monkeypatch.setattr(Kernel, "launch", lambda self, programs, *args, **kw: grids.append(programs(constants)))
-    B, T, H, D = 700, 65, 100, 16
-    x = torch.empty(B, T, H, D, device="meta")
+    B, T, H, K = 700, 65, 100, 16
+    x = torch.empty(B, T, H, K, device="meta")
+    state = torch.empty(B, H, K, K, device="meta")
     if kernels is G.KERNELS:
-        G.gla_bwd(
-            x, x, x, x, torch.empty(B, H, D, D, device="meta"), x, torch.empty(B, H, D, D, device="meta"), 1.0, -1.0
-        )
+        G.gla_bwd(x, x, x, x, state, x, state, 1.0, -1.0)
+    elif kernels is D.KERNELS:
+        D.delta_bwd(x, x, x, x[..., 0], None, state, x, state, 1.0, None)
     elif kernels is S.KERNELS:
-        z = torch.empty(B, T, H, D, device="meta")
+        z = torch.empty(B, T, H, K, device="meta")
         S.gsa_bwd(x, None, None, x, x, x, z, z, None, None, z, 1.0)
     elif kernels is P.KERNELS:
-        w, state = torch.empty(H, D, D, device="meta"), torch.empty(B, H, D, D + 1, device="meta")
+        w, state = torch.empty(H, K, K, device="meta"), torch.empty(B, H, K, K + 1, device="meta")
         P.performer_fwd(x, x, x, w, w, state, "softmax")
     else:
         N.launch("tile", B * H)

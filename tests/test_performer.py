@@ -2,7 +2,6 @@
 estimate against softmax attention, and the mistakes that this attention is known for."""
 
 import math
-import os
 import subprocess
 import sys
 import warnings
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import oracle
+from test_gla import GPU, INTERPRETED, interpret
 from torch.nn import functional as F
 
 import kernels
@@ -26,8 +26,6 @@ FEATURES = ("softmax", "relu", "learned")
 EXACT = (1e-10,) * 8
 FP32 = (1e-5, 1e-5) + (1e-4,) * 6
 BF16 = (5e-3,) * 8
-INTERPRETED = pytest.mark.skipif(not kernels.interpreting(), reason="runs inside test_triton_under_the_interpreter")
-GPU = pytest.mark.skipif(not torch.cuda.is_available() or kernels.triton is None, reason="needs a GPU and Triton")
 
 pytestmark = pytest.mark.usefixtures("fresh_rng")
 
@@ -564,21 +562,7 @@ def test_weights_of_softmax_attention_fit():
 
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_triton_under_the_interpreter(which):
-    """The tests below marked INTERPRETED, in a process whose kernels run on the CPU."""
-    if kernels.triton is None:
-        pytest.skip("Triton is not installed")
-    if kernels.interpreting():
-        pytest.skip("already inside")
-    options = ["-v", "-p", "no:cacheprovider", "-k", "interpreted", "-m", which, __file__]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", *options],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert " passed" in result.stdout and "skipped" not in result.stdout, result.stdout[-4000:]
+    interpret(__file__, which)
 
 
 @INTERPRETED
