@@ -29,6 +29,7 @@ from .gla import compute_dtype
 SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
 CALLS = 2**13  # scores that take the time of a segment's calls
 BLOCKS = (16, 32, 64, 128)  # queries a block
+FLAT_BLOCKS = (128, 256)  # queries a block, where SDPA takes the keys that no query of it masks
 BATCH = 4  # sequences that the choice of a plan counts with: several share the calls of a segment
 TILE = 128  # queries and keys of a block of FlexAttention
 HIDDEN = -1e30  # a logit that softmax turns into an exact 0, without the NaN of a row of infinities
@@ -54,14 +55,15 @@ def distance_dense(q, k, v, table, prefix, scale, constant_ones):
     return torch.einsum("bhts,bshv->bthv", p, v.to(dtype)).to(v.dtype)
 
 
-def is_one(table):
-    """Rows that mask nothing, (H, 1)."""
-    return (table == 0).all(1, keepdim=True)
+def flat(table):
+    """Where a table (H, T) masks neither a distance nor the next: a ramp that begins there has its gradient still."""
+    zero = table == 0
+    return zero & F.pad(zero[:, 1:], (0, 1), value=True)
 
 
 def drop_ones(table):
-    """The table, without gradient in the rows that mask nothing."""
-    return torch.where(is_one(table), 0.0, table)
+    """The table, without gradient where it is flat."""
+    return torch.where(flat(table), 0.0, table)
 
 
 # ----------------------------------------------------------------------------- the plan
@@ -69,16 +71,20 @@ def drop_ones(table):
 
 class Plan(NamedTuple):
     """How a head is computed. Tokens `stride` apart are a sequence of their own; in it, blocks of `block` queries see
-    the keys of each run of distances (nearest, furthest), and the first `prefix` keys. block 0: causal SDPA."""
+    the keys of each run of distances (nearest, furthest), and the first `prefix` keys. block 0: causal SDPA. flat: the
+    distances below it have no mask; SDPA takes those that all queries of a block see."""
 
     stride: int
     block: int
     runs: tuple
     prefix: int
+    flat: int = 0
 
     def __str__(self):
         if not self.block:
             return "causal SDPA"
+        if self.flat:
+            return f"SDPA below {self.flat}, blocks of {self.block} up to {self.runs[0][1]}"
         runs = " ".join(f"{lo}-{hi}" for lo, hi in self.runs)
         return f"blocks of {self.block}, distances {runs}" + (f", stride {self.stride}" if self.stride > 1 else "")
 
@@ -87,30 +93,33 @@ def plans(table, prefix, sdpa=True):
     """A Plan for each row of the table; sdpa: may be PyTorch's kernel where nothing is masked. Neighbours get one plan
     for what either keeps where the calls that this saves are worth the scores that it adds: then `pieces` computes them
     together. A wide head stays apart from narrow ones."""
-    kept, plain = (table > -math.inf).cpu().numpy(), is_one(table)[:, 0].tolist()
-    T, P, groups = table.shape[1], prefix.shape[1], []  # (what any row keeps, rows, plan)
-    for row, full in zip(kept, plain):
-        new = row, 1, make_plan(row.tobytes(), full and sdpa, P)
-        if groups and groups[-1][2].block and new[2].block:
-            either, n = groups[-1][0] | row, groups[-1][1] + 1
-            both = make_plan(either.tobytes(), False, P, n)
-            apart = sum(cost(plan, T, n) for _, n, plan in (groups[-1], new))
+    kept, T, P = (table > -math.inf).cpu().numpy(), table.shape[1], prefix.shape[1]
+    near = flat(table).long().cumprod(1).sum(1).tolist() if sdpa and not P else [0] * len(table)
+    groups = []  # (what any row keeps, what all leave unmasked, rows, plan)
+    for row, low in zip(kept, near):
+        new = row, low, 1, make_plan(row.tobytes(), low, P)
+        if groups and groups[-1][3].block and new[3].block:
+            either, low, n = groups[-1][0] | row, min(low, groups[-1][1]), groups[-1][2] + 1
+            both = make_plan(either.tobytes(), low, P, n)
+            apart = sum(cost(plan, T, n) for *_, n, plan in (groups[-1], new))
             if n <= together(both, T) and cost(both, T, n) <= apart:
                 groups.pop()
-                new = either, n, both
+                new = either, low, n, both
         groups.append(new)
-    return [plan for _, n, plan in groups for _ in range(n)]
+    return [plan for *_, n, plan in groups for _ in range(n)]
 
 
 @functools.lru_cache(4096)
-def make_plan(kept, full, prefix, heads=1):
-    """The cheapest plan for a row of kept distances, by `cost`. A gap is worth a run of its own where it is longer than
-    a block; distances that are all multiples of some number fall into that many shorter sequences."""
+def make_plan(kept, flat, prefix, heads=1):
+    """The cheapest plan for a row of kept distances, the first `flat` of them unmasked, by `cost`. A gap is worth a run
+    of its own where it is longer than a block; distances that are all multiples of some number fall into that many
+    shorter sequences."""
     offsets, T = np.flatnonzero(np.frombuffer(kept, dtype=bool)), len(kept)
-    if full and not prefix:
+    if flat == T:
         return Plan(1, 0, (), 0)
     stride = 1 if prefix or len(offsets) < 2 else max(1, int(np.gcd.reduce(offsets)))
     candidates = [Plan(stride, block, split(offsets // stride, block), prefix) for block in BLOCKS]
+    candidates += [Plan(1, block, ((0, int(offsets[-1])),), 0, flat) for block in FLAT_BLOCKS if flat > block]
     return min(candidates, key=lambda plan: cost(plan, T, heads))
 
 
@@ -124,7 +133,11 @@ def split(offsets, block):
 @functools.lru_cache(4096)
 def cost(plan, T, heads=1):
     """Nanoseconds of a forward and backward pass over heads that go together, fitted on one AVX-512 core: scores, of
-    which small blocks make fewer and slower ones, and the calls of each segment."""
+    of which small blocks make fewer and slower ones, and the calls of each segment."""
+    if plan.flat:
+        parts = edges(plan, T)
+        sums = ((z - a) * (14.5 * (z - a) + 9 * (a - lo) + 21 * (lo - start)) for a, z, lo, start in parts)
+        return BATCH * heads * sum(sums) + 1_500_000 * len(parts)
     parts, rows = segments(plan, -(-T // plan.stride)), BATCH * heads
     scores = sum(n * plan.block * width for _, n, _, width in parts)
     calls = len(parts) * -(-rows // together(plan, T))
@@ -134,6 +147,8 @@ def cost(plan, T, heads=1):
 @functools.lru_cache(4096)
 def together(plan, T):
     """Heads or sequences whose blocks fit a segment; 1 where those of one fill it."""
+    if plan.flat:
+        return T
     parts = segments(plan, -(-T // plan.stride))
     return max(1, SEGMENT // max([1] + [n * plan.block * width for _, n, _, width in parts]))
 
@@ -169,8 +184,104 @@ def executed_pairs(plan, T):
     """Query-key pairs that a forward pass computes for one head and sequence."""
     if not plan.block:
         return T * (T + 1) // 2
+    if plan.flat:
+        return sum((z - a) * ((z - a + 1) / 2 + a - start) for a, z, _, start in edges(plan, T))
     lengths = [len(range(r, T, plan.stride)) for r in range(min(plan.stride, T))]
     return sum(n * plan.block * width for t in lengths for _, n, _, width in segments(plan, t))
+
+
+# ----------------------------------------------------------------------------- windows: SDPA and an edge
+#
+# Softmax over parts of the keys: each part has its output and its log-sum-exp, and the whole is their mean with weights
+# e^(lse_part - lse). Given the whole's o and lse, a part's backward pass is its own.
+
+
+def edges(plan, T):
+    """(a, z, lo, start) of each block of queries a .. z-1: SDPA takes the keys from lo on, which no query masks, the
+    block's own ones causally; the edge has those from start to lo."""
+    found, reach = [], plan.runs[0][1]
+    for a in range(0, T, plan.block):
+        z = min(a + plan.block, T)
+        found.append((a, z, max(0, z - plan.flat), max(0, min(a - reach, z - plan.flat))))
+    return found
+
+
+class Window:
+    """One plan with a flat part over q, k, v (b, h, T, D); table (h or 1, T)."""
+
+    def __init__(self, plan, table, q, k, v, scale):
+        self.q, self.k, self.v = (x.contiguous() for x in (q, k, v))
+        self.scale, self.parts = scale, edges(plan, q.shape[2])
+        self.C, self.flat, self.reach = plan.block, plan.flat, plan.runs[0][1]
+        far = self.reach + torch.arange(self.C)[:, None] - torch.arange(self.reach - self.flat + self.C)
+        self.far = far.to(table.device)  # (C, W), distances of the edge's keys, from a - reach on
+        hidden = torch.cat((table[:, : self.reach + 1], table.new_full((len(table), self.C), HIDDEN)), 1)
+        self.bias = hidden.clamp(min=HIDDEN)[:, self.far]  # (h or 1, C, W)
+
+    def columns(self, part):
+        """The place of an edge in `far` and `bias`."""
+        a, z, lo, start = part
+        return slice(0, z - a), slice(start - a + self.reach, lo - a + self.reach)
+
+    def scores(self, part):
+        """Of an edge, (b h, z - a, lo - start)."""
+        a, z, lo, start = part
+        bias = self.bias[(slice(None), *self.columns(part))]
+        bias = bias.expand(*self.q.shape[:2], *bias.shape[1:]).flatten(0, 1)
+        return torch.baddbmm(bias, self.rows(self.q, a, z), self.rows(self.k, start, lo).mT, alpha=self.scale)
+
+    def rows(self, x, a, z):
+        """Tokens a .. z-1 of x (b, h, T, D) as (b h, z - a, D)."""
+        return x.flatten(0, 1)[:, a:z].to(self.bias.dtype)
+
+    def near(self, part):
+        """(keys, whether they are the block's own) of each call of SDPA."""
+        a, z, lo, _ = part
+        return [(slice(a, z), True)] + ([(slice(lo, a), False)] if lo < a else [])
+
+    def forward(self, o):
+        """Writes o (b, h, T, D). Returns the log-sum-exp (b, h, T)."""
+        lse = self.bias.new_empty(o.shape[:3])
+        for part in self.parts:
+            a, z, lo, start = part
+            q = self.q[:, :, a:z]
+            found = [flash(q, self.k[:, :, s], self.v[:, :, s], self.scale, own) for s, own in self.near(part)]
+            if start < lo:
+                p = self.scores(part)
+                most = p.amax(-1, keepdim=True)
+                total = p.sub_(most).exp_().sum(-1, keepdim=True)
+                y = torch.bmm(p, self.rows(self.v, start, lo)).div_(total)
+                found.append((y.view(*q.shape[:2], -1, y.shape[2]), total.log_().add_(most).view(q.shape[:3])))
+            torch.logsumexp(torch.stack([x for _, x in found]), 0, out=lse[:, :, a:z])
+            o[:, :, a:z] = sum(y * (x - lse[:, :, a:z]).exp().unsqueeze(-1) for y, x in found)
+        return lse
+
+    def backward(self, do, o, lse, dtable):
+        """dq, dk, dv. Adds to dtable (h or 1, T)."""
+        dq, dk, dv = (torch.zeros_like(x, dtype=self.bias.dtype) for x in (self.q, self.k, self.v))
+        do, o, sums = do.contiguous(), o.contiguous(), torch.zeros_like(self.bias)
+        for part in self.parts:
+            a, z, lo, start = part
+            whole = do[:, :, a:z], self.q[:, :, a:z], o[:, :, a:z], lse[:, :, a:z].contiguous()
+            for s, own in self.near(part):
+                grads = flash_backward(*whole[:2], self.k[:, :, s], self.v[:, :, s], *whole[2:], self.scale, own)
+                for into, grad, place in zip((dq, dk, dv), grads, (slice(a, z), s, s)):
+                    into[:, :, place] += grad
+            if start == lo:
+                continue
+            p = self.scores(part).sub_(whole[3].flatten(0, 1).unsqueeze(-1)).exp_()
+            g, q, y = (self.rows(x, a, z) for x in (do, self.q, o))
+            k, v = (self.rows(x, start, lo) for x in (self.k, self.v))
+            ds = torch.bmm(g, v.mT).sub_((g * y).sum(-1, True)).mul_(p)
+            total = ds.view(-1, len(sums), *ds.shape[1:]).sum(0)
+            sums[(slice(None), *self.columns(part))] += total
+            self.rows(dq, a, z).baddbmm_(ds, k, alpha=self.scale)
+            self.rows(dk, start, lo).baddbmm_(ds.mT, q, alpha=self.scale)
+            self.rows(dv, start, lo).baddbmm_(p.mT, g)
+        along = dtable.new_zeros(len(dtable), self.reach + self.C)
+        along.index_add_(1, self.far.flatten(), sums.flatten(1))
+        dtable[:, self.flat : self.reach + 1] += along[:, self.flat : self.reach + 1]
+        return dq, dk, dv
 
 
 # ----------------------------------------------------------------------------- banded PyTorch
@@ -318,7 +429,7 @@ def pieces(q, v, table, prefix, constant_ones):
     found = plans(table, prefix, sdpa=constant_ones and q.device.type == "cpu" and q.shape == v.shape)
     for plan, same in itertools.groupby(found):
         end = i + len(list(same))
-        apart = not plan.block or not (plan.runs or plan.prefix)
+        apart = not plan.block or plan.flat or not (plan.runs or plan.prefix)
         while i < end:
             rows = slice(i, end if apart else min(end, i + together(plan, T)))
             heads, i = rows if len(table) > 1 else slice(0, H), rows.stop
@@ -352,11 +463,14 @@ def banded_forward(q, k, v, table, prefix, scale, constant_ones):
     table, prefix = table.to(dtype), prefix.to(dtype)
     o, lse = v.new_empty(v.shape), q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
     new = Workspace(q, dtype)
-    for _, heads, plan, band, time in pieces(q, v, table, prefix, constant_ones):
+    for rows, heads, plan, band, time in pieces(q, v, table, prefix, constant_ones):
         if not plan.block:
             xs = (x[:, :, heads].transpose(1, 2) for x in (q, k, v))
             y, lse[:, heads] = flash(*xs, scale)
             o[:, :, heads] = y.transpose(1, 2)
+        elif plan.flat:
+            xs = (x[:, :, heads].transpose(1, 2) for x in (q, k, v))
+            lse[:, heads] = Window(plan, table[rows], *xs, scale).forward(o[:, :, heads].transpose(1, 2))
         elif band is None:
             o[:, :, heads] = 0
         for rows, some in row_groups(q, heads, band) if band else ():
@@ -386,6 +500,11 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale, constant_ones):
             xs = (x[:, :, heads].transpose(1, 2) for x in (do, q, k, v, o))
             for into, grad in zip((dq, dk, dv), flash_backward(*xs, lse[:, heads], scale)):
                 into[:, :, heads] = grad.transpose(1, 2)
+        elif plan.flat:
+            qs, ks, vs, ys, dys = (x[:, :, heads].transpose(1, 2) for x in (q, k, v, o, do))
+            grads = Window(plan, table[i], qs, ks, vs, scale).backward(dys, ys, lse[:, heads], dtable[i])
+            for into, grad in zip((dq, dk, dv), grads):
+                into[:, :, heads] = grad.transpose(1, 2)
         elif band is None:
             for into in (dq, dk, dv):
                 into[:, :, heads] = 0
@@ -408,7 +527,7 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale, constant_ones):
         if band.P:
             dfirst[:, band.T :] = 0
             dprefix[i] = torch.zeros_like(prefix[i]).mT.scatter_add(1, band.far, dfirst).mT
-    dtable = dtable.masked_fill(is_one(table), 0.0) if constant_ones else dtable
+    dtable = dtable.masked_fill(flat(table), 0.0) if constant_ones else dtable
     return dq, dk, dv, dtable.to(shapes[0].dtype), dprefix.to(shapes[1].dtype)
 
 
@@ -432,16 +551,16 @@ def segment_backward(band, part, q, do, dq, ks, vs, dks, dvs, sums, dfirst, scal
         dfirst[:, a : a + n * band.C] += ds.view(-1, band.m, n * band.C, ds.shape[2])[..., : band.P].sum(0)
 
 
-def flash(q, k, v, scale):
-    """Causal SDPA of (B, H, T, D) and its log-sum-exp."""
+def flash(q, k, v, scale, causal=True):
+    """SDPA of (B, H, T, D) and its log-sum-exp."""
     q, k, v = in_rows(q, k, v)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
-def flash_backward(do, q, k, v, o, lse, scale):
-    do, q, k, v = in_rows(do, q, k, v)
+def flash_backward(do, q, k, v, o, lse, scale, causal=True):
+    do, q, k, v, o = in_rows(do, q, k, v, o)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return backward(do, q, k, v, o, lse, 0.0, True, scale=scale)
+    return backward(do, q, k, v, o, lse, 0.0, causal, scale=scale)
 
 
 def in_rows(*xs):
@@ -699,8 +818,8 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_o
     prefix (H or 1, P, T) log-mask of the first P keys by distance, in place of the table   scale: D^-1/2 unless given
     backend: auto (flex on a GPU where `flex_fits`, else banded) | banded | flex | dense. Dropped distances are not
     computed, and have gradient 0.
-    constant_ones: a table row of zeros, which masks nothing, is a constant: it has gradient 0 and, on a CPU, becomes
-    PyTorch's causal attention. So it is where the table needs no gradient.
+    constant_ones: where the table is flat at 0, which masks nothing, it is a constant: it has gradient 0 and, on a CPU,
+    becomes PyTorch's attention. So it is where the table needs no gradient.
     """
     check_inputs(q, k, v, table, prefix, backend)
     q, k, v = in_autocast(q, k, v)  # the mask keeps its precision

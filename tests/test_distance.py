@@ -161,8 +161,43 @@ def test_ones_of_no_interest(fresh_rng):
             grads = torch.autograd.grad(o, [*leaves, own] if learned else leaves, do)
         assert any("flash_attention_for_cpu_backward" in event.name for event in profile.function_events)
         agree([o.detach(), *grads[:3]], wanted[:4], (1e-10,) * 4)
-    found = D.is_one(table)[:, 0].tolist()  # a span may happen to hold all 70 distances
+    found = D.flat(table).all(1).tolist()  # a span may happen to hold all 70 distances
     assert found == (table == 0).all(1).tolist() and found[1]
+
+
+@pytest.fixture
+def windows_are_free(monkeypatch):
+    """The plan with a flat part is taken wherever there is one."""
+    cost = D.cost
+    monkeypatch.setattr(D, "cost", lambda plan, T, heads=1: -plan.flat if plan.flat else cost(plan, T, heads))
+    D.make_plan.cache_clear()
+    yield
+    D.make_plan.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T, shared", [(140, False), (300, False), (513, True), (700, False)])
+def test_windows(T, shared, dtype, windows_are_free, fresh_rng):
+    """Ramps of different heads, a hard window, and one that begins at a whole distance."""
+    starts, slopes = [fresh_rng.uniform(129, T), 131.0, max(132.0, 0.9 * T), 130.5], [32, 1, 7, 0.5]
+    x = torch.arange(T, dtype=torch.float64)
+    rows = torch.stack([((z + R - x) / R).clamp(0, 1) for z, R in zip(starts, slopes)])
+    table = (rows[:1] if shared else rows).log()
+    q, k, v, do = (torch.randn(2, T, 4, 8, dtype=torch.float64).to(dtype).double() for _ in range(4))
+    assert all(plan.flat >= 129 for plan in D.plans(table, table.new_empty(len(table), 0, T)) if plan.block)
+    found = []
+    for backend, kind in (("dense", torch.float64), ("banded", dtype)):
+        leaves = [x.to(kind, copy=True).requires_grad_() for x in (q, k, v)]
+        own = table.to(torch.float32 if kind == torch.bfloat16 else kind, copy=True).requires_grad_()
+        o = distance(*leaves, own, backend=backend, constant_ones=True)
+        found.append([o, *torch.autograd.grad(o, [*leaves, own], do.to(kind))])
+    found = [[x.detach().double() for x in xs] for xs in found]
+    agree(found[1], found[0], TOLERANCES.get(dtype, (1e-2,) * 5))
+    assert (found[1][4][D.flat(table)] == 0).all() and (found[1][4][0] != 0).any()
+    hidden = distance(*(x.float() for x in (q, k, v)), table.float())
+    q[:, T // 2] += 1
+    v[:, T // 2] += 1
+    assert torch.equal(distance(*(x.float() for x in (q, k, v)), table.float())[:, : T // 2], hidden[:, : T // 2])
 
 
 def test_numbers_of_a_vector_apart(fresh_rng):
