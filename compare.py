@@ -1,0 +1,287 @@
+"""Runs alike: train every combination of values, score all on the same tokens, and print one table.
+
+    python compare.py config/train_enwik8_tiny.py --attention_type=softmax,gla,gla+gla+softmax --seed=1,2,3
+    python compare.py config/train_stdlib.py --attention_type=all --equal_params --max_iters=500
+    python compare.py config/train_stdlib.py --attention_type=gla --learning_rate=1e-3,3e-3 --gla_gate_rank=8,16
+
+Any key of train.py takes a list. A pattern of layers is joined with +. Quotes hold the commas of other items together;
+a shell removes quotes unless others surround them: '--mask_mix_candidates=full,"offset_0,offset_1"'. A key that belongs
+to some of the attention types is left out for the rest.
+
+Each run is a process of train.py in its own folder, OUT_DIR/VALUES-HASH. The hash is of all that decides a result:
+settings, data, code. So a run that is done is not repeated, one that was cut goes on from its checkpoint, and a change
+makes a new folder beside the old one. Ctrl-C stops all runs; the same command goes on. Runs end at max_iters: only a
+max_seconds on the command line counts. The exit status is 1 if a run failed.
+"""
+
+import ast
+import contextlib
+import csv
+import dataclasses
+import glob
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+
+if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of theirs
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import torch
+
+import config
+from benchmarks.quality import decides, mean_and_deviation, quality_table, score_checkpoint
+from benchmarks.runs import read_log
+from benchmarks.tables import LINES, Report, pyplot, save_figure
+from config import ConfigError, key, printable
+from data import DataError, Dataset
+from model import ATTENTION, GPT, GPTConfig
+from train import TrainConfig, eval_window
+from weights import ModelError, TrainError, lock_folder, write_atomically
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CODE = ("model.py", "train.py", "parallel.py", "weights.py", "config/__init__.py", "data/*.py", "kernels/*.py")
+CHECKPOINTS = {"last": "ckpt.pt", "best": "best.pt"}
+SCORED_ALIKE = ("dataset", "eval_context", "eval_stride", "eval_batch_size", "out_dir")  # one value for all runs
+OURS = {"init_from": "resume", "eval_only": True, "dry_run": True}  # what compare.py does itself, or cannot
+
+
+@dataclass
+class CompareConfig:
+    """Comparison (with out_dir as the folder of all runs; empty: out/compare/CONFIG)"""
+
+    jobs: int = key(2, "runs at once; the threads are divided among them", low=1)
+    equal_params: bool = key(False, "choose mlp_hidden for the parameters of the first run, within 1 %")
+    checkpoint: str = key("last", "which one of each run is scored", choices=(*CHECKPOINTS,))
+    split: str = key("val", "split that is scored", choices=("val", "test"))
+    json: str = key("", "file to write the tables to; empty: OUT_DIR/compare.json")
+    png: str = key("", "picture to write; empty: OUT_DIR/compare.png")
+
+
+class Run:
+    """One combination: its settings, where it is, and how it went."""
+
+    def __init__(self, model, cfg, given, cells, seed):
+        self.model, self.cfg, self.cells = model, cfg, cells  # cells: {key with a list: its value here}
+        self.keys = {name: getattr(record, name) for record in (model, cfg) for name in given if hasattr(record, name)}
+        names = [v if name == "attention_type" else f"{name}={v}" for name, v in cells.items() if v is not None]
+        self.group = " ".join(names) or "run"
+        self.label = f"{self.group} seed={seed}" if seed else self.group
+        self.score, self.failure = None, None
+
+    def place(self, out_dir, common):
+        """Choose the folder, and read what an earlier command left there."""
+        settings = {name: value for name, value in asdict(self.cfg).items() if decides(name)}
+        sources = [f for f in (self.cfg.init_from, self.cfg.teacher) if os.path.isdir(f)]
+        files = [entry for folder in sources for entry in os.scandir(folder) if entry.name.endswith((".pt", "tensors"))]
+        stamps = sorted((entry.path, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in files)
+        self.recipe = common | {"model": asdict(self.model), "train": settings, "sources": stamps}
+        number = hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:10]
+        name = re.sub(r"[^\w.+=-]+", "_", self.label.replace(" ", "-").replace(",", "+"))[:100]
+        found = glob.glob(os.path.join(glob.escape(out_dir), f"*-{number}"))  # a longer list changes the label alone
+        self.folder = found[0] if found else os.path.join(out_dir, f"{name}-{number}")
+        self.state = {"done": False, "threads": None, "scores": {}}
+        with contextlib.suppress(OSError, ValueError):
+            with open(os.path.join(self.folder, "recipe.json"), encoding="utf-8") as f:
+                self.state = json.load(f)["state"]
+        self.state["done"] &= os.path.exists(os.path.join(self.folder, "ckpt.pt"))
+
+    def write(self):
+        text = json.dumps({"state": self.state, "recipe": self.recipe}, indent=1).encode()
+        write_atomically(os.path.join(self.folder, "recipe.json"), lambda f: f.write(text))
+
+    def start(self, threads):
+        """The process of train.py. A run that was cut keeps its threads: sums in another order differ in a digit."""
+        os.makedirs(self.folder, exist_ok=True)
+        self.state["threads"] = threads = self.state["threads"] or threads
+        self.write()
+        saved = any(os.path.exists(os.path.join(self.folder, d, "ckpt.pt")) for d in (".new", ".placing", ""))
+        keys = self.keys | {"out_dir": self.folder} | ({"init_from": "resume"} if saved else {})
+        command = [sys.executable, os.path.join(HERE, "train.py"), *(f"--{k}={v}" for k, v in keys.items())]
+        self.began = time.monotonic()
+        with open(os.path.join(self.folder, "output.txt"), "w") as output:
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            options = dict(stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
+            return subprocess.Popen(command, **options)
+
+    def end(self, status):
+        """Note that it is done, or why it failed: in the words of train.py, or as what killed it."""
+        self.state["done"] = status == 0
+        self.write()
+        if status:
+            with open(os.path.join(self.folder, "output.txt"), encoding="utf-8", errors="replace") as f:
+                said = [line.strip() for line in f if line.strip()] or [f"exit status {status}"]
+            self.failure = f"killed by {signal.Signals(-status).name}" if status < 0 else printable(said[-1])[:200]
+
+    def is_busy(self):
+        """Whether a process that an earlier, killed command left behind still trains there."""
+        try:
+            if os.path.isdir(self.folder):
+                lock_folder(self.folder).close()
+            return False
+        except TrainError:
+            return True
+
+
+# -----------------------------------------------------------------------------
+# what to run
+
+
+def split_list(argument):
+    """`--key=a,"b,c"` -> (key, ["a", "b,c"])."""
+    name, equals, text = argument[2:].partition("=")
+    own = {field.name for field in dataclasses.fields(CompareConfig)}
+    if not argument.startswith("--") or not equals or name in own | {"help"}:
+        return name, [text or "True"]
+    try:
+        items = [item.strip() for item in next(csv.reader([text], strict=True, skipinitialspace=True), [""])]
+    except csv.Error:
+        raise ConfigError(f"--{name}={printable(text)}: quotes surround a whole item: 'a,\"b,c\"'") from None
+    if name in SCORED_ALIKE and len(items) > 1:
+        raise ConfigError(f"--{name}={printable(text)}: one value, so that all runs are scored on the same tokens")
+    if name == "attention_type":
+        items = [part for item in items for part in (ATTENTION if item == "all" else [item.replace("+", ",")])]
+    for item in items:
+        if items.count(item) > 1:
+            hint = "; a pattern of layers is joined with +" if name == "attention_type" else ""
+            raise ConfigError(f"--{name}: {printable(item)} is there {items.count(item)} times{hint}")
+    return name, items
+
+
+def plan(argv):
+    """(CompareConfig, all runs, folder of all, {key: its list}) of a command line."""
+    if wrong := [a for a in argv if a.startswith("-") and not a.startswith("--")]:
+        raise ConfigError(f"{printable(wrong[0])}: write --key=value")
+    files = [a for a in argv if not a.startswith("-")]
+    lists = dict(split_list(a) for a in argv if a.startswith("--"))
+    types, fields = lists.get("attention_type", []), {f.name: f for f in dataclasses.fields(GPTConfig)}
+    runs, warnings = [], io.StringIO()
+    for items in itertools.product(*lists.values()):
+        values = dict(zip(lists, items))
+        for name in [name for name in values if name in fields and len(types) > 1]:
+            strays = [config.stray_key(fields[name], pattern, (GPTConfig,)) is not None for pattern in types]
+            if strays[types.index(values["attention_type"])] and not all(strays):
+                del values[name]
+        arguments = [*files, "--max_seconds=0", *(f"--{name}={value}" for name, value in values.items())]
+        with contextlib.redirect_stderr(warnings):
+            model, cfg, compare, given = config.load(arguments, GPTConfig, TrainConfig, CompareConfig)
+        for name, value in OURS.items():
+            if getattr(cfg, name) == value:
+                raise ConfigError(f"{name}={value} ({given[name]}): compare.py trains, resumes and scores by itself")
+        cells = {name: values.get(name) for name in lists if len(lists[name]) > 1 and name != "seed"}
+        runs.append(Run(model, cfg, given, cells, values["seed"] if len(lists.get("seed", [])) > 1 else None))
+    for line in dict.fromkeys(warnings.getvalue().splitlines()):
+        print(line, file=sys.stderr)
+    stem = os.path.basename(files[-1]).removesuffix(".py") if files else "train"
+    folder = lists.get("out_dir", [os.path.join("out", "compare", stem)])[0]
+    return compare, runs, folder, {name: items for name, items in lists.items() if len(items) > 1}
+
+
+def outline(model, vocab_size):
+    """The model of a config without memory for its weights."""
+    with torch.device("meta"):
+        return GPT(config.override(model, vocab_size=model.vocab_size or vocab_size))
+
+
+def equalise(runs, vocab_size):
+    """Give each run the width of the MLP at which its model has the parameters of the first, and print both."""
+    first, widths = runs[0].model, {}
+    wanted = outline(first, vocab_size).num_params()
+    print(f"{runs[0].group}: {wanted:,} parameters", flush=True)
+    for run in runs:
+        if run.cfg.init_from != "scratch" or run.model.mlp == "none" or "mlp_hidden" in run.cells:
+            raise ConfigError("--equal_params chooses mlp_hidden of new models: leave out init_from, mlp=none and lists")
+        if run.model != first:
+            model = dataclasses.astuple(run.model)
+            widths[model] = widths.get(model) or solve_width(run, wanted, vocab_size)
+            run.keys["mlp_hidden"] = widths[model]
+            run.model = config.override(run.model, mlp_hidden=widths[model])
+    for run in runs:
+        run.cells["mlp_hidden"] = str(outline(run.model, vocab_size).transformer.h[0].mlp.c_proj.in_features)
+
+
+def solve_width(run, wanted, vocab_size):
+    """The mlp_hidden of so many parameters: a multiple of 8, which GPUs prefer, where that is within 1 %."""
+    models = (outline(config.override(run.model, mlp_hidden=width), vocab_size) for width in (1, 2))
+    one, two = (model.num_params() for model in models)  # each further channel costs the same
+    for step in (8, 1):
+        width = max(1, round((1 + (wanted - one) / (two - one)) / step) * step)
+        has = one + (width - 1) * (two - one)
+        if abs(has - wanted) <= 0.01 * wanted:
+            print(f"{run.group}: {has:,} parameters ({(has - wanted) / wanted:+.2%}), mlp_hidden={width}", flush=True)
+            return width
+    least = f"with mlp_hidden={width} it has {has:,} parameters, the first run has {wanted:,}"
+    raise ConfigError(f"--equal_params: {run.group}: {least}")
+
+
+def code():
+    """A hash of what the code says that decides a result; comments and layout do not."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in CODE for path in glob.glob(os.path.join(HERE, pattern))):
+        with open(path, "rb") as f:
+            digest.update(ast.dump(ast.parse(f.read())).encode())
+    return digest.hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# run, score and show
+
+
+def train_all(runs, jobs, scorer):
+    """Run what is not done, `jobs` at once, and score each run at its end. All processes are stopped on the way out."""
+    threads = max(1, torch.get_num_threads() // min(jobs, len(runs)))
+    torch.set_num_threads(threads)  # scoring takes the place of a run
+    before, waiting, running, told = code(), list(runs), {}, set()
+    try:
+        while waiting or running:
+            left_behind = [run for run in waiting if run.is_busy()]
+            for run in left_behind:
+                if run.folder not in told:
+                    print(f"{run.label}: a process of an earlier command still trains it; waiting", flush=True)
+                    told.add(run.folder)
+            for run in [run for run in waiting if run not in left_behind]:
+                if run.state["done"] or len(running) + len(left_behind) < jobs:
+                    waiting.remove(run)
+                    if run.state["done"]:
+                        finish(run, 0, runs, scorer)
+                    elif code() != before:
+                        raise TrainError("the code changed while runs were under way; give the command again")
+                    else:
+                        running[run.start(threads)] = run
+            for process in [process for process in running if process.poll() is not None]:
+                finish(running.pop(process), process.returncode, runs, scorer)
+            time.sleep(0.05)
+    finally:
+        for process in running:
+            process.terminate()  # it finishes its step and saves
+        for process in running:
+            process.wait()
+
+
+def finish(run, status, runs, scorer):
+    """Score a run that ended, and print how it went in one line."""
+    took = "done before" if run.state["done"] else f"{time.monotonic() - run.began:.0f} s"
+    if not run.state["done"]:
+        run.end(status)
+    if run.failure is None:
+        try:
+            scorer(run)
+        except (ConfigError, DataError, ModelError, OSError) as error:
+            run.failure = printable(str(error))
+    ended = sum(r.score is not None or r.failure is not None for r in runs)
+    how = f"failed: {run.failure}" if run.failure else ", ".join(f"{x:.4f} {unit}" for unit, x in shown(run.score))
+    print(f"{ended}/{len(runs)} {run.label} ({took}): {how}", flush=True)
+
+
+def shown(score):
+    """(unit, number) of a run's score: bits a byte of text, nats a scored token of records."""
+    units = ("bits/byte",) if score["bits/byte"] is not None else ("nats/token",)
+    return [(unit, score[unit]) for unit in units]
