@@ -23,9 +23,11 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -46,6 +48,11 @@ from data import DataError, Dataset
 from model import ATTENTION, GPT, GPTConfig
 from train import TrainConfig, eval_window
 from weights import ModelError, TrainError, lock_folder, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CODE = ("model.py", "train.py", "parallel.py", "weights.py", "config/__init__.py", "data/*.py", "kernels/*.py")
@@ -98,18 +105,30 @@ class Run:
         text = json.dumps({"state": self.state, "recipe": self.recipe}, indent=1).encode()
         write_atomically(os.path.join(self.folder, "recipe.json"), lambda f: f.write(text))
 
-    def start(self, threads):
-        """The process of train.py. A run that was cut keeps its threads: sums in another order differ in a digit."""
+    def claim(self):
+        """The file of its output, locked; None while a process trains there that an earlier, killed command left. The
+        lock is the process's own: it writes there."""
         os.makedirs(self.folder, exist_ok=True)
+        output = open(os.path.join(self.folder, "output.txt"), "a")
+        try:
+            if fcntl is not None:
+                fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return output
+        except OSError:
+            output.close()
+
+    def start(self, threads, output):
+        """The process of train.py. A run that was cut keeps its threads: sums in another order differ in a digit."""
         self.state["threads"] = threads = self.state["threads"] or threads
         self.write()
         saved = any(os.path.exists(os.path.join(self.folder, d, "ckpt.pt")) for d in (".new", ".placing", ""))
         keys = self.keys | {"out_dir": self.folder} | ({"init_from": "resume"} if saved else {})
         command = [sys.executable, os.path.join(HERE, "train.py"), *(f"--{k}={v}" for k, v in keys.items())]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         self.began = time.monotonic()
-        with open(os.path.join(self.folder, "output.txt"), "w") as output:
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            options = dict(stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
+        with output:
+            output.truncate(0)
+            options = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment)
             return subprocess.Popen(command, **options)
 
     def end(self, status):
@@ -120,15 +139,6 @@ class Run:
             with open(os.path.join(self.folder, "output.txt"), encoding="utf-8", errors="replace") as f:
                 said = [line.strip() for line in f if line.strip()] or [f"exit status {status}"]
             self.failure = f"killed by {signal.Signals(-status).name}" if status < 0 else printable(said[-1])[:200]
-
-    def is_busy(self):
-        """Whether a process that an earlier, killed command left behind still trains there."""
-        try:
-            if os.path.isdir(self.folder):
-                lock_folder(self.folder).close()
-            return False
-        except TrainError:
-            return True
 
 
 # -----------------------------------------------------------------------------
@@ -198,7 +208,9 @@ def equalise(runs, vocab_size):
     print(f"{runs[0].group}: {wanted:,} parameters", flush=True)
     for run in runs:
         if run.cfg.init_from != "scratch" or run.model.mlp == "none" or "mlp_hidden" in run.cells:
-            raise ConfigError("--equal_params chooses mlp_hidden of new models: leave out init_from, mlp=none and lists")
+            raise ConfigError(
+                "--equal_params chooses mlp_hidden of new models: leave out init_from, mlp=none and lists"
+            )
         if run.model != first:
             model = dataclasses.astuple(run.model)
             widths[model] = widths.get(model) or solve_width(run, wanted, vocab_size)
@@ -235,29 +247,33 @@ def code():
 # run, score and show
 
 
-def train_all(runs, jobs, scorer):
-    """Run what is not done, `jobs` at once, and score each run at its end. All processes are stopped on the way out."""
+def train_all(runs, jobs, score):
+    """Train what is not done, `jobs` at once, and score each run when it ends. On the way out all processes stop."""
     threads = max(1, torch.get_num_threads() // min(jobs, len(runs)))
-    torch.set_num_threads(threads)  # scoring takes the place of a run
-    before, waiting, running, told = code(), list(runs), {}, set()
+    torch.set_num_threads(threads)  # scoring stands in for a run
+    before, running, told = code(), {}, set()
+    waiting = sorted(runs, key=lambda run: not run.state["done"])
     try:
         while waiting or running:
-            left_behind = [run for run in waiting if run.is_busy()]
-            for run in left_behind:
-                if run.folder not in told:
-                    print(f"{run.label}: a process of an earlier command still trains it; waiting", flush=True)
-                    told.add(run.folder)
-            for run in [run for run in waiting if run not in left_behind]:
-                if run.state["done"] or len(running) + len(left_behind) < jobs:
+            busy = 0
+            for run in list(waiting):
+                if run.state["done"]:
                     waiting.remove(run)
-                    if run.state["done"]:
-                        finish(run, 0, runs, scorer)
-                    elif code() != before:
-                        raise TrainError("the code changed while runs were under way; give the command again")
-                    else:
-                        running[run.start(threads)] = run
+                    finish(run, 0, runs, score)
+                elif len(running) + busy < jobs:
+                    output = run.claim()
+                    if output is None:
+                        busy += 1
+                        if run not in told:
+                            print(f"{run.label}: an earlier command's process still trains it: waiting", flush=True)
+                        told.add(run)
+                        continue
+                    if code() != before:
+                        raise TrainError("the code changed since the first run began: give the command again")
+                    waiting.remove(run)
+                    running[run.start(threads, output)] = run
             for process in [process for process in running if process.poll() is not None]:
-                finish(running.pop(process), process.returncode, runs, scorer)
+                finish(running.pop(process), process.returncode, runs, score)
             time.sleep(0.05)
     finally:
         for process in running:
@@ -266,22 +282,124 @@ def train_all(runs, jobs, scorer):
             process.wait()
 
 
-def finish(run, status, runs, scorer):
-    """Score a run that ended, and print how it went in one line."""
-    took = "done before" if run.state["done"] else f"{time.monotonic() - run.began:.0f} s"
+def finish(run, status, runs, score):
+    """Score a run that has ended, and say in one line how it went."""
+    took = "done before"
     if not run.state["done"]:
+        took = f"{time.monotonic() - run.began:.0f} s"
         run.end(status)
     if run.failure is None:
         try:
-            scorer(run)
+            run.score = score(run)
         except (ConfigError, DataError, ModelError, OSError) as error:
             run.failure = printable(str(error))
     ended = sum(r.score is not None or r.failure is not None for r in runs)
-    how = f"failed: {run.failure}" if run.failure else ", ".join(f"{x:.4f} {unit}" for unit, x in shown(run.score))
+    how = f"failed: {run.failure}" if run.failure else f"{run.score[unit(runs)]:.4f} {unit(runs)}"
     print(f"{ended}/{len(runs)} {run.label} ({took}): {how}", flush=True)
 
 
-def shown(score):
-    """(unit, number) of a run's score: bits a byte of text, nats a scored token of records."""
-    units = ("bits/byte",) if score["bits/byte"] is not None else ("nats/token",)
-    return [(unit, score[unit]) for unit in units]
+def unit(runs):
+    """What scores are in: bits a byte of text, nats a scored token of records."""
+    return "bits/byte" if all(run.score["bits/byte"] is not None for run in runs if run.score) else "nats/token"
+
+
+def score_run(run, compare, dataset, runtime, table):
+    """The row of a run in the table of all, from its checkpoint, or as it was scored before."""
+    how = SimpleNamespace(split=compare.split, **{name: getattr(run.cfg, name) for name in SCORED_ALIKE[1:4]})
+    alike = f"{compare.checkpoint} {how.split} {how.eval_context} {how.eval_stride} {runtime.device} {runtime.dtype}"
+    if alike not in run.state["scores"]:
+        name, costs = CHECKPOINTS[compare.checkpoint], {}
+        model = GPT.from_checkpoint(run.folder, name).to(runtime.device)
+        score_checkpoint(run.folder, model, dataset, how, runtime, table, {}, costs, name)
+        run.state["scores"][alike] = table.rows.pop() | {"trained on (tokens)": costs[run.folder][0]}
+        run.write()
+    score = run.state["scores"][alike]
+    table.add(*(score[name] if name != "folder" else run.folder for name in table.specs))
+    return score
+
+
+def show(runs, report, png):
+    """One table, sorted, and one figure: a row and a line for all runs that differ in their seed alone."""
+    groups, measure = {}, unit(runs)
+    for run in runs:
+        groups.setdefault((*run.cells.values(),), []).append(run)
+
+    names = ["attention" if name == "attention_type" else name for name in runs[0].cells]
+    columns = dict.fromkeys((*names, "parameters (count)", "trained on (tokens)", "seeds (count)"))
+    mean = f"mean ({measure})"
+    columns |= {mean: ".4f", f"standard deviation ({measure})": ".4f", "accuracy (share)": ".4f", "failed": None}
+    title = "mean over runs that differ in their seed alone"
+    with report.table("over seeds", title, columns, keys=max(1, len(names)), lowest=mean) as table:
+        for members in sorted(groups.values(), key=lambda members: rank(members, measure)):
+            scores = [run.score for run in members if run.score]
+            cells, tokens = [*members[0].cells.values()], sorted({score["trained on (tokens)"] for score in scores})
+            cells += [
+                scores[0]["parameters (count)"] if scores else None,
+                tokens[0] if len(tokens) == 1 else tokens or None,
+            ]
+            cells += [len(scores), *mean_and_deviation([score[measure] for score in scores])]
+            cells += mean_and_deviation([score["accuracy (share)"] for score in scores])[:1]
+            table.add(*cells, "; ".join(f"{run.label}: {run.failure}" for run in members if run.failure))
+    scored = [[run for run in members if run.score] for members in groups.values()]
+    if any(scored):
+        draw(sorted([g for g in scored if g], key=lambda members: rank(members, measure)), measure, png)
+
+
+def rank(members, measure):
+    """The lowest mean first, then those without a score."""
+    scores = [run.score[measure] for run in members if run.score]
+    return (0, statistics.mean(scores)) if scores else (1, 0)
+
+
+def draw(groups, measure, path):
+    """Validation loss in training, the mean over seeds, and the score of each run."""
+    figure, (curves, scores) = pyplot().subplots(
+        1, 2, figsize=(11, 1.8 + 0.35 * max(8, len(groups))), layout="constrained"
+    )
+    for i, members in enumerate(groups):
+        line, losses = LINES[i % len(LINES)], {}
+        for e in (e for run in members for e in read_log(run.folder)[1] if e["split"] == "val" and e["iter"]):
+            losses.setdefault(e["iter"], []).append(math.nan if e["val_loss"] is None else e["val_loss"])
+        curves.plot(list(losses), [statistics.mean(values) for values in losses.values()], **line)
+        scores.plot([run.score[measure] for run in members], [i] * len(members), **line | {"linestyle": ""})
+    curves.set(xlabel="optimizer steps", ylabel="validation loss (nats per token)")
+    scores.set(xlabel=f"{measure}, a mark for each run", yticks=range(len(groups)))
+    scores.set_yticklabels([members[0].group for members in groups])
+    scores.invert_yaxis()
+    save_figure(figure, path)
+
+
+def main(argv):
+    compare, runs, folder, lists = plan(argv)
+    first = runs[0]
+    dataset = Dataset(first.cfg.dataset)
+    dataset.split(compare.split)
+    runtime = config.resolve_device(first.cfg.device, first.cfg.dtype if "dtype" not in lists else "auto")
+    for run in runs:  # a mistake ends the command before anything is trained
+        eval_window(SimpleNamespace(config=run.model), dataset, run.cfg.eval_context, run.cfg.eval_stride)
+    if compare.equal_params:
+        equalise(runs, dataset.vocab_size)
+    common = {"data": dataset.checksums(), "code": code(), "torch": torch.__version__}
+    for run in runs:
+        run.place(folder, common)
+    runs = [*{run.folder: run for run in reversed(runs)}.values()][::-1]  # without a key that is not its type's, twice
+    os.makedirs(folder, exist_ok=True)
+    paths = {name: getattr(compare, name) or os.path.join(folder, f"compare.{name}") for name in ("json", "png")}
+    report = Report(dataclasses.replace(compare, **paths), runtime, lists, "compare")
+    with lock_folder(folder):
+        at_once = f"{min(compare.jobs, len(runs))} at once"
+        print(
+            f"{len(runs)} runs in {folder}, {at_once}; the {compare.checkpoint} checkpoint of each is scored on ",
+            end="",
+        )
+        print(f"{compare.split} of {printable(dataset.meta['label'])}; {runtime}", flush=True)
+        table = quality_table(report)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        train_all(runs, compare.jobs, lambda run: score_run(run, compare, dataset, runtime, table))
+        show(runs, report, paths["png"])
+        report.write()
+    return int(any(run.failure for run in runs))
+
+
+if __name__ == "__main__":
+    config.run(main, DataError, ModelError, TrainError)
