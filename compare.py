@@ -23,11 +23,9 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -40,12 +38,12 @@ if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of their
 import torch
 
 import config
-from benchmarks.quality import decides, mean_and_deviation, quality_table, score_checkpoint
-from benchmarks.runs import read_log
-from benchmarks.tables import LINES, Report, pyplot, save_figure
+from benchmarks import comparison
+from benchmarks.quality import decides, quality_table
+from benchmarks.tables import Report
 from config import ConfigError, key, printable
 from data import DataError, Dataset
-from model import ATTENTION, GPT, GPTConfig
+from model import ATTENTION, GPTConfig
 from train import TrainConfig, eval_window
 from weights import ModelError, TrainError, lock_folder, write_atomically
 
@@ -56,7 +54,6 @@ except ImportError:  # on Windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CODE = ("model.py", "train.py", "parallel.py", "weights.py", "config/__init__.py", "data/*.py", "kernels/*.py")
-CHECKPOINTS = {"last": "ckpt.pt", "best": "best.pt"}
 SCORED_ALIKE = ("dataset", "eval_context", "eval_stride", "eval_batch_size", "out_dir")  # one value for all runs
 OURS = {"init_from": "resume", "eval_only": True, "dry_run": True}  # what compare.py does itself, or cannot
 
@@ -67,7 +64,7 @@ class CompareConfig:
 
     jobs: int = key(2, "runs at once; the threads are divided among them", low=1)
     equal_params: bool = key(False, "choose mlp_hidden for the parameters of the first run, within 1 %")
-    checkpoint: str = key("last", "which one of each run is scored", choices=(*CHECKPOINTS,))
+    checkpoint: str = key("last", "which one of each run is scored", choices=(*comparison.CHECKPOINTS,))
     split: str = key("val", "split that is scored", choices=("val", "test"))
     json: str = key("", "file to write the tables to; empty: OUT_DIR/compare.json")
     png: str = key("", "picture to write; empty: OUT_DIR/compare.png")
@@ -82,7 +79,7 @@ class Run:
         names = [v if name == "attention_type" else f"{name}={v}" for name, v in cells.items() if v is not None]
         self.group = " ".join(names) or "run"
         self.label = f"{self.group} seed={seed}" if seed else self.group
-        self.score, self.failure = None, None
+        self.score, self.failure, self.told = None, None, False
 
     def place(self, out_dir, common):
         """Choose the folder, and read what an earlier command left there."""
@@ -96,9 +93,9 @@ class Run:
         found = glob.glob(os.path.join(glob.escape(out_dir), f"*-{number}"))  # a longer list changes the label alone
         self.folder = found[0] if found else os.path.join(out_dir, f"{name}-{number}")
         self.state = {"done": False, "threads": None, "scores": {}}
-        with contextlib.suppress(OSError, ValueError):
-            with open(os.path.join(self.folder, "recipe.json"), encoding="utf-8") as f:
-                self.state = json.load(f)["state"]
+        path = os.path.join(self.folder, "recipe.json")
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(path) as f:
+            self.state |= json.load(f)["state"]
         self.state["done"] &= os.path.exists(os.path.join(self.folder, "ckpt.pt"))
 
     def write(self):
@@ -116,10 +113,14 @@ class Run:
             return output
         except OSError:
             output.close()
+            if not self.told:
+                print(f"{self.label}: waiting for the process of an earlier command that trains it", flush=True)
+            self.told = True
 
     def start(self, threads, output):
         """The process of train.py. A run that was cut keeps its threads: sums in another order differ in a digit."""
-        self.state["threads"] = threads = self.state["threads"] or threads
+        threads = self.state["threads"] or threads
+        self.state |= {"threads": threads, "scores": {}}
         self.write()
         saved = any(os.path.exists(os.path.join(self.folder, d, "ckpt.pt")) for d in (".new", ".placing", ""))
         keys = self.keys | {"out_dir": self.folder} | ({"init_from": "resume"} if saved else {})
@@ -195,45 +196,6 @@ def plan(argv):
     return compare, runs, folder, {name: items for name, items in lists.items() if len(items) > 1}
 
 
-def outline(model, vocab_size):
-    """The model of a config without memory for its weights."""
-    with torch.device("meta"):
-        return GPT(config.override(model, vocab_size=model.vocab_size or vocab_size))
-
-
-def equalise(runs, vocab_size):
-    """Give each run the width of the MLP at which its model has the parameters of the first, and print both."""
-    first, widths = runs[0].model, {}
-    wanted = outline(first, vocab_size).num_params()
-    print(f"{runs[0].group}: {wanted:,} parameters", flush=True)
-    for run in runs:
-        if run.cfg.init_from != "scratch" or run.model.mlp == "none" or "mlp_hidden" in run.cells:
-            raise ConfigError(
-                "--equal_params chooses mlp_hidden of new models: leave out init_from, mlp=none and lists"
-            )
-        if run.model != first:
-            model = dataclasses.astuple(run.model)
-            widths[model] = widths.get(model) or solve_width(run, wanted, vocab_size)
-            run.keys["mlp_hidden"] = widths[model]
-            run.model = config.override(run.model, mlp_hidden=widths[model])
-    for run in runs:
-        run.cells["mlp_hidden"] = str(outline(run.model, vocab_size).transformer.h[0].mlp.c_proj.in_features)
-
-
-def solve_width(run, wanted, vocab_size):
-    """The mlp_hidden of so many parameters: a multiple of 8, which GPUs prefer, where that is within 1 %."""
-    models = (outline(config.override(run.model, mlp_hidden=width), vocab_size) for width in (1, 2))
-    one, two = (model.num_params() for model in models)  # each further channel costs the same
-    for step in (8, 1):
-        width = max(1, round((1 + (wanted - one) / (two - one)) / step) * step)
-        has = one + (width - 1) * (two - one)
-        if abs(has - wanted) <= 0.01 * wanted:
-            print(f"{run.group}: {has:,} parameters ({(has - wanted) / wanted:+.2%}), mlp_hidden={width}", flush=True)
-            return width
-    least = f"with mlp_hidden={width} it has {has:,} parameters, the first run has {wanted:,}"
-    raise ConfigError(f"--equal_params: {run.group}: {least}")
-
-
 def code():
     """A hash of what the code says that decides a result; comments and layout do not."""
     digest = hashlib.sha256()
@@ -244,30 +206,21 @@ def code():
 
 
 # -----------------------------------------------------------------------------
-# run, score and show
+# run
 
 
 def train_all(runs, jobs, score):
     """Train what is not done, `jobs` at once, and score each run when it ends. On the way out all processes stop."""
     threads = max(1, torch.get_num_threads() // min(jobs, len(runs)))
     torch.set_num_threads(threads)  # scoring stands in for a run
-    before, running, told = code(), {}, set()
-    waiting = sorted(runs, key=lambda run: not run.state["done"])
+    waiting, running, before = [run for run in runs if not run.state["done"]], {}, code()
+    for run in runs:
+        if run.state["done"]:
+            finish(run, 0, runs, score)
     try:
         while waiting or running:
-            busy = 0
-            for run in list(waiting):
-                if run.state["done"]:
-                    waiting.remove(run)
-                    finish(run, 0, runs, score)
-                elif len(running) + busy < jobs:
-                    output = run.claim()
-                    if output is None:
-                        busy += 1
-                        if run not in told:
-                            print(f"{run.label}: an earlier command's process still trains it: waiting", flush=True)
-                        told.add(run)
-                        continue
+            for run in waiting[: jobs - len(running)]:  # one that an earlier command left running keeps its place
+                if output := run.claim():
                     if code() != before:
                         raise TrainError("the code changed since the first run began: give the command again")
                     waiting.remove(run)
@@ -276,6 +229,8 @@ def train_all(runs, jobs, score):
                 finish(running.pop(process), process.returncode, runs, score)
             time.sleep(0.05)
     finally:
+        if running:
+            print(f"stopping {len(running)} runs; the same command goes on", flush=True)
         for process in running:
             process.terminate()  # it finishes its step and saves
         for process in running:
@@ -294,79 +249,9 @@ def finish(run, status, runs, score):
         except (ConfigError, DataError, ModelError, OSError) as error:
             run.failure = printable(str(error))
     ended = sum(r.score is not None or r.failure is not None for r in runs)
-    how = f"failed: {run.failure}" if run.failure else f"{run.score[unit(runs)]:.4f} {unit(runs)}"
+    unit = comparison.unit(runs)
+    how = f"failed: {run.failure}" if run.failure else f"{run.score[unit]:.4f} {unit}"
     print(f"{ended}/{len(runs)} {run.label} ({took}): {how}", flush=True)
-
-
-def unit(runs):
-    """What scores are in: bits a byte of text, nats a scored token of records."""
-    return "bits/byte" if all(run.score["bits/byte"] is not None for run in runs if run.score) else "nats/token"
-
-
-def score_run(run, compare, dataset, runtime, table):
-    """The row of a run in the table of all, from its checkpoint, or as it was scored before."""
-    how = SimpleNamespace(split=compare.split, **{name: getattr(run.cfg, name) for name in SCORED_ALIKE[1:4]})
-    alike = f"{compare.checkpoint} {how.split} {how.eval_context} {how.eval_stride} {runtime.device} {runtime.dtype}"
-    if alike not in run.state["scores"]:
-        name, costs = CHECKPOINTS[compare.checkpoint], {}
-        model = GPT.from_checkpoint(run.folder, name).to(runtime.device)
-        score_checkpoint(run.folder, model, dataset, how, runtime, table, {}, costs, name)
-        run.state["scores"][alike] = table.rows.pop() | {"trained on (tokens)": costs[run.folder][0]}
-        run.write()
-    score = run.state["scores"][alike]
-    table.add(*(score[name] if name != "folder" else run.folder for name in table.specs))
-    return score
-
-
-def show(runs, report, png):
-    """One table, sorted, and one figure: a row and a line for all runs that differ in their seed alone."""
-    groups, measure = {}, unit(runs)
-    for run in runs:
-        groups.setdefault((*run.cells.values(),), []).append(run)
-
-    names = ["attention" if name == "attention_type" else name for name in runs[0].cells]
-    columns = dict.fromkeys((*names, "parameters (count)", "trained on (tokens)", "seeds (count)"))
-    mean = f"mean ({measure})"
-    columns |= {mean: ".4f", f"standard deviation ({measure})": ".4f", "accuracy (share)": ".4f", "failed": None}
-    title = "mean over runs that differ in their seed alone"
-    with report.table("over seeds", title, columns, keys=max(1, len(names)), lowest=mean) as table:
-        for members in sorted(groups.values(), key=lambda members: rank(members, measure)):
-            scores = [run.score for run in members if run.score]
-            cells, tokens = [*members[0].cells.values()], sorted({score["trained on (tokens)"] for score in scores})
-            cells += [
-                scores[0]["parameters (count)"] if scores else None,
-                tokens[0] if len(tokens) == 1 else tokens or None,
-            ]
-            cells += [len(scores), *mean_and_deviation([score[measure] for score in scores])]
-            cells += mean_and_deviation([score["accuracy (share)"] for score in scores])[:1]
-            table.add(*cells, "; ".join(f"{run.label}: {run.failure}" for run in members if run.failure))
-    scored = [[run for run in members if run.score] for members in groups.values()]
-    if any(scored):
-        draw(sorted([g for g in scored if g], key=lambda members: rank(members, measure)), measure, png)
-
-
-def rank(members, measure):
-    """The lowest mean first, then those without a score."""
-    scores = [run.score[measure] for run in members if run.score]
-    return (0, statistics.mean(scores)) if scores else (1, 0)
-
-
-def draw(groups, measure, path):
-    """Validation loss in training, the mean over seeds, and the score of each run."""
-    figure, (curves, scores) = pyplot().subplots(
-        1, 2, figsize=(11, 1.8 + 0.35 * max(8, len(groups))), layout="constrained"
-    )
-    for i, members in enumerate(groups):
-        line, losses = LINES[i % len(LINES)], {}
-        for e in (e for run in members for e in read_log(run.folder)[1] if e["split"] == "val" and e["iter"]):
-            losses.setdefault(e["iter"], []).append(math.nan if e["val_loss"] is None else e["val_loss"])
-        curves.plot(list(losses), [statistics.mean(values) for values in losses.values()], **line)
-        scores.plot([run.score[measure] for run in members], [i] * len(members), **line | {"linestyle": ""})
-    curves.set(xlabel="optimizer steps", ylabel="validation loss (nats per token)")
-    scores.set(xlabel=f"{measure}, a mark for each run", yticks=range(len(groups)))
-    scores.set_yticklabels([members[0].group for members in groups])
-    scores.invert_yaxis()
-    save_figure(figure, path)
 
 
 def main(argv):
@@ -378,7 +263,7 @@ def main(argv):
     for run in runs:  # a mistake ends the command before anything is trained
         eval_window(SimpleNamespace(config=run.model), dataset, run.cfg.eval_context, run.cfg.eval_stride)
     if compare.equal_params:
-        equalise(runs, dataset.vocab_size)
+        comparison.equalise(runs, dataset.vocab_size)
     common = {"data": dataset.checksums(), "code": code(), "torch": torch.__version__}
     for run in runs:
         run.place(folder, common)
@@ -387,16 +272,12 @@ def main(argv):
     paths = {name: getattr(compare, name) or os.path.join(folder, f"compare.{name}") for name in ("json", "png")}
     report = Report(dataclasses.replace(compare, **paths), runtime, lists, "compare")
     with lock_folder(folder):
-        at_once = f"{min(compare.jobs, len(runs))} at once"
-        print(
-            f"{len(runs)} runs in {folder}, {at_once}; the {compare.checkpoint} checkpoint of each is scored on ",
-            end="",
-        )
-        print(f"{compare.split} of {printable(dataset.meta['label'])}; {runtime}", flush=True)
+        print(f"{len(runs)} runs in {folder}, {min(compare.jobs, len(runs))} at once; {runtime}")
+        print(f"each is scored by its {compare.checkpoint} checkpoint, on {compare.split} of {dataset.meta['label']}")
         table = quality_table(report)
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-        train_all(runs, compare.jobs, lambda run: score_run(run, compare, dataset, runtime, table))
-        show(runs, report, paths["png"])
+        train_all(runs, compare.jobs, lambda run: comparison.score_run(run, compare, dataset, runtime, table))
+        comparison.show(runs, report, paths["png"])
         report.write()
     return int(any(run.failure for run in runs))
 
