@@ -153,7 +153,7 @@ def split_list(argument):
     if not argument.startswith("--") or not equals or name in own | {"help"}:
         return name, [text or "True"]
     try:
-        items = [item.strip() for item in next(csv.reader([text], strict=True, skipinitialspace=True), [""])]
+        items = [item.strip() for item in next(csv.reader([text], strict=True, skipinitialspace=True)) or [""]]
     except csv.Error:
         raise ConfigError(f"--{name}={printable(text)}: quotes surround a whole item: 'a,\"b,c\"'") from None
     if name in SCORED_ALIKE and len(items) > 1:
@@ -209,9 +209,8 @@ def code():
 # run
 
 
-def train_all(runs, jobs, score):
+def train_all(runs, jobs, threads, score):
     """Train what is not done, `jobs` at once, and score each run when it ends. On the way out all processes stop."""
-    threads = max(1, torch.get_num_threads() // min(jobs, len(runs)))
     torch.set_num_threads(threads)  # scoring stands in for a run
     waiting, running, before = [run for run in runs if not run.state["done"]], {}, code()
     for run in runs:
@@ -256,7 +255,9 @@ def finish(run, status, runs, score):
 
 def main(argv):
     compare, runs, folder, lists = plan(argv)
-    first = runs[0]
+    first, threads = runs[0], max(1, torch.get_num_threads() // min(compare.jobs, len(runs)))
+    if compare.png and not os.path.basename(compare.png)[1:].endswith(".png"):
+        raise ConfigError(f"--png={printable(compare.png)}: the name must end in .png")
     dataset = Dataset(first.cfg.dataset)
     dataset.split(compare.split)
     runtime = config.resolve_device(first.cfg.device, first.cfg.dtype if "dtype" not in lists else "auto")
@@ -272,11 +273,11 @@ def main(argv):
     paths = {name: getattr(compare, name) or os.path.join(folder, f"compare.{name}") for name in ("json", "png")}
     report = Report(dataclasses.replace(compare, **paths), runtime, lists, "compare")
     with lock_folder(folder):
-        print(f"{len(runs)} runs in {folder}, {min(compare.jobs, len(runs))} at once; {runtime}")
+        print(f"{len(runs)} runs in {folder}, {compare.jobs} at once, each with threads={threads}; {runtime}")
         print(f"each is scored by its {compare.checkpoint} checkpoint, on {compare.split} of {dataset.meta['label']}")
         table = quality_table(report)
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-        train_all(runs, compare.jobs, lambda run: comparison.score_run(run, compare, dataset, runtime, table))
+        train_all(runs, compare.jobs, threads, lambda run: comparison.score_run(run, compare, dataset, runtime, table))
         comparison.show(runs, report, paths["png"])
         report.write()
     return int(any(run.failure for run in runs))

@@ -85,7 +85,7 @@ def show(runs, report, png):
     groups = sorted(groups.values(), key=lambda members: rank(members, measure))
     names, mean = ["attention" if name == "attention_type" else name for name in runs[0].cells], f"mean ({measure})"
     columns = dict.fromkeys((*names, "parameters (count)", "trained on (tokens)", "seeds (count)"))
-    columns |= {mean: ".4f", f"standard deviation ({measure})": ".4f", "accuracy (share)": ".4f", "failed": None}
+    columns |= {mean: ".4f", f"standard deviation ({measure})": ".4f", "accuracy (share)": ".4f"}
     title = "mean over runs that differ in their seed alone"
     with report.table("over seeds", title, columns, keys=max(1, len(names)), lowest=mean) as table:
         for members in groups:
@@ -95,8 +95,10 @@ def show(runs, report, png):
             tokens = tokens if len(tokens) > 1 else tokens[0] if tokens else None
             results = mean_and_deviation([score[measure] for score in scores])
             accuracy = mean_and_deviation([score["accuracy (share)"] for score in scores])[0]
-            failed = "; ".join(f"{run.label}: {run.failure}" for run in members if run.failure) or None
-            table.add(*members[0].cells.values(), parameters, tokens, len(scores), *results, accuracy, failed)
+            table.add(*members[0].cells.values(), parameters, tokens, len(scores), *results, accuracy)
+    for run in runs:
+        if run.failure:
+            report.note(f"{run.label} failed: {run.failure}")
     scored = [[run for run in members if run.score] for members in groups if any(run.score for run in members)]
     if scored:
         draw(scored, measure, png)
