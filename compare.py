@@ -139,7 +139,7 @@ class Run:
         if status:
             with open(os.path.join(self.folder, "output.txt"), encoding="utf-8", errors="replace") as f:
                 said = [line.strip() for line in f if line.strip()] or [f"exit status {status}"]
-            self.failure = f"killed by {signal.Signals(-status).name}" if status < 0 else printable(said[-1])[:200]
+            self.failure = f"killed by {signal.Signals(-status).name}" if status < 0 else printable(said[-1])[:400]
 
 
 # -----------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def main(argv):
     paths = {name: getattr(compare, name) or os.path.join(folder, f"compare.{name}") for name in ("json", "png")}
     report = Report(dataclasses.replace(compare, **paths), runtime, lists, "compare")
     with lock_folder(folder):
-        print(f"{len(runs)} runs in {folder}, {compare.jobs} at once, each with threads={threads}; {runtime}")
+        print(f"{folder}: runs={len(runs)}, jobs={compare.jobs}, threads of each={threads}; {runtime}")
         print(f"each is scored by its {compare.checkpoint} checkpoint, on {compare.split} of {dataset.meta['label']}")
         table = quality_table(report)
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -268,9 +268,11 @@ def test_records_are_scored_in_nats(labelled_dataset, tmp_path):
 def test_what_is_done_is_skipped(compared, again, capsys):
     assert again()["over seeds"] == tables(compared.folder)["over seeds"]
     assert capsys.readouterr().out.count("(done before)") == 4
-    assert len(again("--attention_type=gla+none", "--equal_params=false", "--seed=1", "--mlp_hidden=116")) == 2
-    assert len(again("--seed=2")["over seeds"]["rows"]) == 2  # another label, the same runs
     again("--log_interval=1", "--checkpoint_interval=5", "--jobs=1")
+    assert len(again("--seed=2")["over seeds"]["rows"]) == 2  # another label, the same runs
+    width = next(r["mlp_hidden"] for r in tables(compared.folder)["over seeds"]["rows"] if r["attention"] != "softmax")
+    (row,) = again("--attention_type=gla+none", "--equal_params=false", f"--mlp_hidden={width}")["over seeds"]["rows"]
+    assert row["seeds (count)"] == 2
 
 
 def test_another_score_needs_no_training(again):
@@ -281,25 +283,27 @@ def test_another_score_needs_no_training(again):
     assert {row["context (tokens)"] for row in again("--eval_context=8")["quality"]["rows"]} == {8}
 
 
-def folders(line, out_dir):
+def folders(line, out_dir, common=None):
     _, found, *_ = compare.plan(line)
     for run in found:
-        run.place(str(out_dir), {"code": compare.code()})
+        run.place(str(out_dir), common or {})
     return [run.folder for run in found]
 
 
 def test_a_change_of_what_decides_a_result_is_another_run(text_dataset, tmp_path, monkeypatch):
     line, module = command(tmp_path, text_dataset), tmp_path / "module.py"
-    module.write_text("x = 1\n")
-    monkeypatch.setattr(compare, "CODE", (*compare.CODE, str(module)))
     before = folders(line, tmp_path)
     assert folders([*line, "--wandb_project=x", "--eval_stride=4"], tmp_path) == before
     for option in ("--max_iters=21", "--dropout=0.2", "--seed=5", "--n_layer=1", "--eval_interval=5"):
         assert folders([*line, option], tmp_path) != before
-    module.write_text("# why\nx = (1)\n")
-    assert folders(line, tmp_path) == before
-    module.write_text("x = 2\n")
-    assert folders(line, tmp_path) != before
+    assert folders(line, tmp_path, {"data": 1}) != before
+    monkeypatch.setattr(compare, "CODE", (str(module),))
+    found = []
+    for text in ("x = 1\n", "# why\nx = (1)\n", "x = 2\n"):
+        module.write_text(text)
+        found.append(compare.code())
+    assert found[0] == found[1] != found[2]
+    monkeypatch.undo()
     names = {os.path.relpath(path, ROOT) for pattern in compare.CODE for path in compare.glob.glob(f"{ROOT}/{pattern}")}
     wanted = {"model.py", "train.py", "data/__init__.py", "data/scoring.py", "kernels/gla.py", "kernels/launch.py"}
     assert wanted <= {name.replace(os.sep, "/") for name in names}
