@@ -151,7 +151,7 @@ def split_list(argument):
     name, equals, text = argument[2:].partition("=")
     own = {field.name for field in dataclasses.fields(CompareConfig)}
     if not argument.startswith("--") or not equals or name in own | {"help"}:
-        return name, [text or "True"]
+        return name, [text if equals else "True"]
     try:
         items = [item.strip() for item in next(csv.reader([text], strict=True, skipinitialspace=True)) or [""]]
     except csv.Error:
@@ -168,7 +168,7 @@ def split_list(argument):
 
 
 def plan(argv):
-    """(CompareConfig, all runs, folder of all, {key: its list}) of a command line."""
+    """(CompareConfig, all runs, folder of all) of a command line."""
     if wrong := [a for a in argv if a.startswith("-") and not a.startswith("--")]:
         raise ConfigError(f"{printable(wrong[0])}: write --key=value")
     files = [a for a in argv if not a.startswith("-")]
@@ -192,8 +192,7 @@ def plan(argv):
     for line in dict.fromkeys(warnings.getvalue().splitlines()):
         print(line, file=sys.stderr)
     stem = os.path.basename(files[-1]).removesuffix(".py") if files else "train"
-    folder = lists.get("out_dir", [os.path.join("out", "compare", stem)])[0]
-    return compare, runs, folder, {name: items for name, items in lists.items() if len(items) > 1}
+    return compare, runs, lists.get("out_dir", [""])[0] or os.path.join("out", "compare", stem)
 
 
 def code():
@@ -212,7 +211,7 @@ def code():
 def train_all(runs, jobs, threads, score):
     """Train what is not done, `jobs` at once, and score each run when it ends. On the way out all processes stop."""
     torch.set_num_threads(threads)  # scoring stands in for a run
-    waiting, running, before = [run for run in runs if not run.state["done"]], {}, code()
+    waiting, running = [run for run in runs if not run.state["done"]], {}
     for run in runs:
         if run.state["done"]:
             finish(run, 0, runs, score)
@@ -220,7 +219,7 @@ def train_all(runs, jobs, threads, score):
         while waiting or running:
             for run in waiting[: jobs - len(running)]:  # one that an earlier command left running keeps its place
                 if output := run.claim():
-                    if code() != before:
+                    if code() != run.recipe["code"]:
                         raise TrainError("the code changed since the first run began: give the command again")
                     waiting.remove(run)
                     running[run.start(threads, output)] = run
@@ -245,7 +244,7 @@ def finish(run, status, runs, score):
     if run.failure is None:
         try:
             run.score = score(run)
-        except (ConfigError, DataError, ModelError, OSError) as error:
+        except (ConfigError, DataError, ModelError, OSError, MemoryError, RuntimeError) as error:
             run.failure = printable(str(error))
     ended = sum(r.score is not None or r.failure is not None for r in runs)
     unit = comparison.unit(runs)
@@ -254,13 +253,14 @@ def finish(run, status, runs, score):
 
 
 def main(argv):
-    compare, runs, folder, lists = plan(argv)
+    compare, runs, folder = plan(argv)
     first, threads = runs[0], max(1, torch.get_num_threads() // min(compare.jobs, len(runs)))
     if compare.png and not os.path.basename(compare.png)[1:].endswith(".png"):
         raise ConfigError(f"--png={printable(compare.png)}: the name must end in .png")
     dataset = Dataset(first.cfg.dataset)
     dataset.split(compare.split)
-    runtime = config.resolve_device(first.cfg.device, first.cfg.dtype if "dtype" not in lists else "auto")
+    alike = len({run.cfg.dtype for run in runs}) == 1
+    runtime = config.resolve_device(first.cfg.device, first.cfg.dtype if alike else "auto")
     for run in runs:  # a mistake ends the command before anything is trained
         eval_window(SimpleNamespace(config=run.model), dataset, run.cfg.eval_context, run.cfg.eval_stride)
     if compare.equal_params:
@@ -271,10 +271,11 @@ def main(argv):
     runs = [*{run.folder: run for run in reversed(runs)}.values()][::-1]  # without a key that is not its type's, twice
     os.makedirs(folder, exist_ok=True)
     paths = {name: getattr(compare, name) or os.path.join(folder, f"compare.{name}") for name in ("json", "png")}
-    report = Report(dataclasses.replace(compare, **paths), runtime, lists, "compare")
+    report = Report(dataclasses.replace(compare, **paths), runtime, {"command": argv}, "compare")
+    label = printable(dataset.meta["label"])
     with lock_folder(folder):
         print(f"{folder}: runs={len(runs)}, jobs={compare.jobs}, threads of each={threads}; {runtime}")
-        print(f"each is scored by its {compare.checkpoint} checkpoint, on {compare.split} of {dataset.meta['label']}")
+        print(f"each is scored by its {compare.checkpoint} checkpoint, on {compare.split} of {label}")
         table = quality_table(report)
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         train_all(runs, compare.jobs, threads, lambda run: comparison.score_run(run, compare, dataset, runtime, table))
