@@ -62,28 +62,18 @@ bench-ops: $(VENV)/dev.stamp  ## attention operators beside softmax attention an
 	$(PY) bench.py --what=ops --peers=true
 
 # make compare CONFIG=config/train_enwik8_small.py TYPES="softmax gla gla,softmax" SEEDS="1 2"; runs that are done are
-# kept until CONFIG, OPTIONS, the model or its kernels change
+# kept until CONFIG, OPTIONS, the data or the code change
 CONFIG = config/train_enwik8_tiny.py
 OPTIONS = --max_iters=500
-TYPES = softmax gla gsa performer nsa none
+TYPES = all
 SEEDS = 1 2 3
 comma = ,
 space = $(subst ,, )
-COMPARED = $(foreach t,$(subst $(comma),+,$(TYPES)),$(foreach s,$(SEEDS),out/compare/$(t)-$(s)))
+list = $(subst $(space),$(comma),$(strip $(1)))
 
-compare: $(COMPARED:=/done)  ## train TYPES alike over SEEDS, then their validation loss, mean and standard deviation
-	$(PY) bench.py --what=quality --split=val --out_dir=$(subst $(space),$(comma),$(strip $(COMPARED))) \
-	  --json=out/compare/compare.json --png=out/compare/compare.png
-
-out/compare/%/done: out/compare/recipe $(CONFIG) model.py train.py $(wildcard kernels/*.py) | $(VENV)/run.stamp
-	$(PY) train.py $(CONFIG) --max_seconds=0 $(OPTIONS) --out_dir=$(@D) --seed=$(word 2,$(subst -, ,$*)) \
-	  --attention_type=$(subst +,$(comma),$(word 1,$(subst -, ,$*)))
-	@touch $@
-
-out/compare/recipe: FORCE
-	@mkdir -p $(@D)
-	@echo '$(CONFIG) $(OPTIONS)' | cmp -s - $@ || echo '$(CONFIG) $(OPTIONS)' > $@
-FORCE:
+compare: $(VENV)/run.stamp  ## train TYPES alike over SEEDS, then their validation loss, mean and standard deviation
+	$(PY) compare.py $(CONFIG) --attention_type=$(call list,$(subst $(comma),+,$(TYPES))) --seed=$(call list,$(SEEDS)) \
+	  $(OPTIONS)
 
 kernel-report: $(VENV)/run.stamp  ## registers, spills, shared memory and tensor-core instructions of each Triton kernel
 	$(PY) -m kernels.report

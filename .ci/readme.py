@@ -21,6 +21,7 @@ TINY = (
 SHAPE = ["--n_layer", "--n_head", "--n_embd", "--block_size"]
 SMALL = {  # what each script is given on top of the README's own arguments
     "train.py": TINY.split() + ["log_interval=1", "device=cpu", "eval_batch_size=512"],
+    "compare.py": TINY.split() + ["log_interval=1", "device=cpu", "eval_batch_size=512"],
     "sample.py": ["max_new_tokens=20", "device=cpu"],
     "data/classify_stdlib/prepare.py": ["record_len=32"],
     "bench.py": ["device=cpu", "lengths=16,64", "rounds=2", "seconds=0.05"],

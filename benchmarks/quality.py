@@ -15,18 +15,16 @@ from model import GPTConfig
 from train import TrainConfig, eval_window
 from weights import read_checkpoint
 
+# Keys that change no figure of a run, beside those of W&B: what it writes, and how it is scored afterwards.
+IDLE = ("out_dir", "export", "checkpoint_interval", "log_interval")
+IDLE += ("eval_only", "eval_context", "eval_stride", "eval_batch_size")
+
 
 def bench_quality(bench, runtime, report):
     """The full pass over the splits for each checkpoint folder, the loss by position in the context, and what a model
     cost to train; of those that classify each label's part in it too."""
-    columns = dict.fromkeys(("folder", "attention", "parameters (count)", "data", "split"))
-    columns |= {"nats/token": ",.6f", "standard error (nats/token)": ".6f", "bits/byte": ",.6f"}
-    columns |= {"perplexity (per token)": ",.3f", "perplexity (per word)": ",.2f"}
-    columns |= dict.fromkeys(("context (tokens)", "stride (tokens)"))
-    classes = ("accuracy", "majority class", "macro precision", "macro recall", "macro F1")
-    columns |= dict.fromkeys((f"{name} (share)" for name in classes), ".4f")
     labelled, curves, costs = [], {}, {}
-    with report.table("quality", "full pass over whole splits", columns, keys=5) as table:
+    with quality_table(report) as table:
         for run in runs(bench, runtime):
             labelled += score_checkpoint(*run, bench, runtime, table, curves, costs)
     bins = sorted({bin for curve in curves.values() for bin in curve})
@@ -54,13 +52,25 @@ def bench_quality(bench, runtime, report):
                 table.add(*row.values(), *called)
 
 
-def score_checkpoint(folder, model, dataset, bench, runtime, table, curves, costs):
-    """A row of `table` for each split, its loss by context in `curves`, and in `costs` the training's tokens and
-    operations; returns the folder and the scores of those whose targets are labels."""
+def quality_table(report):
+    """An empty table for the rows of score_checkpoint."""
+    columns = dict.fromkeys(("folder", "attention", "parameters (count)", "data", "split"))
+    columns |= {"nats/token": ",.6f", "standard error (nats/token)": ".6f", "bits/byte": ",.6f"}
+    columns |= {"perplexity (per token)": ",.3f", "perplexity (per word)": ",.2f"}
+    columns |= dict.fromkeys(("context (tokens)", "stride (tokens)"))
+    classes = ("accuracy", "majority class", "macro precision", "macro recall", "macro F1")
+    columns |= dict.fromkeys((f"{name} (share)" for name in classes), ".4f")
+    return report.table("quality", "full pass over whole splits", columns, keys=5)
+
+
+def score_checkpoint(folder, model, dataset, bench, runtime, table, curves, costs, name=None):
+    """A row of `table` for each split, its loss by context in `curves`, and in `costs` the tokens and operations of the
+    training up to the checkpoint `name` (None: the best); returns the folder and the scores of those whose targets are
+    labels."""
     labelled = []
     context, stride = eval_window(model, dataset, bench.eval_context, bench.eval_stride)
-    for name in bench.split.split(","):
-        split, each = dataset.split(name.strip()), []
+    for part in bench.split.split(","):
+        split, each = dataset.split(part.strip()), []
         s = evaluate(model, split, context, stride, bench.eval_batch_size, runtime, each=each)
         row = (folder, model.config.attention_type, model.num_params(), dataset.meta["label"], split.name)
         nats = torch.cat([nats for _, nats in each])
@@ -73,7 +83,7 @@ def score_checkpoint(folder, model, dataset, bench, runtime, table, curves, cost
         table.add(*row, *text, s["context"], s["stride"], *classes)
         if split.labels:
             labelled.append((folder, s))
-    costs[folder] = training_cost(folder, model)
+    costs[folder] = training_cost(folder, model, name)
     return labelled
 
 
@@ -91,13 +101,20 @@ def over_seeds(rows, report):
     columns |= {f"{what} ({unit})": f for unit, f in units.items() for what in ("mean", "standard deviation")}
     with report.table("over seeds", "mean over runs that differ in their seed alone", columns, keys=3) as table:
         for (_, split), runs in groups.items():
-            cells = []
-            for scores in ([row[unit] for row in runs] for unit in units):
-                known = scores[0] is not None
-                cells += [statistics.mean(scores) if known else None]
-                cells += [statistics.stdev(scores) if known and len(scores) > 1 else None]
+            cells = [cell for unit in units for cell in mean_and_deviation([row[unit] for row in runs])]
             first = runs[0]
             table.add(first["attention"], first["folder"], split, first["parameters (count)"], len(runs), *cells)
+
+
+def mean_and_deviation(scores):
+    """(mean, standard deviation with n - 1) of runs' scores; None where there are too few, or a run has none."""
+    known = scores and None not in scores
+    return statistics.mean(scores) if known else None, statistics.stdev(scores) if known and scores[1:] else None
+
+
+def decides(name):
+    """Whether a key of TrainConfig can change what a run learns, or which weights are its best."""
+    return name not in IDLE and not name.startswith("wandb")
 
 
 def recipe(folder):
@@ -105,11 +122,9 @@ def recipe(folder):
     say, the folder and None."""
     try:
         stored = read_config(folder)
-        idle = ("out_dir", "export", "checkpoint_interval", "log_interval", "device", "compile")
-        idle += ("eval_only", "eval_context", "eval_stride", "eval_batch_size")
         model, cfg = asdict(GPTConfig()) | stored["model"], asdict(TrainConfig()) | stored["train"]
         seed = cfg.pop("seed")
-        cfg = {k: v for k, v in cfg.items() if k not in idle and not k.startswith("wandb")}
+        cfg = {k: v for k, v in cfg.items() if decides(k) and k not in ("device", "compile")}
         return json.dumps([model, cfg, stored["data"]["label"]], sort_keys=True), seed
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return folder, None
@@ -133,14 +148,15 @@ def loss_by_context(nats, seen):
     return {2**bin: float(nats[bins == bin].mean()) for bin in bins.unique().tolist()}
 
 
-def training_cost(folder, model):
+def training_cost(folder, model, name=None):
     """(tokens, executed GFLOP) of the training up to the checkpoint that is scored; a backward pass is two forwards.
     Tokens are those that the log counted, between two of its lines in proportion; after its last line, or without a
     log, those of the run's keys."""
     try:
         stored = read_config(folder)
         cfg, T = stored["train"], stored["data"].get("record_len") or model.config.block_size
-        steps, each = read_checkpoint(folder)["iter_num"], cfg["batch_size"] * cfg["gradient_accumulation_steps"] * T
+        steps = read_checkpoint(folder, name)["iter_num"]
+        each = cfg["batch_size"] * cfg["gradient_accumulation_steps"] * T
         log = read_log(folder)[0] if os.path.exists(os.path.join(folder, "log.jsonl")) else []
         points = [(0, 0)] + [(e["iter"], e["tokens"]) for e in log if "tokens" in e]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of another project, or exported

@@ -45,11 +45,11 @@ def numbers(text, name):
 
 class Table:
     """Rows of cells under headings that name the unit; the first `keys` cells name a row. A cell is text, a number,
-    None or a list: one number for each round. As a context it prints itself at its end, or what rows it has when an
-    error cuts it."""
+    None or a list: one number for each round. The lowest number of the column `lowest` is printed in bold. As a context
+    it prints itself at its end, or what rows it has when an error cuts it."""
 
-    def __init__(self, name, title, columns, keys=1):
-        self.name, self.title, self.keys, self.rows = name, title, keys, []
+    def __init__(self, name, title, columns, keys=1, lowest=None):
+        self.name, self.title, self.keys, self.rows, self.lowest = name, title, keys, [], lowest
         self.specs = dict(columns) if isinstance(columns, dict) else dict.fromkeys(columns.split(", "))
 
     def add(self, *cells):
@@ -72,6 +72,10 @@ class Table:
         """In Markdown, aligned, without the columns that are empty."""
         filled = [name for name in self.specs if any(row[name] is not None for row in self.rows)] or list(self.specs)
         texts = [filled] + [[self.text(name, row[name]) for name in filled] for row in self.rows]
+        scores = [row[self.lowest] for row in self.rows if self.lowest and row[self.lowest] is not None]
+        if scores:
+            row = 1 + [row[self.lowest] for row in self.rows].index(min(scores))
+            texts[row][filled.index(self.lowest)] = f"**{texts[row][filled.index(self.lowest)]}**"
         widths = [max(map(len, column)) for column in zip(*texts)]
         numeric = [any(isinstance(row[name], (int, float, list)) for row in self.rows) for name in filled]
         lines = [[c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric)] for row in texts]
@@ -89,13 +93,14 @@ class Table:
 class Report:
     """What this run prints and writes: see the top of this file."""
 
-    def __init__(self, bench, runtime, model_keys):
+    def __init__(self, bench, runtime, model_keys, what=None):
         self.path, self.tables, self.notes, self.peaks = bench.json, {}, [], {}
+        self.what = what or bench.what
         self.runtime, self.config = runtime, {"bench": asdict(bench), "model": model_keys}
         self.commit = git_commit()  # before a picture in the repository is written again
 
-    def table(self, name, title, columns, keys=1):
-        self.tables[name] = Table(name, title, columns, keys)
+    def table(self, name, title, columns, keys=1, lowest=None):
+        self.tables[name] = Table(name, title, columns, keys, lowest)
         return self.tables[name]
 
     def note(self, text):
@@ -130,7 +135,7 @@ class Report:
         r = self.runtime
         machine = {"device": r.device, "dtype": r.dtype, "threads": torch.get_num_threads(), "processor": processor(r)}
         machine["clock"] = "events" if r.device_type == "cuda" else clock_name(r.device_type)
-        found = {"schema": 1, "what": self.config["bench"]["what"], "machine": machine | self.peaks}
+        found = {"schema": 1, "what": self.what, "machine": machine | self.peaks}
         found |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": self.commit}
         found |= {"versions": {"python": platform.python_version(), "torch": torch.__version__}, "config": self.config}
         found |= {"tables": {name: table.contents() for name, table in self.tables.items()}, "notes": self.notes}

@@ -1,0 +1,127 @@
+"""python compare.py ...: which of many runs is best? Equal parameters, scores, one table and one figure."""
+
+import dataclasses
+import math
+import statistics
+from types import SimpleNamespace
+
+import torch
+
+import config
+from benchmarks.quality import mean_and_deviation, score_checkpoint
+from benchmarks.runs import read_log
+from benchmarks.tables import LINES, pyplot, save_figure
+from config import ConfigError
+from model import GPT
+
+CHECKPOINTS = {"last": "ckpt.pt", "best": "best.pt"}
+
+
+def outline(model, vocab_size):
+    """The model of a config without memory for its weights."""
+    with torch.device("meta"):
+        return GPT(config.override(model, vocab_size=model.vocab_size or vocab_size))
+
+
+def equalise(runs, vocab_size):
+    """Give each run the width of the MLP at which its model has the parameters of the first, and print both."""
+    first, widths = runs[0].model, {}
+    wanted = outline(first, vocab_size).num_params()
+    print(f"{runs[0].group}: {wanted:,} parameters", flush=True)
+    for run in runs:
+        if run.cfg.init_from != "scratch" or run.model.mlp == "none" or "mlp_hidden" in run.cells:
+            raise ConfigError(
+                "--equal_params chooses mlp_hidden of new models: leave out init_from, mlp=none and lists"
+            )
+        if run.model != first:
+            model = dataclasses.astuple(run.model)
+            widths[model] = widths.get(model) or solve_width(run, wanted, vocab_size)
+            run.keys["mlp_hidden"] = widths[model]
+            run.model = config.override(run.model, mlp_hidden=widths[model])
+    for run in runs:
+        run.cells["mlp_hidden"] = str(outline(run.model, vocab_size).transformer.h[0].mlp.c_proj.in_features)
+
+
+def solve_width(run, wanted, vocab_size):
+    """The mlp_hidden of so many parameters: a multiple of 8, which GPUs prefer, where that is within 1 %."""
+    models = (outline(config.override(run.model, mlp_hidden=width), vocab_size) for width in (1, 2))
+    one, two = (model.num_params() for model in models)  # each further channel costs the same
+    for step in (8, 1):
+        width = max(1, round((1 + (wanted - one) / (two - one)) / step) * step)
+        has = one + (width - 1) * (two - one)
+        if abs(has - wanted) <= 0.01 * wanted:
+            print(f"{run.group}: {has:,} parameters ({(has - wanted) / wanted:+.2%}), mlp_hidden={width}", flush=True)
+            return width
+    least = f"with mlp_hidden={width} it has {has:,} parameters, the first run has {wanted:,}"
+    raise ConfigError(f"--equal_params: {run.group}: {least}")
+
+
+def unit(runs):
+    """What scores are in: bits a byte of text, nats a scored token of records."""
+    return "bits/byte" if all(run.score["bits/byte"] is not None for run in runs if run.score) else "nats/token"
+
+
+def score_run(run, compare, dataset, runtime, table):
+    """The row of a run in the table of all, from its checkpoint, or as it was scored before."""
+    context, stride, batch = run.cfg.eval_context, run.cfg.eval_stride, run.cfg.eval_batch_size
+    alike = f"{compare.checkpoint} {compare.split} {context} {stride} {runtime.device} {runtime.dtype}"
+    if score := run.state["scores"].get(alike):
+        table.add(*((score | {"folder": run.folder})[name] for name in table.specs))
+        return score
+    how = SimpleNamespace(split=compare.split, eval_context=context, eval_stride=stride, eval_batch_size=batch)
+    name, costs = CHECKPOINTS[compare.checkpoint], {}
+    model = GPT.from_checkpoint(run.folder, name).to(runtime.device)
+    score_checkpoint(run.folder, model, dataset, how, runtime, table, {}, costs, name)
+    score = run.state["scores"][alike] = table.rows[-1] | {"trained on (tokens)": costs[run.folder][0]}
+    run.write()
+    return score
+
+
+def show(runs, report, png):
+    """One table, sorted, and one figure: a row and a line for all runs that differ in their seed alone."""
+    measure, groups = unit(runs), {}
+    for run in runs:
+        groups.setdefault((*run.cells.values(),), []).append(run)
+    groups = sorted(groups.values(), key=lambda members: rank(members, measure))
+    names, mean = ["attention" if name == "attention_type" else name for name in runs[0].cells], f"mean ({measure})"
+    columns = dict.fromkeys((*names, "parameters (count)", "trained on (tokens)", "seeds (count)"))
+    columns |= {mean: ".4f", f"standard deviation ({measure})": ".4f", "accuracy (share)": ".4f"}
+    title = "mean over runs that differ in their seed alone"
+    with report.table("over seeds", title, columns, keys=max(1, len(names)), lowest=mean) as table:
+        for members in groups:
+            scores = [run.score for run in members if run.score]
+            parameters = scores[0]["parameters (count)"] if scores else None
+            tokens = sorted({score["trained on (tokens)"] for score in scores})
+            tokens = tokens if len(tokens) > 1 else tokens[0] if tokens else None
+            results = mean_and_deviation([score[measure] for score in scores])
+            accuracy = mean_and_deviation([score["accuracy (share)"] for score in scores])[0]
+            table.add(*members[0].cells.values(), parameters, tokens, len(scores), *results, accuracy)
+    for run in runs:
+        if run.failure:
+            report.note(f"{run.label} failed: {run.failure}")
+    scored = [[run for run in members if run.score] for members in groups if any(run.score for run in members)]
+    if scored:
+        draw(scored, measure, png)
+
+
+def rank(members, measure):
+    """The lowest mean first, then those without a score."""
+    scores = [run.score[measure] for run in members if run.score]
+    return (0, statistics.mean(scores)) if scores else (1, 0)
+
+
+def draw(groups, measure, path):
+    """Validation loss in training, the mean over seeds, and the score of each run."""
+    size = (11, 1.8 + 0.35 * max(8, len(groups)))
+    figure, (curves, scores) = pyplot().subplots(1, 2, figsize=size, layout="constrained")
+    for i, members in enumerate(groups):
+        line, losses = LINES[i % len(LINES)], {}
+        for e in (e for run in members for e in read_log(run.folder)[1] if e["split"] == "val" and e["iter"]):
+            losses.setdefault(e["iter"], []).append(math.nan if e["val_loss"] is None else e["val_loss"])
+        curves.plot(list(losses), [statistics.mean(values) for values in losses.values()], **line)
+        scores.plot([run.score[measure] for run in members], [i] * len(members), **line | {"linestyle": ""})
+    curves.set(xlabel="optimizer steps", ylabel="validation loss (nats per token)")
+    scores.set(xlabel=f"{measure}, a mark for each run", yticks=range(len(groups)))
+    scores.set_yticklabels([members[0].group for members in groups])
+    scores.invert_yaxis()
+    save_figure(figure, path)
