@@ -14,9 +14,7 @@ makes a new folder beside the old one. Ctrl-C stops all runs; the same command g
 max_seconds on the command line counts. The exit status is 1 if a run failed.
 """
 
-import ast
 import contextlib
-import csv
 import dataclasses
 import glob
 import hashlib
@@ -43,7 +41,7 @@ from benchmarks.quality import decides, quality_table
 from benchmarks.tables import Report
 from config import ConfigError, key, printable
 from data import DataError, Dataset
-from model import ATTENTION, GPTConfig
+from model import GPTConfig
 from train import TrainConfig, eval_window
 from weights import ModelError, TrainError, lock_folder, write_atomically
 
@@ -53,8 +51,6 @@ except ImportError:  # on Windows
     fcntl = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-CODE = ("model.py", "train.py", "parallel.py", "weights.py", "config/__init__.py", "data/*.py", "kernels/*.py")
-SCORED_ALIKE = ("dataset", "eval_context", "eval_stride", "eval_batch_size", "out_dir")  # one value for all runs
 OURS = {"init_from": "resume", "eval_only": True, "dry_run": True}  # what compare.py does itself, or cannot
 
 
@@ -142,37 +138,13 @@ class Run:
             self.failure = f"killed by {signal.Signals(-status).name}" if status < 0 else printable(said[-1])[:400]
 
 
-# -----------------------------------------------------------------------------
-# what to run
-
-
-def split_list(argument):
-    """`--key=a,"b,c"` -> (key, ["a", "b,c"])."""
-    name, equals, text = argument[2:].partition("=")
-    own = {field.name for field in dataclasses.fields(CompareConfig)}
-    if not argument.startswith("--") or not equals or name in own | {"help"}:
-        return name, [text if equals else "True"]
-    try:
-        items = [item.strip() for item in next(csv.reader([text], strict=True, skipinitialspace=True)) or [""]]
-    except csv.Error:
-        raise ConfigError(f"--{name}={printable(text)}: quotes surround a whole item: 'a,\"b,c\"'") from None
-    if name in SCORED_ALIKE and len(items) > 1:
-        raise ConfigError(f"--{name}={printable(text)}: one value, so that all runs are scored on the same tokens")
-    if name == "attention_type":
-        items = [part for item in items for part in (ATTENTION if item == "all" else [item.replace("+", ",")])]
-    for item in items:
-        if items.count(item) > 1:
-            hint = "; a pattern of layers is joined with +" if name == "attention_type" else ""
-            raise ConfigError(f"--{name}: {printable(item)} is there {items.count(item)} times{hint}")
-    return name, items
-
-
 def plan(argv):
     """(CompareConfig, all runs, folder of all) of a command line."""
     if wrong := [a for a in argv if a.startswith("-") and not a.startswith("--")]:
         raise ConfigError(f"{printable(wrong[0])}: write --key=value")
     files = [a for a in argv if not a.startswith("-")]
-    lists = dict(split_list(a) for a in argv if a.startswith("--"))
+    single = {field.name for field in dataclasses.fields(CompareConfig)} | {"help"}
+    lists = dict(comparison.split_list(a, single) for a in argv if a.startswith("--"))
     types, fields = lists.get("attention_type", []), {f.name: f for f in dataclasses.fields(GPTConfig)}
     runs, warnings = [], io.StringIO()
     for items in itertools.product(*lists.values()):
@@ -195,19 +167,6 @@ def plan(argv):
     return compare, runs, lists.get("out_dir", [""])[0] or os.path.join("out", "compare", stem)
 
 
-def code():
-    """A hash of what the code says that decides a result; comments and layout do not."""
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in CODE for path in glob.glob(os.path.join(HERE, pattern))):
-        with open(path, "rb") as f:
-            digest.update(ast.dump(ast.parse(f.read())).encode())
-    return digest.hexdigest()
-
-
-# -----------------------------------------------------------------------------
-# run
-
-
 def train_all(runs, jobs, threads, score):
     """Train what is not done, `jobs` at once, and score each run when it ends. On the way out all processes stop."""
     torch.set_num_threads(threads)  # scoring stands in for a run
@@ -219,7 +178,7 @@ def train_all(runs, jobs, threads, score):
         while waiting or running:
             for run in waiting[: jobs - len(running)]:  # one that an earlier command left running keeps its place
                 if output := run.claim():
-                    if code() != run.recipe["code"]:
+                    if comparison.code() != run.recipe["code"]:
                         raise TrainError("the code changed since the first run began: give the command again")
                     waiting.remove(run)
                     running[run.start(threads, output)] = run
@@ -265,7 +224,7 @@ def main(argv):
         eval_window(SimpleNamespace(config=run.model), dataset, run.cfg.eval_context, run.cfg.eval_stride)
     if compare.equal_params:
         comparison.equalise(runs, dataset.vocab_size)
-    common = {"data": dataset.checksums(), "code": code(), "torch": torch.__version__}
+    common = {"data": dataset.checksums(), "code": comparison.code(), "torch": torch.__version__}
     for run in runs:
         run.place(folder, common)
     runs = [*{run.folder: run for run in reversed(runs)}.values()][::-1]  # without a key that is not its type's, twice

@@ -1,7 +1,12 @@
 """python compare.py ...: which of many runs is best? Equal parameters, scores, one table and one figure."""
 
+import ast
+import csv
 import dataclasses
+import glob
+import hashlib
 import math
+import os
 import statistics
 from types import SimpleNamespace
 
@@ -11,10 +16,42 @@ import config
 from benchmarks.quality import mean_and_deviation, score_checkpoint
 from benchmarks.runs import read_log
 from benchmarks.tables import LINES, pyplot, save_figure
-from config import ConfigError
-from model import GPT
+from config import ConfigError, printable
+from model import ATTENTION, GPT
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHECKPOINTS = {"last": "ckpt.pt", "best": "best.pt"}
+CODE = ("model.py", "train.py", "parallel.py", "weights.py", "config/__init__.py", "data/*.py", "kernels/*.py")
+SCORED_ALIKE = ("dataset", "eval_context", "eval_stride", "eval_batch_size", "out_dir")  # one value for all runs
+
+
+def split_list(argument, single):
+    """`--key=a,"b,c"` -> (key, ["a", "b,c"]); keys in `single` take one value."""
+    name, equals, text = argument[2:].partition("=")
+    if not argument.startswith("--") or not equals or name in single:
+        return name, [text if equals else "True"]
+    try:
+        items = [item.strip() for item in next(csv.reader([text], strict=True, skipinitialspace=True)) or [""]]
+    except csv.Error:
+        raise ConfigError(f"--{name}={printable(text)}: quotes surround a whole item: 'a,\"b,c\"'") from None
+    if name in SCORED_ALIKE and len(items) > 1:
+        raise ConfigError(f"--{name}={printable(text)}: one value, so that all runs are scored on the same tokens")
+    if name == "attention_type":
+        items = [part for item in items for part in (ATTENTION if item == "all" else [item.replace("+", ",")])]
+    for item in items:
+        if items.count(item) > 1:
+            hint = "; a pattern of layers is joined with +" if name == "attention_type" else ""
+            raise ConfigError(f"--{name}: {printable(item)} is there {items.count(item)} times{hint}")
+    return name, items
+
+
+def code():
+    """A hash of what the code says that decides a result; comments and layout do not."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in CODE for path in glob.glob(os.path.join(ROOT, pattern))):
+        with open(path, "rb") as f:
+            digest.update(ast.dump(ast.parse(f.read())).encode())
+    return digest.hexdigest()
 
 
 def outline(model, vocab_size):

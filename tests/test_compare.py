@@ -296,14 +296,18 @@ def test_a_change_of_what_decides_a_result_is_another_run(text_dataset, tmp_path
     for option in ("--max_iters=21", "--dropout=0.2", "--seed=5", "--n_layer=1", "--eval_interval=5"):
         assert folders([*line, option], tmp_path) != before
     assert folders(line, tmp_path, {"data": 1}) != before
-    monkeypatch.setattr(compare, "CODE", (str(module),))
+    monkeypatch.setattr(compare.comparison, "CODE", (str(module),))
     found = []
     for text in ("x = 1\n", "# why\nx = (1)\n", "x = 2\n"):
         module.write_text(text)
-        found.append(compare.code())
+        found.append(compare.comparison.code())
     assert found[0] == found[1] != found[2]
     monkeypatch.undo()
-    names = {os.path.relpath(path, ROOT) for pattern in compare.CODE for path in compare.glob.glob(f"{ROOT}/{pattern}")}
+    names = {
+        os.path.relpath(path, ROOT)
+        for pattern in compare.comparison.CODE
+        for path in compare.glob.glob(f"{ROOT}/{pattern}")
+    }
     wanted = {"model.py", "train.py", "data/__init__.py", "data/scoring.py", "kernels/gla.py", "kernels/launch.py"}
     assert wanted <= {name.replace(os.sep, "/") for name in names}
 
@@ -329,7 +333,7 @@ def test_changed_runs_run_again_beside_the_old(compared, text_dataset, tmp_path)
 
 def test_code_that_changes_meanwhile_ends_the_command(text_dataset, tmp_path, monkeypatch):
     versions = itertools.count()
-    monkeypatch.setattr(compare, "code", lambda: str(next(versions)))
+    monkeypatch.setattr(compare.comparison, "code", lambda: str(next(versions)))
     with pytest.raises(TrainError, match="the code changed"):
         compare.main(command(tmp_path / "out", text_dataset))
 
