@@ -34,9 +34,11 @@ SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
 FORCED = 3  # a query's own block, block 0 and the block before its own
 RESOLUTION = 2.0**-20  # of attention: blocks whose scores are nearer are equal, however they were rounded
 QUERIES = 64  # queries in a tile of the compressed and the window branch
-ROWS = 64  # scores in a tile of the selected branch, along the queries
+ROWS = 128  # scores in a tile of the selected branch, along the queries
+TILE = 64  # the same in the Triton kernels
 SCORES = {"cpu": 2**18, "cuda": 2**25}  # scores that are worked on at a time: on a CPU they stay in cache
-PAIRS = 2**13  # of the selected branch: pairs of a query head and a block
+PAIRS = 2**14  # of the selected branch: pairs of a query head and a block that are worked on together, at least
+FILL = 256  # and such pairs for each block there is: with fewer, most tiles are not full
 
 
 def nsa_sizes(T):
@@ -71,7 +73,7 @@ def selected_pairs(T, select_block, count, G):
     """Pairs in the tiles of the selected branch. What queries choose beside the forced blocks depends on the data: it
     counts as spread evenly over their candidates."""
     block, tiles = np.arange(-(-T // select_block)), 0
-    step, r = stretch(min(count, len(block)), G)
+    step, r = stretch(min(count, len(block)), G, len(block))
     for first in range(0, T, step):
         own = np.arange(first, min(T, first + step))[:, None] // select_block
         chosen = np.minimum((count - FORCED) / np.maximum(own - 2, 1), 1.0) * (block < own)  # (t, blocks)
@@ -288,16 +290,16 @@ class Tiles:
         return (self.place.unsqueeze(1) * G + torch.arange(G, device=self.place.device).view(-1, 1)).flatten(0, 1)
 
 
-def stretch(n, G):
-    """Queries that are tiled together where each chose n blocks, and those of a tile."""
-    return max(1, PAIRS // (n * G)), max(8, ROWS // G)
+def stretch(n, G, n_blocks):
+    """Queries that are tiled together where each chose n of the blocks, and those of a tile."""
+    return max(1, max(PAIRS, FILL * n_blocks) // (n * G)), max(8, ROWS // G)
 
 
 def selected_tiles(q, k, index, select_block):
     """Stretches of the N T queries, each as tiles: (lo, hi, Tiles, gather) with gather(x, new) the rows of x (N T, G D)
     at the tiles' places."""
     (N, T, G, _), n_blocks = q.shape, k.shape[1]
-    (step, r), index = stretch(index.shape[2], G), numbered(index, n_blocks)
+    (step, r), index = stretch(index.shape[2], G, n_blocks), numbered(index, n_blocks)
     for lo in range(0, N * T, step):
         hi = min(N * T, lo + step)
         yield lo, hi, Tiles(index[lo:hi], N * n_blocks, r)
@@ -518,8 +520,8 @@ def window_backward(q, k, v, do, scale, window):
 
 # ----------------------------------------------------------------------------- Triton
 #
-# The selected branch in the tiles of the form above: ROWS rows are pairs of one block, each with its G heads, so the
-# matrix units are full however small the group. A query's parts are merged by the logs of their sums. Logs base 2.
+# The selected branch in tiles like those of the form above: TILE rows are pairs of one block, each with its G heads, so
+# the matrix units are full however small the group. A query's parts are merged by the logs of their sums. Logs base 2.
 
 
 @jit
@@ -699,8 +701,8 @@ def triton_inputs(q, k, v, index, select_block):
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
     q, k, v = (x.to(dtype).unflatten(2, (Hk, -1)).transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))
     G, D, n_blocks = *q.shape[2:], -(-k.shape[1] // select_block)
-    tiles = Tiles(numbered(index.transpose(1, 2).flatten(0, 1), n_blocks), B * Hk * n_blocks, ROWS // G)
-    widths = dict(D=D, BD=power(D), G=G, R=ROWS)
+    tiles = Tiles(numbered(index.transpose(1, 2).flatten(0, 1), n_blocks), B * Hk * n_blocks, TILE // G)
+    widths = dict(D=D, BD=power(D), G=G, R=TILE)
     sizes = widths | dict(
         LS=select_block, BS=power(select_block), DOT="fp16" if dtype == torch.float16 else dot_type(dtype)
     )
@@ -719,8 +721,8 @@ def selected_fwd(q, k, v, index, scale, select_block):
     like, Hk = q, k.shape[2]
     q, k, v, tiles, place, n_blocks, widths, sizes = triton_inputs(q, k, v, index, select_block)
     count = tiles.block.shape[0]
-    part = q.new_empty(count, ROWS, q.shape[3], dtype=torch.float32)
-    level, lse = part.new_empty(count, ROWS), part.new_empty(q.shape[:3])
+    part = q.new_empty(count, TILE, q.shape[3], dtype=torch.float32)
+    level, lse = part.new_empty(count, TILE), part.new_empty(q.shape[:3])
     args = q, k, v, tiles.query, tiles.block, part, level, scale, q.shape[1], k.shape[1], n_blocks
     launch("tile", count, *args, **sizes)
     o = merge(part, level, place, torch.empty_like(q), lse, scale, widths, False)
@@ -733,7 +735,7 @@ def selected_bwd(q, k, v, index, o, lse, do, scale, select_block):
     lse, delta = (x.unflatten(2, (Hk, -1)).transpose(1, 2).contiguous() for x in (lse, row_products(do, o)))
     q, k, v, tiles, place, n_blocks, widths, sizes = triton_inputs(q, k, v, index, select_block)
     do = do.to(q.dtype).unflatten(2, (Hk, -1)).transpose(1, 2).contiguous()
-    part = q.new_empty(tiles.block.shape[0], ROWS, q.shape[3], dtype=torch.float32)
+    part = q.new_empty(tiles.block.shape[0], TILE, q.shape[3], dtype=torch.float32)
     dq, dk, dv = torch.empty_like(q, dtype=dtype), torch.empty_like(k), torch.empty_like(v)
     inputs, numbers = (q, do, k, v, lse, delta, tiles.query), (scale, q.shape[1], k.shape[1], n_blocks)
     launch("query", part.shape[0], *inputs, tiles.block, part, *numbers, **sizes)
@@ -748,7 +750,7 @@ def aot_specs():
     for name, launched in KERNELS.items():
         kernel = launched.function
         for width, select_block, (i, config) in itertools.product((64, 128), (32, 64), enumerate(launched.configs)):
-            constants = dict(D=width, BD=width, G=4, R=ROWS, **config)
+            constants = dict(D=width, BD=width, G=4, R=TILE, **config)
             constants |= dict(BR=MERGED, SUM=False) if name == "merge" else {}
             constants |= {} if name == "merge" else dict(LS=select_block, BS=select_block, DOT="bf16")
             kinds = dict.fromkeys(("p_part", "p_level", "p_lse", "p_delta"), "*fp32")
@@ -925,8 +927,8 @@ def too_large(q, select_block, G):
     D = q.shape[3]
     if q.dtype == torch.float32 and D > FP32_WIDTH:
         return f"the Triton kernels take float32 heads up to {FP32_WIDTH} wide"
-    limits = f"the Triton kernels take heads and blocks up to {MAX_WIDTH} wide, groups up to {ROWS}"
-    return limits if max(D, select_block) > MAX_WIDTH or G > ROWS else None
+    limits = f"the Triton kernels take heads and blocks up to {MAX_WIDTH} wide, groups up to {TILE}"
+    return limits if max(D, select_block) > MAX_WIDTH or G > TILE else None
 
 
 def scaling(q, scale):

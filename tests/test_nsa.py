@@ -141,6 +141,7 @@ def test_several_segments(scores, pairs, monkeypatch):
     """Borders between segments, also inside a block and between batch rows."""
     monkeypatch.setattr(K, "SCORES", dict(cpu=scores, cuda=scores))
     monkeypatch.setattr(K, "PAIRS", pairs)
+    monkeypatch.setattr(K, "FILL", 0)
     compare_compressed(draw_compressed(3, 75, 4, 2, 8), SIZES)
     compare_selected(draw(2, 41, 4, 2, 8), some_index(2, 41, 2, 4, 8), 8)
     compare_window(draw(3, 75, 4, 2, 8), 16)
