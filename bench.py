@@ -68,6 +68,7 @@ class BenchConfig:
     shapes: str = key("2x1024x4x64x64,2x4096x4x64x64,2x16384x4x64x64", "B x T x H x key size x value size, ... (ops)")
     peers: bool = key(False, "other implementations beside ours, from requirements-peers.txt (ops)")
     autotune: bool = key(False, "try every configuration of the Triton kernels first (ops)")
+    beside_file: str = key("", "model.py of nanoGPT or like it, in place of the plain stack (step)")
     beside: str = key("", "attention types of new models, their steps timed in the same rounds (step)")
     spans: str = key("256", "spans of `span`, a ramp of 32 included (ops)")
     offsets: str = key("0,1,2,3,4", "distances that `mask_mix` keeps (ops)")

@@ -31,7 +31,7 @@ from benchmarks.gpu_checks import ROOT, TYPES, checks, errors
 from benchmarks.layers import of_type
 from benchmarks.operators import OPERATORS, operators_at, parse_shapes
 from benchmarks.quality import bench_quality
-from benchmarks.steps import our_step
+from benchmarks.steps import our_run
 from benchmarks.tables import Table
 from config import ConfigError
 from model import GPT, GPTConfig
@@ -124,7 +124,8 @@ def steps(bench, runtime, report, rows):
 
             def make(name, place=place):
                 model = GPT(of_type(vars(c) | dict(vocab_size=256) | tiny, name))
-                return our_step(model, cfg, place, folder)
+                run = our_run(model, cfg, place, folder)
+                return run.step, run.model
 
             reference = make("softmax")[0]
             for name in TYPES:

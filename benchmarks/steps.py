@@ -1,8 +1,13 @@
-"""python bench.py --what=step: what does a training step cost, beside plain PyTorch or (--beside) other types?"""
+"""python bench.py --what=step: what does a training step cost, beside plain PyTorch, another repository's model.py
+(--beside_file) or (--beside) other types?"""
 
+import contextlib
+import importlib.util
+import io
 import statistics
 import tempfile
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -66,6 +71,37 @@ def plain_step(c, cfg, runtime, idx, targets):
     return step
 
 
+def file_step(path, c, cfg, runtime, dataset):
+    """A training step of the GPT in a file with nanoGPT's interface: GPT(GPTConfig(...)), configure_optimizers and
+    model(idx, targets) -> (logits, loss). As in nanoGPT's train.py, each step draws its batch, and a CPU computes in
+    float32."""
+    spec = importlib.util.spec_from_file_location("beside_file", path)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
+        with contextlib.redirect_stdout(io.StringIO()):  # it says its sizes
+            model = module.GPT(module.GPTConfig(dropout=0.0, **{name: getattr(c, name) for name in names}))
+            optimizer = model.to(runtime.device).configure_optimizers(0.1, 1e-4, (0.9, 0.95), runtime.device_type)
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"--beside_file={path}: no GPT and GPTConfig with nanoGPT's interface: {said}") from None
+    tokens = dataset.split("train").tokens
+
+    def step():
+        places = torch.randint(len(tokens) - c.block_size, (cfg.batch_size,)).tolist()
+        rows = np.stack([tokens[i : i + c.block_size + 1] for i in places]).astype(np.int64)
+        idx = torch.from_numpy(rows).to(runtime.device)
+        with runtime.autocast() if runtime.device_type != "cpu" else contextlib.nullcontext():
+            _, loss = model(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 def random_dataset(folder, vocab_size, n=200_000):
     """A prepared data set of random ids, so that the whole training step, reader included, is timed."""
     codec = SymbolsCodec([str(i) for i in range(vocab_size)])
@@ -75,20 +111,21 @@ def random_dataset(folder, vocab_size, n=200_000):
     return Dataset(folder)
 
 
-def our_step(model, cfg, runtime, folder):
+def our_run(model, cfg, runtime, folder):
     dataset = random_dataset(tempfile.mkdtemp(dir=folder), model.config.vocab_size)
     run = Run(cfg, runtime, World(0, 1, 0), dataset, model.to(runtime.device), None)
     if runtime.compile:
         run.objective = torch.compile(run.objective)
     run.model.train()
-    return run.step, run.model
+    return run
 
 
 def bench_steps(shapes, bench, runtime, report):
     columns = "attention, n_layer (layers), n_head (heads), n_embd (channels), block (tokens), batch (sequences), "
     columns += "vocabulary (ids), parameters (count), step (ms), tokens/s, plain stack (ms), ours / plain (ratio), "
     columns += "nanoGPT's count (MFLOP/token), of the peak by it (share), of the matmul peak (share)"
-    title = f"training steps, {bench.rounds} rounds; the plain stack is softmax attention from torch.nn"
+    plain = bench.beside_file or "softmax attention from torch.nn"
+    title = f"training steps, {bench.rounds} rounds; the plain stack is {plain}"
     with report.table("step", title, columns, keys=7) as table:
         for shape in shapes:
             bench_step(shape, bench, runtime, report, table)
@@ -101,22 +138,25 @@ def bench_step(shape, bench, runtime, report, table):
     cfg = TrainConfig(batch_size=batch_size, learning_rate=1e-4, min_lr=1e-5)
     x, y = (torch.randint(c.vocab_size, (batch_size, c.block_size), device=runtime.device) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
-        step, model = our_step(GPT(c), cfg, runtime, folder)
+        run = our_run(GPT(c), cfg, runtime, folder)
         # the plain stack is softmax attention, learned positions and a GELU MLP, whatever stands beside it
-        beside = plain_step(c, cfg, runtime, x, y)
+        if bench.beside_file:
+            beside = file_step(bench.beside_file, c, cfg, runtime, run.dataset)
+        else:
+            beside = plain_step(c, cfg, runtime, x, y)
         if runtime.compile:
-            first_calls({c.attention_type: step}, "compiling", report)
-        calls, pick = {"ours": step, "plain": beside}, statistics.mean  # a step waits for its data now and then
+            first_calls({c.attention_type: run.step}, "compiling", report)
+        calls, pick = {"ours": run.step, "plain": beside}, statistics.mean  # a step waits for its data now and then
         times = interleaved(calls, bench.rounds, bench.seconds, runtime, c.attention_type, pick=pick)
     ours, plain = ([1000 * t for t in ts] for ts in times.values())
     peak = max(report.peaks["matmul_gflops"], matmul_peak(runtime, bench.seconds) / 1e9)  # the machine drifts
     report.peaks["matmul_gflops"] = peak
-    tokens, N = batch_size * c.block_size, model.num_params()
+    tokens, N = batch_size * c.block_size, run.model.num_params()
     rates, counted, share = [1000 * tokens / t for t in ours], None, None
     if c.attention_type == "softmax":  # what it takes for attention is softmax attention's, of a full T x T
         counted = 6 * N + 12 * c.n_layer * c.n_head * c.d_head * c.block_size
         share = statistics.median(rates) * counted / 1e9 / peak
-    executed = report.share_of_peak(batch_size * model.flops(c.block_size)[1], [t / 1000 for t in ours])
+    executed = report.share_of_peak(batch_size * run.model.flops(c.block_size)[1], [t / 1000 for t in ours])
     row = (c.attention_type, c.n_layer, c.n_head, c.n_embd, c.block_size, batch_size, c.vocab_size, N)
     row += (ours, rates, plain, [a / b for a, b in zip(ours, plain)], counted and counted / 1e6, share, executed)
     table.add(*row)
@@ -141,7 +181,7 @@ def steps_beside(models, bench, runtime, report):
     cfg = TrainConfig(batch_size=batch_size, learning_rate=1e-4, min_lr=1e-5, mask_learning_rate=0.0)
     first, c = next(iter(models)), next(iter(models.values())).config
     with tempfile.TemporaryDirectory() as folder:
-        steps = {name: our_step(model, cfg, runtime, folder)[0] for name, model in models.items()}
+        steps = {name: our_run(model, cfg, runtime, folder).step for name, model in models.items()}
         if runtime.compile:
             first_calls(steps, "compiling", report)
         times = interleaved(steps, bench.rounds, bench.seconds, runtime, "steps", pick=statistics.mean)

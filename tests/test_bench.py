@@ -317,6 +317,46 @@ def test_compare_reads_what_each_measurement_wrote(what, tiny, tmp_path, monkeyp
         assert len(measured) > 2 and not any("crossover" in column for column in measured)
 
 
+NANOGPT_LIKE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class GPTConfig:
+    def __init__(self, block_size, vocab_size, n_layer, n_head, n_embd, bias, dropout):
+        self.vocab_size, self.n_embd = vocab_size, n_embd
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        print("a line about sizes")
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+
+    def forward(self, idx, targets):
+        logits = self.head(self.wte(idx))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
+def test_steps_beside_a_file(tmp_path, capsys):
+    """Its step is shorter than ours: it has no attention."""
+    path = tmp_path / "model.py"
+    path.write_text(NANOGPT_LIKE)
+    options = ["--what=step", *SMALL, "--n_layer=4", "--device=cpu", "--rounds=2", "--seconds=0.05", "--batch_size=4"]
+    assert bench.main([*options, f"--beside_file={path}", f"--json={tmp_path / 'a.json'}"]) == 0
+    table = json.loads((tmp_path / "a.json").read_text())["tables"]["step"]
+    assert str(path) in table["title"] and min(table["rows"][0]["ours / plain (ratio)"]) > 1
+    assert "a line about sizes" not in capsys.readouterr().out
+    for text, says in (("x = 1", "no attribute 'GPT'"), ("def", "SyntaxError")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=f"--beside_file={path}: .*{says}"):
+            bench.main([*options, f"--beside_file={path}", "--json="])
+
+
 def test_compare_says_what_is_wrong(results, tmp_path):
     a = results("a.json", {})
     (tmp_path / "b.json").write_text("{}")
