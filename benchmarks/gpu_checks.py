@@ -23,7 +23,7 @@ from model import ATTENTION, GPT, GPTConfig
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TYPES = [*ATTENTION, "gla,softmax"]
 BOUNDS = {"float32": 1e-3, "bfloat16": 3e-2}  # of errors, as shares of the norm
-WATCHED = ("gla", "delta", "gsa", "performer", "nsa")  # operators with Triton kernels, whose names begin so
+WATCHED = ("gla", "delta", "gsa", "performer", "nsa", "gated")  # operators with Triton kernels, whose names begin so
 CHECKED = {"cpu": "1x40x2x16x16", "cuda": "2x65x2x64x64,1x200x3x128x128,2x256x2x64x64"}  # B x T x H x K x V
 
 

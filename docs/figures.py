@@ -57,7 +57,8 @@ def cells(score, row):
     longest T."""
     bits = "{:.3f} ± {:.3f} ({})".format(*score) if score else "-"
     low, middle, high = min(row[RATIO]), statistics.median(row[RATIO]), max(row[RATIO])
-    time = f"{low:.2f} - {high:.2f}" if high - low > 0.5 * middle else f"{middle:.2f}"
+    wide = high - low > 0.5 * middle and f"{low:.2f}" != f"{high:.2f}"
+    time = f"{low:.2f} - {high:.2f}" if wide else f"{middle:.2f}"
     state = row["state (bytes)"]
     size = f"{state / 1e6:.2g} MB" if state >= 1e6 else f"{state / 1e3:.0f} kB" if state else "0"
     return size, bits, time

@@ -4,10 +4,10 @@
 
 and the penalty on heads that share a pair: the mean over causal pairs of (sum_h gamma_h^0.6)^(1 / 0.6).
 
-`gated` is the public function. Two forms: `dense`, the equations in any precision; `torch`, tiles of queries and keys
-that stay in cache (the path of every device), with the maximum and the sum of the softmax carried along a row of tiles.
-Between forward and backward no T x T tensor is kept: p and gamma are computed again. Axes: B batch, T time, H heads,
-D head width, V value width, R query rows, S keys of a tile.
+`gated` is the public function. Three forms: `dense`, the equations in any precision; `torch`, tiles of queries and keys
+that stay in cache, with the maximum and the sum of the softmax carried along a row of tiles; `triton`, the same in one
+kernel forward and two backward. Between forward and backward no T x T tensor is kept: p and gamma are computed again.
+Axes: B batch, T time, H heads, D head width, V value width, R query rows, S keys of a tile.
 
 With r = do . v_s and delta = do . o the gradients of a pair are dgamma = p r and dlogit = p (gamma r - delta): nothing
 divides by gamma or takes its logarithm, so a gate of exactly 0, the usual state, is harmless. The penalty's power of a
@@ -19,8 +19,9 @@ import math
 
 import torch
 
-from . import Case, check, in_autocast, leave_autocast, like_inputs, operator
-from .gla import compute_dtype
+from . import Case, check, in_autocast, jit, leave_autocast, like_inputs, operator, tl, triton
+from .gla import LOG2E, compute_dtype, dense
+from .launch import Kernel, choose, configurations, dot, dot_type, operand, power, split
 
 POWER = 0.6  # of the penalty: below 1 it wants one open head for a pair, not several half open
 FLOOR = 1e-6  # of gamma in the penalty: the slope of gamma^0.6 at 0 is infinite
@@ -174,34 +175,301 @@ def block_backward(q, k, v, a, b, o, lse, do, dpenalty, scale, penalise):
     return tuple(x.transpose(1, 2).to(y.dtype).contiguous() for x, y in zip(grads, like))
 
 
+# ----------------------------------------------------------------------------- Triton
+#
+#     forward    o and the log of each softmax's denominator, base 2; a block of queries goes along its keys
+#     penalty    the sum of a block of queries, all heads
+#     query      dq and da, along the keys
+#     key        dk, dv and db, along the queries from the block's own on
+#
+# A product and its transpose are two products, because some versions of Triton transpose an accumulator wrongly. The
+# penalty couples heads: its slope needs the sum over all of them, which each head's program takes again.
+
+if triton:
+    FLOORED, LOW, HIGH = (tl.constexpr(x) for x in (FLOOR**POWER, FLOOR * (1 - 2**-23), 1 + 2**-23))
+    OUTER = tl.constexpr(1 / POWER)
+
+
+@jit
+def load_rows(p_x, o_t, stride, m_t, o_d, D):
+    return tl.load(p_x + o_t[:, None] * stride + o_d[None, :], mask=m_t[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@jit
+def store_rows(p_x, b_x, o_t, stride, m_t, o_d, D):
+    o_x = o_t[:, None] * stride + o_d[None, :]
+    tl.store(p_x + o_x, b_x.to(p_x.dtype.element_ty), mask=m_t[:, None] & (o_d < D)[None, :])
+
+
+@jit
+def head_sum(p_x, p_y, o_x, o_y, T, H, BX: tl.constexpr, BY: tl.constexpr):
+    """sum_h gamma_h^0.6 (BX, BY) from the roots of both gates (T, H), in either order."""
+    b_sum = tl.zeros([BX, BY], tl.float32)
+    for h in range(0, H):
+        b_x = tl.load(p_x + o_x * H + h, mask=o_x < T, other=0.0)
+        b_y = tl.load(p_y + o_y * H + h, mask=o_y < T, other=0.0)
+        b_sum += tl.minimum(tl.maximum(b_x[:, None] * b_y[None, :], FLOORED), 1.0)
+    return b_sum
+
+
+@jit
+def gate_slope(b_p, b_r, b_raw, b_seen, b_sum, b_slopes, share, PENALISE: tl.constexpr):
+    """The gradient of raw = a b of each pair: p r, and the penalty's; none outside [0, 1]."""
+    b_d = b_p * b_r
+    if PENALISE:
+        b_total = share * b_slopes * tl.exp2(tl.log2(b_sum) * (OUTER - 1))
+        b_d += tl.where((b_raw > LOW) & (b_raw < HIGH), b_total, 0.0)
+    return tl.where(b_seen & (b_raw >= 0.0) & (b_raw < HIGH), b_d, 0.0)
+
+
+@jit
+def gated_forward_kernel(
+    p_q, p_k, p_v, p_a, p_b, p_o, p_lse, T, H, D, V, scale,
+    BQ: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    i_q, i_bh = split(tl.program_id(0), tl.cdiv(T, BQ))
+    row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
+    p_q, p_k, p_v, p_o = p_q + row * D, p_k + row * D, p_v + row * V, p_o + row * V
+    o_t, o_d, o_v = i_q * BQ + tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BV)
+    m_t = o_t < T
+    b_q = load_rows(p_q, o_t, H * D, m_t, o_d, D)  # (BQ, BD)
+    b_a = tl.load(p_a + row + o_t * H, mask=m_t, other=0.0).to(tl.float32)
+    b_top, b_z = tl.full([BQ], float("-inf"), tl.float32), tl.zeros([BQ], tl.float32)
+    b_o = tl.zeros([BQ, BV], tl.float32)
+    for first in range(0, tl.minimum(T, (i_q + 1) * BQ), BS):
+        o_s = first + tl.arange(0, BS)
+        b_k = load_rows(p_k, o_s, H * D, o_s < T, o_d, D)  # (BS, BD)
+        b_v = load_rows(p_v, o_s, H * V, o_s < T, o_v, V)  # (BS, BV)
+        b_b = tl.load(p_b + row + o_s * H, mask=o_s < T, other=0.0).to(tl.float32)
+        b_s = dot(b_q, tl.trans(operand(b_k, DOT)), DOT) * (scale * LOG2E)
+        b_s = tl.where(o_t[:, None] >= o_s[None, :], b_s, float("-inf"))
+        b_before = b_top
+        b_top = tl.maximum(b_top, tl.max(b_s, 1))
+        b_shrink = tl.exp2(b_before - b_top)
+        b_p = tl.exp2(b_s - b_top[:, None])
+        b_z = b_z * b_shrink + tl.sum(b_p, 1)
+        b_p *= tl.minimum(tl.maximum(b_a[:, None] * b_b[None, :], 0.0), 1.0)
+        b_o = b_o * b_shrink[:, None] + dot(b_p, b_v, DOT)
+    store_rows(p_o, b_o / b_z[:, None], o_t, H * V, m_t, o_v, V)
+    tl.store(p_lse + i_bh.to(tl.int64) * T + o_t, b_top + tl.log2(b_z), mask=m_t)
+
+
+@jit
+def gated_penalty_kernel(p_x, p_y, p_sum, T, H, BQ: tl.constexpr, BS: tl.constexpr):
+    """p_x, p_y: the roots of a and b (B, T, H)."""
+    i_q, i_b = split(tl.program_id(0), tl.cdiv(T, BQ))
+    row = i_b.to(tl.int64) * T * H
+    o_t, b_all = i_q * BQ + tl.arange(0, BQ), tl.zeros([BQ], tl.float32)
+    for first in range(0, tl.minimum(T, (i_q + 1) * BQ), BS):
+        o_s = first + tl.arange(0, BS)
+        b_sum = head_sum(p_x + row, p_y + row, o_t, o_s, T, H, BQ, BS)
+        m_seen = (o_t[:, None] >= o_s[None, :]) & (o_t < T)[:, None]
+        b_all += tl.sum(tl.where(m_seen, tl.exp2(tl.log2(b_sum) * OUTER), 0.0), 1)
+    tl.store(p_sum + tl.program_id(0), tl.sum(b_all, 0))
+
+
+@jit
+def gated_query_kernel(
+    p_q, p_k, p_v, p_a, p_b, p_x, p_y, p_slope_a, p_slope_b, p_do, p_lse, p_delta, p_share, p_dq, p_da, T, H, D, V,
+    scale, BQ: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    PENALISE: tl.constexpr,
+):  # fmt: skip
+    i_q, i_bh = split(tl.program_id(0), tl.cdiv(T, BQ))
+    start = (i_bh // H).to(tl.int64) * T * H
+    row = start + i_bh % H
+    p_q, p_k, p_v, p_do, p_dq = p_q + row * D, p_k + row * D, p_v + row * V, p_do + row * V, p_dq + row * D
+    o_t, o_d, o_v = i_q * BQ + tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BV)
+    m_t, o_g = o_t < T, row + o_t * H
+    b_q = load_rows(p_q, o_t, H * D, m_t, o_d, D)  # (BQ, BD)
+    b_do = load_rows(p_do, o_t, H * V, m_t, o_v, V)  # (BQ, BV)
+    b_a = tl.load(p_a + o_g, mask=m_t, other=0.0).to(tl.float32)
+    b_lse = tl.load(p_lse + i_bh.to(tl.int64) * T + o_t, mask=m_t, other=0.0)
+    b_delta = tl.load(p_delta + o_g, mask=m_t, other=0.0)
+    b_dq, b_da = tl.zeros([BQ, BD], tl.float32), tl.zeros([BQ], tl.float32)
+    for first in range(0, tl.minimum(T, (i_q + 1) * BQ), BS):
+        o_s = first + tl.arange(0, BS)
+        b_k = load_rows(p_k, o_s, H * D, o_s < T, o_d, D)  # (BS, BD)
+        b_v = load_rows(p_v, o_s, H * V, o_s < T, o_v, V)  # (BS, BV)
+        b_b = tl.load(p_b + row + o_s * H, mask=o_s < T, other=0.0).to(tl.float32)
+        b_seen = (o_t[:, None] >= o_s[None, :]) & m_t[:, None]
+        b_s = dot(b_q, tl.trans(operand(b_k, DOT)), DOT) * (scale * LOG2E)
+        b_p = tl.where(b_seen, tl.exp2(b_s - b_lse[:, None]), 0.0)
+        b_r = dot(b_do, tl.trans(operand(b_v, DOT)), DOT)
+        b_raw = b_a[:, None] * b_b[None, :]
+        b_sum, b_slopes, share = b_raw, b_raw, 0.0
+        if PENALISE:
+            share = tl.load(p_share)
+            b_sum = head_sum(p_x + start, p_y + start, o_t, o_s, T, H, BQ, BS)
+            b_slopes = tl.load(p_slope_a + o_g, mask=m_t, other=0.0)[:, None]
+            b_slopes *= tl.load(p_slope_b + row + o_s * H, mask=o_s < T, other=0.0)[None, :]
+        b_draw = gate_slope(b_p, b_r, b_raw, b_seen, b_sum, b_slopes, share, PENALISE)
+        b_da += tl.sum(b_draw * b_b[None, :], 1)
+        b_r = b_p * (tl.minimum(tl.maximum(b_raw, 0.0), 1.0) * b_r - b_delta[:, None])
+        b_dq += dot(b_r, b_k, DOT)
+    store_rows(p_dq, b_dq * scale, o_t, H * D, m_t, o_d, D)
+    tl.store(p_da + o_g, b_da.to(p_da.dtype.element_ty), mask=m_t)
+
+
+@jit
+def gated_key_kernel(
+    p_q, p_k, p_v, p_a, p_b, p_x, p_y, p_slope_a, p_slope_b, p_do, p_lse, p_delta, p_share, p_dk, p_dv, p_db, T, H, D,
+    V, scale, BQ: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    PENALISE: tl.constexpr,
+):  # fmt: skip
+    """Tiles are transposed: (BS, BQ)."""
+    i_s, i_bh = split(tl.program_id(0), tl.cdiv(T, BS))
+    start = (i_bh // H).to(tl.int64) * T * H
+    row = start + i_bh % H
+    p_q, p_k, p_v, p_do = p_q + row * D, p_k + row * D, p_v + row * V, p_do + row * V
+    o_s, o_d, o_v = i_s * BS + tl.arange(0, BS), tl.arange(0, BD), tl.arange(0, BV)
+    m_s, o_g = o_s < T, row + o_s * H
+    b_k = load_rows(p_k, o_s, H * D, m_s, o_d, D)  # (BS, BD)
+    b_v = load_rows(p_v, o_s, H * V, m_s, o_v, V)  # (BS, BV)
+    b_b = tl.load(p_b + o_g, mask=m_s, other=0.0).to(tl.float32)
+    b_dk, b_dv = tl.zeros([BS, BD], tl.float32), tl.zeros([BS, BV], tl.float32)
+    b_db = tl.zeros([BS], tl.float32)
+    for first in range(i_s * BS // BQ * BQ, T, BQ):
+        o_t = first + tl.arange(0, BQ)
+        m_t = o_t < T
+        b_q = load_rows(p_q, o_t, H * D, m_t, o_d, D)  # (BQ, BD)
+        b_do = load_rows(p_do, o_t, H * V, m_t, o_v, V)  # (BQ, BV)
+        b_a = tl.load(p_a + row + o_t * H, mask=m_t, other=0.0).to(tl.float32)
+        b_lse = tl.load(p_lse + i_bh.to(tl.int64) * T + o_t, mask=m_t, other=0.0)
+        b_delta = tl.load(p_delta + row + o_t * H, mask=m_t, other=0.0)
+        b_seen = (o_t[None, :] >= o_s[:, None]) & m_t[None, :]
+        b_s = dot(b_k, tl.trans(operand(b_q, DOT)), DOT) * (scale * LOG2E)
+        b_p = tl.where(b_seen, tl.exp2(b_s - b_lse[None, :]), 0.0)
+        b_r = dot(b_v, tl.trans(operand(b_do, DOT)), DOT)
+        b_raw = b_b[:, None] * b_a[None, :]
+        b_sum, b_slopes, share = b_raw, b_raw, 0.0
+        if PENALISE:
+            share = tl.load(p_share)
+            b_sum = head_sum(p_y + start, p_x + start, o_s, o_t, T, H, BS, BQ)
+            b_slopes = tl.load(p_slope_b + o_g, mask=m_s, other=0.0)[:, None]
+            b_slopes *= tl.load(p_slope_a + row + o_t * H, mask=m_t, other=0.0)[None, :]
+        b_draw = gate_slope(b_p, b_r, b_raw, b_seen, b_sum, b_slopes, share, PENALISE)
+        b_db += tl.sum(b_draw * b_a[None, :], 1)
+        b_gamma = tl.minimum(tl.maximum(b_raw, 0.0), 1.0)
+        b_dv += dot(b_gamma * b_p, b_do, DOT)
+        b_dk += dot(b_p * (b_gamma * b_r - b_delta[None, :]), b_q, DOT)
+    store_rows(p_dk + row * D, b_dk * scale, o_s, H * D, m_s, o_d, D)
+    store_rows(p_dv + row * V, b_dv, o_s, H * V, m_s, o_v, V)
+    tl.store(p_db + o_g, b_db.to(p_db.dtype.element_ty), mask=m_s)
+
+
+COLUMNS = "BQ BS num_warps num_stages"
+KERNELS = {
+    "forward": Kernel(
+        gated_forward_kernel,
+        configurations(COLUMNS, (64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2), (32, 32, 4, 1)),
+        fp32=dict(BQ=32, BS=32, num_warps=4, num_stages=1),
+        serial="T / BS",
+    ),
+    "penalty": Kernel(gated_penalty_kernel, configurations(COLUMNS, (32, 64, 4, 1), (64, 64, 8, 1)), serial="H T / BS"),
+    "query": Kernel(
+        gated_query_kernel,
+        configurations(COLUMNS, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1), (64, 64, 8, 1)),
+        fp32=dict(BQ=32, BS=32, num_warps=8, num_stages=1),
+        serial="T / BS",
+    ),
+    "key": Kernel(
+        gated_key_kernel,
+        configurations(COLUMNS, (32, 32, 4, 1), (32, 64, 8, 1), (32, 64, 4, 1), (64, 64, 8, 1)),
+        fp32=dict(BQ=32, BS=32, num_warps=8, num_stages=1),
+        serial="T / BQ",
+    ),
+}
+MAX_WIDTH = 128  # of heads
+
+
+def widths(q, v):
+    return dict(D=q.shape[3], V=v.shape[3], BD=power(q.shape[3]), BV=power(v.shape[3]), DOT=dot_type(q.dtype))
+
+
+def programs(B, H, T, tile):
+    return lambda meta: (triton.cdiv(T, meta[tile]) * B * H,)
+
+
+def gated_fwd(q, k, v, a, b, scale, penalise):
+    """In one launch, and one for the penalty."""
+    dtype, (B, T, H, _) = v.dtype, q.shape
+    q, k, v, a, b = *dense(q, k, v), a.contiguous(), b.contiguous()
+    o, lse = torch.empty_like(v), q.new_empty(B, H, T, dtype=torch.float32)
+    args = q, k, v, a, b, o, lse, T, H
+    KERNELS["forward"].launch(programs(B, H, T, "BQ"), *args, scale=scale, **widths(q, v))
+    penalty = lse.new_zeros(())
+    if penalise:
+        sums = lse.new_zeros(B * triton.cdiv(T, 16))
+        KERNELS["penalty"].launch(programs(B, 1, T, "BQ"), *(root(x.float()) for x in (a, b)), sums, T, H)
+        penalty = sums.sum() / (B * (T * (T + 1) // 2))
+    return o.to(dtype), penalty, lse
+
+
+def gated_bwd(q, k, v, a, b, o, lse, do, dpenalty, scale, penalise):
+    """In two launches."""
+    like, (B, T, H, _) = (q, k, v, a, b), q.shape
+    delta = (o.float() * do.float()).sum(-1)  # (B, T, H)
+    q, k, v, do, a, b = *dense(q, k, v, do), a.contiguous(), b.contiguous()
+    grads = [torch.empty_like(x) for x in (q, k, v, a, b)]
+    roots = [root(x.float()) for x in (a, b)] + [x.float().abs().pow_(POWER - 1) for x in (a, b)]
+    share = (dpenalty / (B * (T * (T + 1) // 2))).float()
+    args = q, k, v, a, b, *(roots if penalise else (a, b, a, b)), do, lse, delta, share
+    flags = dict(scale=scale, PENALISE=penalise, **widths(q, v))
+    KERNELS["query"].launch(programs(B, H, T, "BQ"), *args, grads[0], grads[3], T, H, **flags)
+    KERNELS["key"].launch(programs(B, H, T, "BS"), *args, grads[1], grads[2], grads[4], T, H, **flags)
+    return tuple(grad.to(x.dtype) for grad, x in zip(grads, like))
+
+
+def aot_specs():
+    """(name, kernel, signature, constants) of every kernel and configuration, for the report. Default first."""
+    bf16, specs = {"p_q", "p_k", "p_v", "p_o", "p_do", "p_dq", "p_dk", "p_dv"}, []
+    for name, kernel in KERNELS.items():
+        for width in (64, 128):
+            for i, option in enumerate(kernel.options({})):
+                names = kernel.function.arg_names
+                constants = dict(BD=width, BV=width, DOT="bf16", PENALISE=True, **option)
+                constants = {x: constants[x] for x in constants if x in names or x[:4] == "num_"}
+                signature = {x: "*bf16" if x in bf16 else "*fp32" for x in names if x[:2] == "p_"}
+                signature |= dict.fromkeys("TH", "i32") | dict.fromkeys("DV", "i32:16") | {"scale": "fp32"}
+                specs.append((f"gated_{name} {width} #{i}", kernel.function, signature, constants))
+    return specs
+
+
 # ----------------------------------------------------------------------------- op
 
 
 @operator(
     "gated",
-    "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, float scale, bool penalise) -> (Tensor, Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, float scale, bool penalise, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
 )
-def gated_op(q, k, v, a, b, scale, penalise):
+def gated_op(q, k, v, a, b, scale, penalise, backend):
+    if backend == "triton":
+        return gated_fwd(q, k, v, a, b, scale, penalise)
     o, penalty, lse = block_forward(q, k, v, a, b, scale, penalise)
     return o.to(v.dtype), penalty, lse
 
 
 @gated_op.register_fake
-def _(q, k, v, a, b, scale, penalise):
+def _(q, k, v, a, b, scale, penalise, backend):
     (B, T, H, _), dtype = v.shape, compute_dtype(q.dtype)
     return v.new_empty(v.shape), v.new_empty((), dtype=dtype), v.new_empty((B, H, T), dtype=dtype)
 
 
-gated_backward_op = operator(
+@operator(
     "gated_backward",
     "(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor o, Tensor lse, Tensor do,"
-    " Tensor dpenalty, float scale, bool penalise) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)(block_backward)
+    " Tensor dpenalty, float scale, bool penalise, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def gated_backward_op(*args):
+    return (gated_bwd if args[-1] == "triton" else block_backward)(*args[:-1])
+
+
 gated_backward_op.register_fake(like_inputs(5))
 
 
 def setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.penalise = inputs
+    *tensors, ctx.scale, ctx.penalise, ctx.backend = inputs
     o, _, lse = output
     ctx.save_for_backward(*tensors, o, lse)
 
@@ -210,7 +478,7 @@ def backward(ctx, do, dpenalty, _):
     *tensors, o, lse = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
     dpenalty = o.new_zeros((), dtype=lse.dtype) if dpenalty is None else dpenalty
-    return *gated_backward_op(*tensors, o, lse, do, dpenalty, ctx.scale, ctx.penalise), None, None
+    return *gated_backward_op(*tensors, o, lse, do, dpenalty, ctx.scale, ctx.penalise, ctx.backend), None, None, None
 
 
 gated_op.register_autograd(backward, setup_context=setup_context)
@@ -224,7 +492,7 @@ def gated(q, k, v, a, b, scale=None, penalise=True, backend="auto"):
     `penalise` 0.
 
     q, k (B, T, H, D)   v (B, T, H, V)   a, b (B, T, H), the gates of queries and of keys.
-    scale=None is D^-1/2.  backend: auto | torch | dense.
+    scale=None is D^-1/2.  backend: auto | triton | torch | dense.
     """
     check_inputs(q, k, v, a, b, backend)
     q, k, v = in_autocast(q, k, v)  # gates keep their precision
@@ -232,12 +500,14 @@ def gated(q, k, v, a, b, scale=None, penalise=True, backend="auto"):
     if backend == "dense":
         with leave_autocast(q):
             return gated_dense(q, k, v, a, b, scale, penalise)
-    o, penalty, _ = gated_op(q, k, v, a, b, scale, penalise)
+    wide = max(q.shape[3], v.shape[3]) > MAX_WIDTH
+    obstacle = f"the Triton kernels take heads up to {MAX_WIDTH} wide" if wide else None
+    o, penalty, _ = gated_op(q, k, v, a, b, float(scale), penalise, choose("gated", backend, q, obstacle))
     return o, penalty
 
 
 def check_inputs(q, k, v, a, b, backend):
-    check("gated", q, k, v, backend, "auto", "torch", "dense")
+    check("gated", q, k, v, backend, "auto", "triton", "torch", "dense")
     for name, x in (("a", a), ("b", b)):
         if x.shape != q.shape[:3] or not x.is_floating_point():
             raise ValueError(f"gated: {name} must be a float {tuple(q.shape[:3])}, got {x.dtype} {tuple(x.shape)}")

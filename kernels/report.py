@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 
-OPERATORS = ("gla", "delta", "gsa", "performer", "nsa")
+OPERATORS = ("gla", "delta", "gsa", "performer", "nsa", "gated")
 ARCHS = (80, 90)
 SMALL_SHARED = 99 * 1024
 FP32_STACK = 2048  # bytes; three products in place of one need three times the operands

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from test_gla import GPU, INTERPRETED, interpret
 from torch.nn import functional as F
 
 import kernels.gated
-from kernels.gated import FLOOR, executed_pairs, gated
+from kernels.gated import FLOOR, KERNELS, executed_pairs, gated
+from kernels.launch import Kernel
 from model import GPT, GPTConfig, param_groups
 
 TINY = dict(block_size=32, vocab_size=50, n_layer=1, n_head=3, n_embd=24)
@@ -91,7 +93,7 @@ def test_fp32_and_one_output_alone(fresh_rng):
 @pytest.mark.slow
 def test_the_op_obeys_the_rules_of_torch_library(fresh_rng):
     inputs = random_inputs(2, 7, 2, 3, 3)
-    torch.library.opcheck(kernels.gated.gated_op, (*inputs, 0.5, True))
+    torch.library.opcheck(kernels.gated.gated_op, (*inputs, 0.5, True, "torch"))
 
 
 @pytest.mark.parametrize("backend", ["dense", "torch"])
@@ -133,7 +135,7 @@ def test_wrong_shapes_are_named():
         with pytest.raises(ValueError, match=message):
             gated(*arguments)
     with pytest.raises(ValueError, match="backend must be"):
-        gated(q, q, q, a, a, backend="triton")
+        gated(q, q, q, a, a, backend="cuda")
 
 
 # the layers
@@ -278,3 +280,82 @@ def test_gate_output_on_softmax_is_gated_output():
     assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
     extra = set(b) - set(GPT(GPTConfig(**TINY)).state_dict())
     assert extra == {"transformer.h.0.attn.output_gate.weight", "transformer.h.0.attn.output_gate.bias"}
+
+
+# ----------------------------------------------------------------------------- Triton
+
+TOLERANCES = {torch.float32: (1e-5, 1e-5) + (1e-4,) * 5, torch.bfloat16: (5e-3, 1e-4) + (8e-3,) * 5}
+
+
+def compare_triton(shape, dtype=torch.float32, device="cpu"):
+    """Against the dense form in float64, on inputs rounded as the kernels read them."""
+    kinds = [dtype] * 3 + [torch.float32] * 2  # gates keep their precision
+    inputs = [x.detach().to(kind) for x, kind in zip(random_inputs(*shape), kinds)]
+    weight = torch.randn(*shape[:3], shape[4]).to(dtype)
+    for penalise in (True, False):
+        found = []
+        for backend, place, kind in (("dense", "cpu", torch.float64), ("triton", device, None)):
+            xs = [x.to(place, kind or x.dtype, copy=True).requires_grad_() for x in inputs]
+            o, penalty = gated(*xs, penalise=penalise, backend=backend)
+            loss = (o.double() * weight.to(place).double()).sum() + 10 * penalty
+            found.append([o, penalty, *torch.autograd.grad(loss, xs)])
+        names = ("o", "penalty", "dq", "dk", "dv", "da", "db")
+        for name, wanted, x, limit in zip(names, *found, TOLERANCES[dtype]):
+            error = (x.detach().double().cpu() - wanted.detach()).norm()
+            assert error <= limit * wanted.norm() or error <= 1e-6, f"{name}, penalise={penalise}: {error:.1e}"
+
+
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_triton_under_the_interpreter(which):
+    interpret(__file__, which)
+
+
+@INTERPRETED
+def test_interpreted(fresh_rng):
+    compare_triton((2, 70, 3, 20, 24))
+
+
+@INTERPRETED
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8, 8), (2, 64, 2, 16, 5), (1, 130, 5, 40, 16), (3, 33, 1, 1, 1)])
+def test_interpreted_shapes(shape, fresh_rng):
+    compare_triton(shape)
+
+
+@INTERPRETED
+@pytest.mark.slow
+@pytest.mark.parametrize("queries, keys", [(16, 64), (64, 16)])
+def test_interpreted_tiles(queries, keys, fresh_rng, monkeypatch):
+    for kernel in KERNELS.values():
+        monkeypatch.setattr(kernel, "configs", [dict(BQ=queries, BS=keys, num_warps=4, num_stages=1)])
+        monkeypatch.setattr(kernel, "fp32", None)
+        monkeypatch.setattr(kernel, "runs", {})
+    compare_triton((1, 100, 2, 16, 16))
+
+
+@INTERPRETED
+def test_interpreted_is_causal(fresh_rng):
+    inputs = [x.detach().float() for x in random_inputs(1, 90, 2, 16, 16)]
+    before = gated(*inputs, backend="triton")[0]
+    for i in (1, 2, 4):
+        inputs[i][:, 60] += 1
+    after = gated(*inputs, backend="triton")[0]
+    assert torch.equal(after[:, :60], before[:, :60]) and not torch.equal(after[:, 60:], before[:, 60:])
+
+
+@GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", [(2, 100, 3, 64, 64), (1, 1000, 4, 128, 96), (2, 1, 1, 16, 16)])
+def test_on_a_gpu(shape, dtype, fresh_rng):
+    compare_triton(shape, dtype, "cuda")
+
+
+@GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name, i", [(name, i) for name in KERNELS for i in range(len(KERNELS[name].configs))])
+def test_every_configuration_on_a_gpu(name, i, width, fresh_rng, monkeypatch):
+    kernel = KERNELS[name]
+    monkeypatch.setitem(KERNELS, name, Kernel(kernel.function, [kernel.configs[i]]))
+    compare_triton((2, 200, 3, width, width), torch.bfloat16, "cuda")
