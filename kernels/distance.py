@@ -604,10 +604,10 @@ distance_op.register_autograd(backward, setup_context=setup_context)
 # ----------------------------------------------------------------------------- FlexAttention
 
 
-def flex_fits(x, T, width):
-    """Whether FlexAttention takes inputs like x of T tokens, the narrower of keys and values `width` wide: it has no
-    backward pass on a CPU, no fp64, is compiled by Triton, and anew for each length: odd ones take the banded form."""
-    return x.device.type == "cuda" and x.dtype != torch.float64 and T % TILE == 0 and width >= 16 and has_triton()
+def flex_fits(x, width):
+    """Whether FlexAttention takes inputs like x, the narrower of keys and values `width` wide: it has no backward pass
+    on a CPU, no fp64, and is compiled by Triton."""
+    return x.device.type == "cuda" and x.dtype != torch.float64 and width >= 16 and has_triton()
 
 
 def seen_tiles(table, prefix):
@@ -623,9 +623,9 @@ def seen_tiles(table, prefix):
     return seen & (far >= 0)
 
 
-def biased_flex(q, k, v, table, prefix, count, order, scale):
-    """FlexAttention over the tiles that `order` names, `count` in each row of tiles, with what is added to the scores:
-    a prefix for the first keys, else table; -inf hides a key."""
+def biased_flex(q, k, v, table, prefix, tiles, scale):
+    """FlexAttention over tiles, with what is added to the scores: a prefix for the first keys, else table; -inf hides a
+    key. tiles: how many of each row of tiles the diagonal cuts, and which; then those that it leaves whole."""
     T, shared, P = q.shape[1], len(table) == 1, prefix.shape[1]
 
     def mask_mod(b, h, t, s):
@@ -636,7 +636,7 @@ def biased_flex(q, k, v, table, prefix, count, order, scale):
         bias = table[h, far]
         return score + (torch.where(s < P, prefix[h, s.clamp(max=P - 1), far], bias) if P else bias)
 
-    tiles = BlockMask.from_kv_blocks(count, order, BLOCK_SIZE=TILE, mask_mod=mask_mod, seq_lengths=(T, T))
+    tiles = BlockMask.from_kv_blocks(*tiles, BLOCK_SIZE=TILE, mask_mod=mask_mod, seq_lengths=(T, T))
     xs = (x.transpose(1, 2) for x in (q, k, v))
     options = dict(score_mod=score_mod, block_mask=tiles, scale=scale, kernel_options=FLEX)
     return flex_attention(*xs, **options).transpose(1, 2)
@@ -649,19 +649,25 @@ def compiled_flex():
 
 @torch.compiler.disable
 def distance_flex(q, k, v, table, prefix, scale, constant_ones):
-    """One fused kernel over the seen tiles, for each head its own. The tiles are made of the table on its device, so
-    that a change of the kept set is a change of data: nothing waits for the GPU, nothing is compiled again. Compiled by
-    itself, within a compiled model too, for each shape once: past dynamo's usual limit of 8 it would hold all T x T
-    scores; and tables that it had to compute would be computed for every score."""
+    """One fused kernel over the seen tiles, for each head its own. Sequences are filled up to whole tiles. Only a tile on
+    the diagonal asks which keys are later. The tiles are made of the table on its device, so that a change of the kept
+    set is a change of data: nothing waits for the GPU, nothing is compiled again. Compiled by itself, within a compiled
+    model too, for each number of tiles once: past dynamo's usual limit of 8 it would hold all T x T scores; and tables
+    that it had to compute would be computed for every score."""
     table, prefix = (x.to(compute_dtype(q.dtype)) for x in (table, prefix))
     table = drop_ones(table) if constant_ones else table
-    seen = seen_tiles(table, prefix).expand(q.shape[2], -1, -1)[None].int()  # (1, H, n, n)
-    order = seen.argsort(dim=-1, descending=True, stable=True).int()
-    inputs = q, k, v, table, prefix, seen.sum(-1, dtype=torch.int32), order, scale
+    if missing := -q.shape[1] % TILE:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (q, k, v))
+        table, prefix = (F.pad(x, (0, missing), value=-math.inf) for x in (table, prefix))
+    seen, tiles = seen_tiles(table, prefix).expand(q.shape[2], -1, -1)[None], []  # (1, H, n, n)
+    for some in (seen & torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device), seen.tril(-1)):
+        some = some.int()
+        tiles += [some.sum(-1, dtype=torch.int32), some.argsort(dim=-1, descending=True, stable=True).int()]
+    inputs = q, k, v, table, prefix, tiles, scale
     if not q.is_cuda:
-        return biased_flex(*inputs)
+        return biased_flex(*inputs)[:, : q.shape[1] - missing]
     with torch._dynamo.config.patch(recompile_limit=256):
-        return compiled_flex()(*inputs)
+        return compiled_flex()(*inputs)[:, : q.shape[1] - missing]
 
 
 # ----------------------------------------------------------------------------- decoding
@@ -792,9 +798,9 @@ def paths(table, prefix, width, constant_ones=False):
     and of its precision; width: the smaller of D and V."""
     T = table.shape[1]
     prefix = table.new_empty(len(table), 0, T) if prefix is None else prefix
-    if not flex_fits(table, T, width):
+    if not flex_fits(table, width):
         return [(str(plan), executed_pairs(plan, T)) for plan in plans(table, prefix, constant_ones)]
-    tiles, n = seen_tiles(table, prefix).sum((1, 2)).tolist(), T // TILE
+    tiles, n = seen_tiles(table, prefix).sum((1, 2)).tolist(), -(-T // TILE)
     return [(f"FlexAttention, {m} of {n * (n + 1) // 2} blocks of {TILE}", m * TILE**2) for m in tiles]
 
 
@@ -829,7 +835,7 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_o
     if backend == "dense":
         with leave_autocast(q):
             return distance_dense(q, k, v, table, prefix, scale, constant_ones)
-    if backend == "flex" or (backend == "auto" and flex_fits(q, q.shape[1], min(q.shape[3], v.shape[3]))):
+    if backend == "flex" or (backend == "auto" and flex_fits(q, min(q.shape[3], v.shape[3]))):
         return distance_flex(q, k, v, table, prefix, scale, constant_ones)
     return distance_op(q, k, v, table, prefix, scale, constant_ones)[0]
 
