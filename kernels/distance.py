@@ -649,11 +649,11 @@ def compiled_flex():
 
 @torch.compiler.disable
 def distance_flex(q, k, v, table, prefix, scale, constant_ones):
-    """One fused kernel over the seen tiles, for each head its own. Sequences are filled up to whole tiles. Only a tile on
-    the diagonal asks which keys are later. The tiles are made of the table on its device, so that a change of the kept
-    set is a change of data: nothing waits for the GPU, nothing is compiled again. Compiled by itself, within a compiled
-    model too, for each number of tiles once: past dynamo's usual limit of 8 it would hold all T x T scores; and tables
-    that it had to compute would be computed for every score."""
+    """One fused kernel over the seen tiles, for each head its own. Sequences are filled up to whole tiles, and a tile on
+    the diagonal alone asks which keys are later. The tiles are made of the table on its device, so that a change of the
+    kept set is a change of data: nothing waits for the GPU, nothing is compiled again. Compiled by itself, within a
+    compiled model too, for each number of tiles once: past dynamo's usual limit of 8 it would hold all T x T scores;
+    and tables that it had to compute would be computed for every score."""
     table, prefix = (x.to(compute_dtype(q.dtype)) for x in (table, prefix))
     table = drop_ones(table) if constant_ones else table
     if missing := -q.shape[1] % TILE:
