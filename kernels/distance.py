@@ -649,7 +649,7 @@ def compiled_flex():
 
 @torch.compiler.disable
 def distance_flex(q, k, v, table, prefix, scale, constant_ones):
-    """One fused kernel over the seen tiles, for each head its own. Sequences are filled up to whole tiles, and a tile on
+    """One fused kernel over the seen tiles, for each head its own. Sequences are filled up to whole tiles; a tile on
     the diagonal alone asks which keys are later. The tiles are made of the table on its device, so that a change of the
     kept set is a change of data: nothing waits for the GPU, nothing is compiled again. Compiled by itself, within a
     compiled model too, for each number of tiles once: past dynamo's usual limit of 8 it would hold all T x T scores;
