@@ -536,8 +536,14 @@ def next_gates(p_g, o_t, o_d, T, H, D, gate_min, C: tl.constexpr):
 
 
 @jit
+def first_of(i_bh, T, S, H, D):
+    """Where the head's first token stands in (B, T, H, D) with S numbers a token."""
+    return (i_bh // H).to(tl.int64) * T * S + i_bh % H * D
+
+
+@jit
 def gla_scan_kernel(
-    p_x, p_y, p_g, p_first, p_all, p_last, T, H, K, V, scale, gate_min,
+    p_x, p_y, p_g, p_first, p_all, p_last, SX, SY, T, H, K, V, scale, gate_min,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     GATED: tl.constexpr, HEAD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -548,10 +554,10 @@ def gla_scan_kernel(
     o_c = tl.arange(0, C)
     m_k, m_v = o_k < K, o_v < V
     NT = tl.cdiv(T, C)
-    row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
     o_d = tl.arange(0, 1) if HEAD else o_k  # channels of gates
     D = 1 if HEAD else K
-    p_x, p_g, p_y = p_x + row * K, p_g + row * D, p_y + row * V
+    p_x, p_y = p_x + first_of(i_bh, T, SX, H, K), p_y + first_of(i_bh, T, SY, H, V)
+    p_g += first_of(i_bh, T, H * D, H, D)
     o_s, m_s = o_k[:, None] * V + o_v[None, :], m_k[:, None] & m_v[None, :]
     p_all += i_bh.to(tl.int64) * NT * K * V
     b_s = tl.load(p_first + i_bh.to(tl.int64) * K * V + o_s, mask=m_s, other=0.0)
@@ -559,10 +565,10 @@ def gla_scan_kernel(
         i_t = NT - 1 - i if REVERSE else i
         tl.store(p_all + i_t * K * V + o_s, b_s.to(p_all.dtype.element_ty), mask=m_s)
         o_t = i_t * C + o_c
-        o_kt, m_kt = o_t[None, :] * (H * K) + o_k[:, None], m_k[:, None] & (o_t < T)[None, :]
-        b_x = tl.load(p_x + o_kt, mask=m_kt, other=0.0)  # (BK, C)
+        m_kt = m_k[:, None] & (o_t < T)[None, :]
+        b_x = tl.load(p_x + o_t[None, :] * SX + o_k[:, None], mask=m_kt, other=0.0)  # (BK, C)
         m_y = (o_t < T)[:, None] & m_v[None, :]
-        b_y = tl.load(p_y + o_t[:, None] * (H * V) + o_v[None, :], mask=m_y, other=0.0)  # (C, BV)
+        b_y = tl.load(p_y + o_t[:, None] * SY + o_v[None, :], mask=m_y, other=0.0)  # (C, BV)
         if GATED:
             o_g, m_d = o_t[None, :] * (H * D) + o_d[:, None], o_d < D
             if REVERSE:  # decay from the chunk's start to the token
@@ -582,7 +588,7 @@ def gla_scan_kernel(
 
 @jit
 def gla_read_kernel(
-    p_x, p_y, p_w, p_g, p_s, p_o, p_z, p_inverse, T, H, K, V, scale, gate_min, tiny,
+    p_x, p_y, p_w, p_g, p_s, p_o, p_z, p_inverse, SX, SW, T, H, K, V, scale, gate_min, tiny,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     GATED: tl.constexpr, HEAD: tl.constexpr, FACTORISED: tl.constexpr, STATES: tl.constexpr,
     NORMALISED: tl.constexpr, REVERSE: tl.constexpr,
@@ -595,7 +601,7 @@ def gla_read_kernel(
     o_t = i_t * C + o_c
     m_t, m_v = o_t < T, o_v < V
     row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
-    p_x, p_y, p_w, p_o = p_x + row * K, p_y + row * K, p_w + row * V, p_o + row * V
+    p_x, p_y = p_x + first_of(i_bh, T, SX, H, K), p_y + first_of(i_bh, T, SX, H, K)
     p_g += row * (1 if HEAD else K)
     chunk = i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t
     p_s += chunk * K * V
@@ -604,7 +610,7 @@ def gla_read_kernel(
     b_z = tl.zeros([C], tl.float32)
     for i_k in range(0, tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
-        o_x, m_x = o_t[:, None] * (H * K) + o_k[None, :], m_t[:, None] & (o_k < K)[None, :]
+        o_x, m_x = o_t[:, None] * SX + o_k[None, :], m_t[:, None] & (o_k < K)[None, :]
         b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
         b_y = tl.load(p_y + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
         if NORMALISED:
@@ -613,7 +619,7 @@ def gla_read_kernel(
             m_s = (o_k < K)[:, None] & m_v[None, :]
             b_s = tl.load(p_s + o_k[:, None] * V + o_v[None, :], mask=m_s, other=0.0)  # (BK, BV)
         if GATED and not HEAD:
-            b_g = load_gates(p_g, o_x, m_x, gate_min)  # (C, BK)
+            b_g = load_gates(p_g, o_t[:, None] * (H * K) + o_k[None, :], m_x, gate_min)  # (C, BK)
             b_A, b_e = add_pairs(b_A, b_x, b_y, b_g, C, BK, DOT, FACTORISED, REVERSE)
             b_x *= tl.exp2(b_e)
         else:
@@ -630,7 +636,8 @@ def gla_read_kernel(
     else:
         b_A = tl.where(o_c[:, None] <= o_c[None, :] if REVERSE else o_c[:, None] >= o_c[None, :], b_A, 0.0)
     m_o, o_o = m_t[:, None] & m_v[None, :], o_t[:, None] * (H * V) + o_v[None, :]
-    b_w = tl.load(p_w + o_o, mask=m_o, other=0.0)  # (C, BV)
+    p_w += first_of(i_bh, T, SW, H, V)
+    b_w = tl.load(p_w + o_t[:, None] * SW + o_v[None, :], mask=m_o, other=0.0)  # (C, BV)
     if not REVERSE:  # dS carries the scale already
         b_o *= scale
     b_o += dot(b_A * scale, b_w, DOT)
@@ -638,12 +645,12 @@ def gla_read_kernel(
         b_z = 1 / tl.maximum(b_z + tl.sum(b_A, 1), tiny)
         b_o *= b_z[:, None]
         tl.store(p_inverse + row + o_t * H, b_z, mask=m_t & (i_v == 0))
-    tl.store(p_o + o_o, b_o.to(p_o.dtype.element_ty), mask=m_o)
+    tl.store(p_o + row * V + o_o, b_o.to(p_o.dtype.element_ty), mask=m_o)
 
 
 @jit
 def gla_grad_kernel(
-    p_q, p_k, p_v, p_g, p_do, p_s, p_ds, p_dq, p_dk, p_dg, T, H, K, V, scale, gate_min,
+    p_q, p_k, p_v, p_g, p_do, p_s, p_ds, p_dq, p_dk, p_dg, SQ, SV, T, H, K, V, scale, gate_min,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     HEAD: tl.constexpr, FACTORISED: tl.constexpr, STRICT: tl.constexpr,
 ):  # fmt: skip
@@ -657,16 +664,17 @@ def gla_grad_kernel(
     row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
     o_d = tl.arange(0, 1) if HEAD else o_k  # channels of gates
     D = 1 if HEAD else K
-    p_v, p_do, p_g = p_v + row * V, p_do + row * V, p_g + row * D
+    p_q, p_k = p_q + first_of(i_bh, T, SQ, H, K), p_k + first_of(i_bh, T, SQ, H, K)
+    p_v, p_do, p_g = p_v + first_of(i_bh, T, SV, H, V), p_do + row * V, p_g + row * D
     state = (i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t) * K * V
     b_dA, b_dAT = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     b_dq, b_dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
     b_own, b_first = tl.zeros([C], tl.float32), tl.zeros([BK], tl.float32)
     for i_v in range(0, tl.cdiv(V, BV)):
         o_v = i_v * BV + tl.arange(0, BV)
-        o_y, m_y = o_t[:, None] * (H * V) + o_v[None, :], m_t[:, None] & (o_v < V)[None, :]
-        b_v = tl.load(p_v + o_y, mask=m_y, other=0.0)  # (C, BV)
-        b_do = tl.load(p_do + o_y, mask=m_y, other=0.0)  # (C, BV)
+        m_y = m_t[:, None] & (o_v < V)[None, :]
+        b_v = tl.load(p_v + o_t[:, None] * SV + o_v[None, :], mask=m_y, other=0.0)  # (C, BV)
+        b_do = tl.load(p_do + o_t[:, None] * (H * V) + o_v[None, :], mask=m_y, other=0.0)  # (C, BV)
         o_s, m_s = state + o_k[None, :] * V + o_v[:, None], m_k[None, :] & (o_v < V)[:, None]
         b_s = tl.load(p_s + o_s, mask=m_s, other=0.0)  # (BV, BK)
         b_dA += dot(b_do, tl.trans(b_v), DOT)
@@ -684,8 +692,9 @@ def gla_grad_kernel(
     b_pairs = operand(tl.where(o_c[:, None] > o_c[None, :], b_dA * scale, 0.0), DOT)  # (i, j), i > j
     b_pairsT = operand(tl.where(o_c[:, None] < o_c[None, :], b_dAT * scale, 0.0), DOT)  # (j, i)
     o_x, m_x = row * K + o_t[:, None] * (H * K) + o_k[None, :], m_t[:, None] & m_k[None, :]
-    b_q = tl.load(p_q + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
-    b_k = tl.load(p_k + o_x, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
+    o_q = o_t[:, None] * SQ + o_k[None, :]
+    b_q = tl.load(p_q + o_q, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
+    b_k = tl.load(p_k + o_q, mask=m_x, other=0.0).to(tl.float32)  # (C, BK)
     o_g, m_g = o_t[:, None] * (H * D) + o_d[None, :], m_t[:, None] & (o_d < D)[None, :]
     b_g = load_gates(p_g, o_g, m_g, gate_min)  # (C, BK) or (C, 1)
     b_b = tl.cumsum(b_g, 0)
@@ -748,6 +757,12 @@ KERNELS = {
         TILES,
         serial="K / BK",
     ),
+    "read tree": Kernel(
+        gla_read_kernel,
+        configurations(COLUMNS, (32, 64, 8, 1), (32, 32, 4, 2), (64, 64, 8, 1), (32, 64, 4, 1)),
+        TILES,
+        serial="K / BK",
+    ),
     "grad": Kernel(
         gla_grad_kernel,
         configurations(
@@ -776,7 +791,7 @@ def scan_launch(x, y, g, first, dtype, scale=1.0, gate_min=None, reverse=False, 
     def programs(meta):
         return B * H, triton.cdiv(K, meta["BK"]), triton.cdiv(V, meta["BV"])
 
-    args = x, y, x if g is None else g, first, states, last, T, H
+    args = x, y, x if g is None else g, first, states, last, x.stride(1), y.stride(1), T, H
     flags = dict(scale=scale, gate_min=floor(gate_min), DOT=dot_type(x.dtype), REVERSE=reverse)
     flags |= dict(GATED=g is not None, HEAD=is_head(g))
     kernels["scan"].launch(programs, *args, K=K, V=V, C=CHUNK, **flags)
@@ -786,33 +801,35 @@ def scan_launch(x, y, g, first, dtype, scale=1.0, gate_min=None, reverse=False, 
 def read_launch(x, y, w, g, states, scale=1.0, gate_min=None, reverse=False, normaliser=None, kernels=KERNELS):
     """o (B, T, H, V), without what comes of states where they are None. normaliser: what the sums of y are on arrival
     at each chunk, (B, H, chunks, K); then also the inverse (B, T, H, 1) of z, else None."""
-    (B, T, H, K), V, out = x.shape, w.shape[3], torch.empty_like(w)
+    (B, T, H, K), V, out = x.shape, w.shape[3], w.new_empty(w.shape)
     inverse = None if normaliser is None else normaliser.new_empty(B, T, H, 1)
 
     def programs(meta):
         return (triton.cdiv(V, meta["BV"]) * triton.cdiv(T, CHUNK) * B * H,)
 
     sums = (out, out) if normaliser is None else (normaliser, inverse)
-    args = x, y, w, x if g is None else g, w if states is None else states, out, *sums, T, H
+    args = x, y, w, x if g is None else g, w if states is None else states, out, *sums, x.stride(1), w.stride(1), T, H
     numbers = dict(scale=scale, gate_min=floor(gate_min), tiny=torch.finfo(torch.float32).tiny)
     flags = dict(GATED=g is not None, HEAD=is_head(g), FACTORISED=is_factorised(gate_min))
     flags |= dict(STATES=states is not None, NORMALISED=normaliser is not None, REVERSE=reverse)
     flags |= dict(DOT=dot_type(x.dtype), C=CHUNK)
-    kernels["read"].launch(programs, *args, K=K, V=V, **numbers, **flags)
+    tree = g is not None and not flags["HEAD"] and not flags["FACTORISED"]
+    kernels["read tree" if tree else "read"].launch(programs, *args, K=K, V=V, **numbers, **flags)
     return out, inverse
 
 
 def grad_launch(q, k, v, g, do, states, dstates, scale, gate_min, kernels=KERNELS):
     """dq, dk, dg from the states before the chunks and the gradients of those after them. dstates None: STRICT."""
     (B, T, H, K), V, head = q.shape, v.shape[3], is_head(g)
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     dg = g.new_zeros(B, T, H, triton.cdiv(K, 16), dtype=torch.float32) if head else torch.empty_like(g)
 
     def programs(meta):
         return (triton.cdiv(K, meta["BK"]) * states.shape[2] * B * H,)
 
     factorised = head or is_factorised(gate_min)
-    args = q, k, v, g, do, states, states if dstates is None else dstates, dq, dk, dg, T, H
+    strides = q.stride(1), v.stride(1)
+    args = q, k, v, g, do, states, states if dstates is None else dstates, dq, dk, dg, *strides, T, H
     flags = dict(scale=scale, gate_min=floor(gate_min), C=CHUNK, DOT=dot_type(q.dtype))
     flags |= dict(HEAD=head, FACTORISED=factorised, STRICT=dstates is None)
     kernels["grad" if factorised else "grad tree"].launch(programs, *args, K=K, V=V, **flags)
@@ -830,13 +847,29 @@ def floor(gate_min):
 
 def dense(*xs):
     """Contiguous; fp16 as bf16, because the factorised form needs its range."""
-    return [x.to(torch.bfloat16 if x.dtype == torch.float16 else x.dtype).contiguous() for x in xs]
+    return [in_range(x).contiguous() for x in xs]
+
+
+def in_range(x):
+    return x.to(torch.bfloat16) if x.dtype == torch.float16 else x
+
+
+def in_rows(q, k, v):
+    """q, k, v (B, T, H, D) as they are if their tokens stand at equal distances, q's and k's at the same, such as those
+    of slices of a projection."""
+    q, k, v = (x if regular(x) else x.contiguous() for x in map(in_range, (q, k, v)))
+    return (q, k, v) if q.stride() == k.stride() else (q.contiguous(), k.contiguous(), v)
+
+
+def regular(x):
+    (B, T, _, D), (batch, token, head, one) = x.shape, x.stride()
+    return (head, one) == (D, 1) and (batch == T * token or B == 1)
 
 
 def gla_fwd(q, k, v, g, state, scale, gate_min):
     """o and the last state, in two launches."""
     dtype = v.dtype
-    q, k, v, g = *dense(q, k, v), g.contiguous()
+    q, k, v, g = *in_rows(q, k, v), g.contiguous()
     states, last = scan_launch(k, v, g, state.contiguous(), q.dtype, 1.0, gate_min)
     return read_launch(q, k, v, g, states, scale, gate_min)[0].to(dtype), last
 
@@ -844,7 +877,7 @@ def gla_fwd(q, k, v, g, state, scale, gate_min):
 def gla_bwd(q, k, v, g, state, do, dstate, scale, gate_min):
     """dq, dk, dv, dg and the initial state's gradient, in four launches."""
     dtypes = [x.dtype for x in (q, k, v, g)]
-    q, k, v, do, g = *dense(q, k, v, do), g.contiguous()
+    q, k, v, do, g = *in_rows(q, k, v), *dense(do), g.contiguous()
     states, _ = scan_launch(k, v, g, state.contiguous(), torch.float32, 1.0, gate_min)
     dstates, first = scan_launch(q, do, g, dstate.contiguous(), torch.float32, scale, gate_min, True)
     dv, _ = read_launch(k, q, do, g, dstates, scale, gate_min, True)
@@ -858,11 +891,13 @@ def aot_specs():
     factorised, tree = channel | dict(FACTORISED=True), channel | dict(FACTORISED=False)
     forms = {
         "scan": [("", channel), (" head", dict(GATED=True, HEAD=True))],
-        "read": [("", factorised), (" tree", tree), (" head", head)],
+        "read": [("", factorised), (" head", head)],
+        "read tree": [("", tree)],
         "grad": [("", factorised), (" head", head)],
         "grad tree": [("", tree)],
     }
-    for name, more in (("scan", {}), ("read", dict(STATES=True, NORMALISED=False))):
+    read = dict(STATES=True, NORMALISED=False)
+    for name, more in (("scan", {}), ("read", read), ("read tree", read)):
         ways = (("", False), (" reverse", True))
         forms[name] = [(form + way, flags | more | dict(REVERSE=r)) for form, flags in forms[name] for way, r in ways]
     fp32 = {"p_g", "p_first", "p_last", "p_ds", "p_dg", "p_z", "p_inverse"}
@@ -876,7 +911,8 @@ def aot_specs():
                     constants = {x: constants[x] for x in constants if x in names or x[:4] == "num_"}
                     wide = fp32 | ({"p_all", "p_s"} if flags.get("REVERSE") or "grad" in name else set())
                     signature = {x: "*fp32" if x in wide else "*bf16" for x in names if x[:2] == "p_"}
-                    signature |= dict.fromkeys("TH", "i32") | dict.fromkeys("KV", "i32:16")
+                    sizes = dict.fromkeys(("K", "V", "SX", "SY", "SW", "SQ", "SV"), "i32:16")
+                    signature |= dict.fromkeys("TH", "i32") | {x: sizes[x] for x in names if x in sizes}
                     signature |= dict.fromkeys(("scale", "gate_min", "tiny"), "fp32")
                     specs.append((f"gla_{name}{form} {width} #{i}", kernel.function, signature, constants))
     return specs

@@ -366,7 +366,7 @@ def aot_specs():
             wide |= {"p_all", "p_s"} if flags.get("REVERSE", True) else set()
             kernel = KERNELS[name].function
             signature = {x: "*fp32" if x in wide else "*bf16" for x in kernel.arg_names if x[:2] == "p_"}
-            signature |= dict.fromkeys("TH", "i32") | dict.fromkeys("KV", "i32:16")
+            signature |= dict.fromkeys("TH", "i32") | dict.fromkeys(("K", "V", "SX", "SY", "SW"), "i32:16")
             signature |= dict.fromkeys(("scale", "gate_min", "tiny"), "fp32")
             constants = KERNELS[name].options(dict(K=M, V=V))[0] | flags | dict(C=CHUNK, DOT="bf16")
             constants |= {} if name == "grad" else dict(GATED=False, HEAD=False)

@@ -526,6 +526,23 @@ def test_interpreted_types_of_gates(dtype):
 
 
 @INTERPRETED
+def test_interpreted_slices_of_a_projection():
+    """They are read where they are, and give what their copies give."""
+    packed = torch.randn(2, 70, 3 * 2 * 16)
+    views = [x.unflatten(-1, (2, 16)) for x in packed.chunk(3, -1)]
+    assert all(map(lambda x, y: x is y, G.in_rows(*views), views))
+    assert not views[0].is_contiguous() and all(
+        x.is_contiguous() for x in G.in_rows(*(x.transpose(0, 1) for x in views))
+    )
+    g, found = torch.nn.functional.logsigmoid(torch.randn(2, 70, 2, 16)), []
+    for xs in (views, [x.contiguous() for x in views]):
+        xs = [x.detach().requires_grad_() for x in (*xs, g)]
+        o = gla(*xs, None, -1.25, None, False, "triton")[0]
+        found.append([o, *torch.autograd.grad(o.square().sum(), xs)])
+    assert all(map(torch.equal, *found))
+
+
+@INTERPRETED
 def test_interpreted_launches(monkeypatch):
     """Forward and backward together launch six kernels."""
     count, launch = [], Kernel.launch
