@@ -144,7 +144,7 @@ def plan(argv):
         raise ConfigError(f"{printable(wrong[0])}: write --key=value")
     files = [a for a in argv if not a.startswith("-")]
     single = {field.name for field in dataclasses.fields(CompareConfig)} | {"help"}
-    lists = dict(comparison.split_list(a, single) for a in argv if a.startswith("--"))
+    lists = comparison.read_lists(argv, single)
     types, fields = lists.get("attention_type", []), {f.name: f for f in dataclasses.fields(GPTConfig)}
     runs, warnings = [], io.StringIO()
     for items in itertools.product(*lists.values()):
@@ -178,7 +178,7 @@ def train_all(runs, jobs, threads, score):
         while waiting or running:
             for run in waiting[: jobs - len(running)]:  # one that an earlier command left running keeps its place
                 if output := run.claim():
-                    if comparison.code() != run.recipe["code"]:
+                    if comparison.code(run.model.plugin) != run.recipe["code"]:
                         raise TrainError("the code changed since the first run began: give the command again")
                     waiting.remove(run)
                     running[run.start(threads, output)] = run
@@ -224,7 +224,7 @@ def main(argv):
         eval_window(SimpleNamespace(config=run.model), dataset, run.cfg.eval_context, run.cfg.eval_stride)
     if compare.equal_params:
         comparison.equalise(runs, dataset.vocab_size)
-    common = {"data": dataset.checksums(), "code": comparison.code(), "torch": torch.__version__}
+    common = {"data": dataset.checksums(), "code": comparison.code(first.model.plugin), "torch": torch.__version__}
     for run in runs:
         run.place(folder, common)
     runs = [*{run.folder: run for run in reversed(runs)}.values()][::-1]  # without a key that is not its type's, twice
