@@ -43,10 +43,15 @@ def register(name, cls, replace=False):
     except TypeError as error:
         raise ConfigError(f"{where}: {cls.__name__} must be made by __init__(self, config): {error}") from None
     taken = ATTENTION.get(name)
-    if taken is not None and not (replace and taken.__module__ != Attention.__module__):
-        hint = "" if taken.__module__ == Attention.__module__ else ", or register with replace=True"
+    if taken is not None and not (replace and is_foreign(taken)):
+        hint = ", or register with replace=True" if is_foreign(taken) else ""
         raise ConfigError(f"{where}: the name is taken by {taken.__name__}: write another{hint}")
     ATTENTION[name] = cls
+
+
+def is_foreign(cls):
+    """Whether an attention type is from outside model.py."""
+    return cls.__module__ != "model"
 
 
 def split(text):
@@ -62,7 +67,7 @@ def import_plugins(text):
         if os.path.realpath(path) in imported:
             continue
         if not path.endswith(".py"):
-            raise ConfigError(f"plugin={path}: not a Python file; write --plugin=my_attention.py")
+            raise ConfigError(f"plugin {path}: not a Python file; write --plugin=my_attention.py")
         module = types.ModuleType("plugin_" + os.path.basename(path).removesuffix(".py"))
         module.__file__ = path
         sys.modules[module.__name__] = module  # where dataclasses and pickles look for the names of a class

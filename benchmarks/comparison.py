@@ -18,29 +18,20 @@ from benchmarks.runs import read_log
 from benchmarks.tables import LINES, pyplot, save_figure
 from config import ConfigError, printable
 from model import ATTENTION, GPT
-from plugins import import_plugins, split
+from plugins import import_plugins, is_foreign, split
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHECKPOINTS = {"last": "ckpt.pt", "best": "best.pt"}
-CODE = (
-    "model.py",
-    "train.py",
-    "parallel.py",
-    "plugins.py",
-    "weights.py",
-    "config/__init__.py",
-    "data/*.py",
-    "kernels/*.py",
-)
+CODE = ("model.py", "train.py", "parallel.py", "weights.py", "config/__init__.py", "data/*.py", "kernels/*.py")
 SCORED_ALIKE = ("dataset", "eval_context", "eval_stride", "eval_batch_size", "out_dir")  # one value for all runs
 
 
 def read_lists(argv, single):
     """{key: its values} of a command line. A plugin comes first: `all` and keys of types ask what types there are."""
-    named = [config.read_file(a).get("plugin", "") for a in argv if not a.startswith("-")]
+    files = [config.read_file(a) for a in argv if not a.startswith("-")]
+    named = [names["plugin"] for names in files if isinstance(names.get("plugin"), str)]
     named += [a.removeprefix("--plugin=") for a in argv if a.startswith("--plugin=")]
-    if named and isinstance(named[-1], str):
-        import_plugins(named[-1])
+    import_plugins(named[-1] if named else "")
     return dict(split_list(a, single | {"plugin"}) for a in argv if a.startswith("--"))
 
 
@@ -64,11 +55,16 @@ def split_list(argument, single):
     return name, items
 
 
-def code(plugin=""):
-    """A hash of what the code says that decides a result, plugins included; comments and layout do not."""
+def plugins_of(model):
+    """The plugins that decide the result of a run: none where all its types are of model.py."""
+    return tuple(split(model.plugin) if any(is_foreign(ATTENTION[name]) for name in model.types()) else ())
+
+
+def code(plugins=()):
+    """A hash of what the code says that decides a result; comments and layout do not."""
     digest = hashlib.sha256()
     ours = sorted(path for pattern in CODE for path in glob.glob(os.path.join(ROOT, pattern)))
-    for path in ours + split(plugin):
+    for path in [*ours, *plugins]:
         with open(path, "rb") as f:
             digest.update(ast.dump(ast.parse(f.read())).encode())
     return digest.hexdigest()

@@ -6,7 +6,6 @@ import pathlib
 import re
 
 import pytest
-import test_attention
 
 import bench
 import model
@@ -84,16 +83,3 @@ def test_links_lead_somewhere():
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 230 and len(README.encode()) <= 16_000
-
-
-def test_the_readmes_own_attention_obeys_the_protocol(monkeypatch, fresh_rng, products):
-    """The class that the README adds, as printed there."""
-    code = re.search(r"```python\n(class DecayAttention.*?)```", README, re.S)[1]
-    names = dict(vars(model))
-    exec(code, names)
-    monkeypatch.setitem(model.ATTENTION, "decay", names["DecayAttention"])
-    test_attention.test_step_equals_forward_over_any_split("decay", "none", fresh_rng)
-    test_attention.test_strictly_causal_and_rows_apart("decay", "none", fresh_rng)
-    test_attention.test_gradients_reach_every_parameter("decay", fresh_rng)
-    test_attention.test_operations_are_counted("decay")
-    test_attention.test_executed_operations_are_those_of_the_products("decay", {}, fresh_rng, products)
