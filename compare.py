@@ -10,8 +10,8 @@ to some of the attention types is left out for the rest.
 
 Each run is a process of train.py in its own folder, OUT_DIR/VALUES-HASH. The hash is of all that decides a result:
 settings, data, code, a plugin's too where a layer is of it. So a run that is done is not repeated, one that was cut
-goes on from its checkpoint, and a change makes a new folder beside the old one. Ctrl-C stops all runs; the same command goes
-on. Runs end at max_iters: only a max_seconds on the command line counts. The exit status is 1 if a run failed.
+goes on from its checkpoint, and a change makes a new folder beside the old one. Ctrl-C stops all runs; the same command
+goes on. Runs end at max_iters: only a max_seconds on the command line counts. The exit status is 1 if a run failed.
 """
 
 import contextlib

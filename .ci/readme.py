@@ -1,5 +1,5 @@
 """Run the ```bash commands of the README and of docs/ as written, with sizes added that make each take seconds, and the
-```python blocks that begin with an import, in a copy of the tree. A block that begins with `# NAME.py` is written there.
+```python blocks that begin with an import, in a copy of the tree. One that begins with `# NAME.py` is written there.
 
 Data sets that a user downloads are prepared from small local text. Blocks marked ```shell need a network, hours or a
 choice, and are not run.
