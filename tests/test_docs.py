@@ -14,14 +14,20 @@ from benchmarks import layers
 ROOT = pathlib.Path(bench.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+TOUR = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))
+
+
+def script(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def figures():
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("figures")
 
 
 def measured(name, page):
@@ -79,6 +85,30 @@ def test_links_lead_somewhere():
                 heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
                 anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
                 assert anchor in anchors, f"{page.name}: #{anchor}"
+
+
+def test_the_notebook_was_run_as_it_is():
+    """Its cells in order, each once, without an error; .ci/run runs them again."""
+    cells = [cell for cell in TOUR["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert (ROOT / "docs" / "tour.ipynb").stat().st_size < 150_000
+
+
+def test_a_cell_gives_what_jupyter_shows(capsys):
+    runner, names = script("notebook"), {}
+    run = lambda source: runner.run_cell(source, names, 3)  # noqa: E731
+    assert run("x = 2") == run("x;") == run("None") == []
+    printed, value = run("print('a\\nb')\nx + 1")
+    assert printed == {"name": "stdout", "output_type": "stream", "text": ["a\n", "b\n"]}
+    assert (value["data"], value["execution_count"]) == ({"text/plain": ["3"]}, 3)
+    (figure,) = run("import matplotlib.pyplot as plt\nplt.plot([x]);")
+    assert figure["data"]["image/png"].startswith("iVBOR") and run("x = 1") == []
+    with pytest.raises(ZeroDivisionError):
+        run("1 / 0")
+    assert capsys.readouterr().out == ""
 
 
 def test_the_readme_is_short():

@@ -1,6 +1,7 @@
 """Attention types from outside model.py: `register`, --plugin of each script, and what is said of a wrong one."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -68,6 +69,18 @@ def test_the_readmes_own_attention_obeys_the_protocol(plugin, fresh_rng, product
     test_attention.test_operations_are_counted("decay")
     test_attention.test_executed_operations_are_those_of_the_products("decay", {}, fresh_rng, products)
     test_attention.test_a_resumed_run_is_the_same_run("decay", tiny, tmp_path)
+
+
+def test_the_notebooks_own_attention_obeys_the_protocol(fresh_rng, products):
+    tour = json.loads((Path(ROOT) / "docs" / "tour.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in tour["cells"] if cell["cell_type"] == "code"]
+    exec(next(c for c in cells if "class LinearAttention" in c), vars(model) | {"__name__": "__main__"})
+    test_attention.test_step_equals_forward_over_any_split("linear", "none", fresh_rng)
+    test_attention.test_strictly_causal_and_rows_apart("linear", "none", fresh_rng)
+    test_attention.test_gradients_reach_every_parameter("linear", fresh_rng)
+    test_attention.test_dropout_acts_in_training("linear", fresh_rng)
+    test_attention.test_operations_are_counted("linear")
+    test_attention.test_executed_operations_are_those_of_the_products("linear", {}, fresh_rng, products)
 
 
 def test_the_protocol_tests_take_a_plugin(plugin):
