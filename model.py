@@ -1,4 +1,4 @@
-"""A GPT whose attention is looked up by name: the one file to edit to try an attention of your own.
+"""A GPT whose attention is looked up by name. For one of your own, edit this file, or name yours with --plugin.
 
 Shapes: B batch, T tokens, C = n_embd, H heads, D head size, V vocabulary. The parameter tree is nanoGPT's, and for
 `attention_type=softmax` so are the parameter names, so that its checkpoints and GPT-2's weights load.

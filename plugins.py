@@ -1,12 +1,14 @@
 """Attention types that are defined outside model.py: `register` makes one known, --plugin=FILE runs a file that does.
 
-from model import Attention, register
+    from model import Attention, register
 
-class MyAttention(Attention):
-    slots = 64  # its settings are class attributes
-    ...
+    class MyAttention(Attention):
+        slots = 64  # its settings are class attributes
+        ...
 
-register("mine", MyAttention)
+    register("mine", MyAttention)
+
+A checkpoint stores the path of its plugin and never runs it: only --plugin and config files do.
 """
 
 import inspect
@@ -21,12 +23,13 @@ import config
 from config import ConfigError
 
 imported = set()  # real paths of the files that ran
+registered = set()  # names of types that are not model.py's own
 
 
 def register(name, cls, replace=False):
     """Make `cls` the attention type `name`. ConfigError where it cannot be one, or where the name is taken;
     replace=True takes the name of another type from outside model.py, as an edited cell of a notebook must."""
-    from model import ATTENTION, Attention
+    from model import ATTENTION, Attention  # which imports this module
 
     where = f"register({name!r}, ...)"
     if not isinstance(name, str) or not name.isidentifier() or name == "all":
@@ -43,15 +46,11 @@ def register(name, cls, replace=False):
     except TypeError as error:
         raise ConfigError(f"{where}: {cls.__name__} must be made by __init__(self, config): {error}") from None
     taken = ATTENTION.get(name)
-    if taken is not None and not (replace and is_foreign(taken)):
-        hint = ", or register with replace=True" if is_foreign(taken) else ""
+    if taken is not None and not (replace and name in registered):
+        hint = ", or register with replace=True" if name in registered else ""
         raise ConfigError(f"{where}: the name is taken by {taken.__name__}: write another{hint}")
     ATTENTION[name] = cls
-
-
-def is_foreign(cls):
-    """Whether an attention type is from outside model.py."""
-    return cls.__module__ != "model"
+    registered.add(name)
 
 
 def split(text):

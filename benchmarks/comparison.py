@@ -18,7 +18,7 @@ from benchmarks.runs import read_log
 from benchmarks.tables import LINES, pyplot, save_figure
 from config import ConfigError, printable
 from model import ATTENTION, GPT
-from plugins import import_plugins, is_foreign, split
+from plugins import import_plugins, registered, split
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHECKPOINTS = {"last": "ckpt.pt", "best": "best.pt"}
@@ -57,7 +57,7 @@ def split_list(argument, single):
 
 def plugins_of(model):
     """The plugins that decide the result of a run: none where all its types are of model.py."""
-    return tuple(split(model.plugin) if any(is_foreign(ATTENTION[name]) for name in model.types()) else ())
+    return tuple(split(model.plugin)) if registered & {*model.types()} else ()
 
 
 def code(plugins=()):

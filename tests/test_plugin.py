@@ -29,15 +29,15 @@ DECAY = re.search(r"```python\n(# my_attention.py\n.*?)```", README, re.S)[1]  #
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch):
+def registry():
     """What a test registers and imports is gone after it."""
-    before, imported, modules = dict(ATTENTION), set(plugins.imported), set(sys.modules)
+    before, imported, registered = dict(ATTENTION), set(plugins.imported), set(plugins.registered)
+    modules = set(sys.modules)
     forget()
     yield
-    ATTENTION.clear()
-    ATTENTION.update(before)
-    plugins.imported.clear()
-    plugins.imported.update(imported)
+    for found, kept in ((ATTENTION, before), (plugins.imported, imported), (plugins.registered, registered)):
+        found.clear()
+        found.update(kept)
     for name in set(sys.modules) - modules:
         if name.startswith("plugin_"):
             del sys.modules[name]
@@ -45,8 +45,9 @@ def registry(monkeypatch):
 
 def forget():
     """As in a process that has not imported a plugin."""
-    for name in [name for name, cls in ATTENTION.items() if plugins.is_foreign(cls)]:
+    for name in plugins.registered:
         del ATTENTION[name]
+    plugins.registered.clear()
     plugins.imported.clear()
 
 
@@ -191,6 +192,8 @@ def test_the_hash_has_the_plugin_of_its_types(plugin):
     assert comparison.plugins_of(GPTConfig(**config)) == ()
     assert comparison.plugins_of(GPTConfig(attention_type="softmax,decay", **config)) == (str(plugin),)
     assert comparison.code() != comparison.code((str(plugin),))
+    register("alias", ATTENTION["gla"])
+    assert comparison.plugins_of(GPTConfig(attention_type="alias", **config)) == (str(plugin),)
 
 
 # what is wrong
