@@ -92,7 +92,7 @@ class BenchConfig:
 
 def measure(what, explicit, bench, runtime, report):
     """One of the kinds of measurement; `explicit` are the keys of the model that were given."""
-    own = explicit.keys() - {"attention_type"}  # a shape of the user's, or nanoGPT's
+    own = explicit.keys() - {"attention_type", "plugin"}  # a shape of the user's, or nanoGPT's
     if what == "overview":  # of --what=all too, whose block_size is that of the models
         explicit = {k: v for k, v in explicit.items() if k != "block_size" or bench.what == what}
         types = explicit.get("attention_type", ",".join(ATTENTION)).split(",")

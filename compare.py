@@ -9,9 +9,9 @@ a shell removes quotes unless others surround them: '--mask_mix_candidates=full,
 to some of the attention types is left out for the rest.
 
 Each run is a process of train.py in its own folder, OUT_DIR/VALUES-HASH. The hash is of all that decides a result:
-settings, data, code. So a run that is done is not repeated, one that was cut goes on from its checkpoint, and a change
-makes a new folder beside the old one. Ctrl-C stops all runs; the same command goes on. Runs end at max_iters: only a
-max_seconds on the command line counts. The exit status is 1 if a run failed.
+settings, data, code, a plugin's too where a layer is of it. So a run that is done is not repeated, one that was cut
+goes on from its checkpoint, and a change makes a new folder beside the old one. Ctrl-C stops all runs; the same command
+goes on. Runs end at max_iters: only a max_seconds on the command line counts. The exit status is 1 if a run failed.
 """
 
 import contextlib
@@ -76,6 +76,7 @@ class Run:
         self.group = " ".join(names) or "run"
         self.label = f"{self.group} seed={seed}" if seed else self.group
         self.score, self.failure, self.told = None, None, False
+        self.plugins = comparison.plugins_of(model)
 
     def place(self, out_dir, common):
         """Choose the folder, and read what an earlier command left there."""
@@ -83,7 +84,7 @@ class Run:
         sources = [f for f in (self.cfg.init_from, self.cfg.teacher) if os.path.isdir(f)]
         files = [entry for folder in sources for entry in os.scandir(folder) if entry.name.endswith((".pt", "tensors"))]
         stamps = sorted((entry.path, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in files)
-        self.recipe = common | {"model": asdict(self.model), "train": settings, "sources": stamps}
+        self.recipe = common | {"model": asdict(self.model) | {"plugin": ""}, "train": settings, "sources": stamps}
         number = hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:10]
         name = re.sub(r"[^\w.+=-]+", "_", self.label.replace(" ", "-").replace(",", "+"))[:100]
         found = glob.glob(os.path.join(glob.escape(out_dir), f"*-{number}"))  # a longer list changes the label alone
@@ -144,7 +145,7 @@ def plan(argv):
         raise ConfigError(f"{printable(wrong[0])}: write --key=value")
     files = [a for a in argv if not a.startswith("-")]
     single = {field.name for field in dataclasses.fields(CompareConfig)} | {"help"}
-    lists = dict(comparison.split_list(a, single) for a in argv if a.startswith("--"))
+    lists = comparison.read_lists(argv, single)
     types, fields = lists.get("attention_type", []), {f.name: f for f in dataclasses.fields(GPTConfig)}
     runs, warnings = [], io.StringIO()
     for items in itertools.product(*lists.values()):
@@ -178,7 +179,7 @@ def train_all(runs, jobs, threads, score):
         while waiting or running:
             for run in waiting[: jobs - len(running)]:  # one that an earlier command left running keeps its place
                 if output := run.claim():
-                    if comparison.code() != run.recipe["code"]:
+                    if comparison.code(run.plugins) != run.recipe["code"]:
                         raise TrainError("the code changed since the first run began: give the command again")
                     waiting.remove(run)
                     running[run.start(threads, output)] = run
@@ -224,9 +225,10 @@ def main(argv):
         eval_window(SimpleNamespace(config=run.model), dataset, run.cfg.eval_context, run.cfg.eval_stride)
     if compare.equal_params:
         comparison.equalise(runs, dataset.vocab_size)
-    common = {"data": dataset.checksums(), "code": comparison.code(), "torch": torch.__version__}
+    common = {"data": dataset.checksums(), "torch": torch.__version__}
+    codes = {plugins: comparison.code(plugins) for plugins in {run.plugins for run in runs}}
     for run in runs:
-        run.place(folder, common)
+        run.place(folder, common | {"code": codes[run.plugins]})
     runs = [*{run.folder: run for run in reversed(runs)}.values()][::-1]  # without a key that is not its type's, twice
     os.makedirs(folder, exist_ok=True)
     paths = {name: getattr(compare, name) or os.path.join(folder, f"compare.{name}") for name in ("json", "png")}

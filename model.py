@@ -1,4 +1,4 @@
-"""A GPT whose attention is looked up by name: the one file to edit to try an attention of your own.
+"""A GPT whose attention is looked up by name. For one of your own, edit this file, or name yours with --plugin.
 
 Shapes: B batch, T tokens, C = n_embd, H heads, D head size, V vocabulary. The parameter tree is nanoGPT's, and for
 `attention_type=softmax` so are the parameter names, so that its checkpoints and GPT-2's weights load.
@@ -29,6 +29,7 @@ from kernels.gla import compute_dtype, gla, operations as gla_operations
 from kernels.gsa import gsa, operations as gsa_operations
 from kernels.nsa import nsa_compressed, nsa_selected, nsa_sizes, nsa_window, operations as nsa_operations
 from kernels.performer import feature_map, operations as performer_operations, performer, random_features
+from plugins import import_plugins, register, unknown_type  # noqa: F401
 from weights import ModelError, check_stored, load_weights, read_checkpoint, read_gpt2
 
 
@@ -45,6 +46,7 @@ class GPTConfig:
     dropout: float = key(0.0, "dropout on embeddings, attention and residuals", low=0.0, high=0.999)
     bias: bool = key(False, "biases in linear layers and LayerNorms")
     attention_type: str = key("softmax", "one attention type, or a comma pattern cycled over the layers")
+    plugin: str = key("", "file, or files, that register attention types of your own", act=import_plugins)
     pos_emb: str = key(
         "learned", "positions; gla, gsa, the delta rule and mamba2 take no rope", choices=("learned", "rope", "none")
     )
@@ -80,10 +82,7 @@ class GPTConfig:
     gla_expand_k: float = key(0.5, "width of all keys, as a share of n_embd", "gla", low=0.01)
     gla_expand_v: float = key(1.0, "width of all values, as a share of n_embd", "gla", low=0.01)
     gla_gate: str = key(
-        "vector",
-        "decays: of channels, of heads, or constants as in RetNet",
-        "gla",
-        choices=("vector", "scalar", "fixed"),
+        "vector", "decays: of channels, heads, or constants as in RetNet", "gla", choices=("vector", "scalar", "fixed")
     )
     gla_gate_rank: int = key(16, "rank of the gate's projection", "gla", low=1)
     gla_gate_normalizer: float = key(16.0, "root of the gate: larger remembers longer", "gla", low=0.1)
@@ -127,7 +126,7 @@ class GPTConfig:
     def __post_init__(self):
         for name in self.types():
             if name not in ATTENTION:
-                raise ValueError(f"attention_type: no type {name!r}; write one of {', '.join(ATTENTION)}")
+                raise ValueError(unknown_type(name, self.plugin, ATTENTION))
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; or set head_dim")
         if self.pos_emb == "rope" and self.d_head % 2:
@@ -1343,7 +1342,7 @@ def append(buffer, n, x, room):
     return buffer
 
 
-ATTENTION = {
+ATTENTION = {  # plugins.register adds types from other files
     "softmax": SoftmaxAttention,
     "adaptive_span": AdaptiveSpan,
     "mask_mix": MaskMix,
@@ -1491,12 +1490,12 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, all_positions=False):
         """idx, targets (B, T) ids, -1 in targets is not scored. With targets: logits (B, T, V) and the loss, which is
-        cross-entropy in nats plus the penalties. Without: logits (B, 1, V) of the last position, and None."""
+        cross-entropy in nats plus the penalties. Without: logits of the last position (B, 1, V), or all, and None."""
         x, penalty = self.hidden(idx)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
+            return self.lm_head(x if all_positions else x[:, -1:]), None
         logits = self.lm_head(x)
         return logits, cross_entropy(logits, targets) + penalty
 

@@ -32,6 +32,7 @@ import config
 from config import ConfigError, key, printable
 from data import DataError, Dataset, get_codec
 from model import GPT
+from plugins import import_plugins
 from weights import ModelError, is_training_folder
 
 LONGEST = 1 << 24  # characters of a prompt file; a device has no end
@@ -46,6 +47,7 @@ class SampleConfig:
     checkpoint: str = key("", "file in out_dir; empty: best.pt, else ckpt.pt, else model.safetensors")
     compare: str = key("", "runs, gpt2, ... or Hugging Face folders, comma-separated: their continuations side by side")
     out: str = key("", "Markdown file to write them to (compare)")
+    plugin: str = key("", "file, or files, that register attention types of your own", act=import_plugins)
     dataset: str = key("", "data set whose codec to use; empty: the one of the run")
     start: str = key("\n", "the prompt, or FILE:path")
     num_samples: int = key(1, "continuations, drawn in one batch", low=1)

@@ -241,8 +241,8 @@ def resume_model(cfg, explicit, given):
     for name, value in explicit.items():
         if name == "vocab_size" and value == 0:
             continue
-        if name == "dropout":
-            model_config = config.override(model_config, dropout=value)
+        if name in ("dropout", "plugin"):  # a plugin may have moved
+            model_config = config.override(model_config, **{name: value})
         elif value != getattr(model_config, name):
             was = getattr(model_config, name)
             raise ConfigError(f"{name}={value} ({given[name]}), but the checkpoint in {cfg.out_dir} has {name}={was}")

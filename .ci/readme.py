@@ -1,5 +1,5 @@
 """Run the ```bash commands of the README and of docs/ as written, with sizes added that make each take seconds, and the
-```python blocks that begin with an import, in a copy of the tree.
+```python blocks that begin with an import, in a copy of the tree. One that begins with `# NAME.py` is written there.
 
 Data sets that a user downloads are prepared from small local text. Blocks marked ```shell need a network, hours or a
 choice, and are not run.
@@ -42,12 +42,16 @@ def prepare_small_data(folder):
     (source / "enwik8").write_bytes(text)
     for split, part in (("train", text[:200_000]), ("valid", text[200_000:250_000]), ("test", text[250_000:])):
         (source / f"wiki.{split}.raw").write_text(part.decode("utf-8", "ignore"), encoding="utf-8")
+    shown([sys.executable, "data/stdlib/prepare.py"], folder)
     shown([sys.executable, "data/enwik8/prepare.py", "--source", "source/enwik8"], folder)
     shown([sys.executable, "data/wikitext2/prepare.py", "--source", "source", "--codec", "bytes"], folder)
 
 
 def run_block(language, block, folder):
-    """Run one block; the number of its commands."""
+    """Run one block, or write the file that it names; the number of its commands."""
+    if name := re.match(r"# (\w+\.py)\n", block):
+        (folder / name[1]).write_text(block, encoding="utf-8")
+        return 0
     if language == "python":
         shown([sys.executable, "-c", block], folder)
         return 1
@@ -75,9 +79,8 @@ def main():
         for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
             text = page.read_text(encoding="utf-8")
             blocks = re.findall(r"```(bash|python)\n(.*?)```", text, re.S)
-            n = sum(
-                run_block(*block, folder) for block in blocks if block[0] == "bash" or block[1].startswith("import")
-            )
+            runs = [b for b in blocks if b[0] == "bash" or b[1].startswith(("import", "# "))]
+            n = sum(run_block(*block, folder) for block in runs)
             print(f"{n} commands of {page.name} ran", flush=True)
 
 

@@ -18,11 +18,21 @@ from benchmarks.runs import read_log
 from benchmarks.tables import LINES, pyplot, save_figure
 from config import ConfigError, printable
 from model import ATTENTION, GPT
+from plugins import import_plugins, registered, split
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHECKPOINTS = {"last": "ckpt.pt", "best": "best.pt"}
 CODE = ("model.py", "train.py", "parallel.py", "weights.py", "config/__init__.py", "data/*.py", "kernels/*.py")
 SCORED_ALIKE = ("dataset", "eval_context", "eval_stride", "eval_batch_size", "out_dir")  # one value for all runs
+
+
+def read_lists(argv, single):
+    """{key: its values} of a command line. A plugin comes first: `all` and keys of types ask what types there are."""
+    files = [config.read_file(a) for a in argv if not a.startswith("-")]
+    named = [names["plugin"] for names in files if isinstance(names.get("plugin"), str)]
+    named += [a.removeprefix("--plugin=") for a in argv if a.startswith("--plugin=")]
+    import_plugins(named[-1] if named else "")
+    return dict(split_list(a, single | {"plugin"}) for a in argv if a.startswith("--"))
 
 
 def split_list(argument, single):
@@ -45,10 +55,16 @@ def split_list(argument, single):
     return name, items
 
 
-def code():
+def plugins_of(model):
+    """The plugins that decide the result of a run: none where all its types are of model.py."""
+    return tuple(split(model.plugin)) if registered & {*model.types()} else ()
+
+
+def code(plugins=()):
     """A hash of what the code says that decides a result; comments and layout do not."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in CODE for path in glob.glob(os.path.join(ROOT, pattern))):
+    ours = sorted(path for pattern in CODE for path in glob.glob(os.path.join(ROOT, pattern)))
+    for path in [*ours, *plugins]:
         with open(path, "rb") as f:
             digest.update(ast.dump(ast.parse(f.read())).encode())
     return digest.hexdigest()

@@ -27,10 +27,11 @@ class ConfigError(ValueError):
     """A mistake in a config file or on the command line; the message is one line and says what to write instead."""
 
 
-def key(default, help, *owners, choices=None, low=None, high=None):
+def key(default, help, *owners, choices=None, low=None, high=None, act=None):
     """A field of a config record: its default, its one-line meaning, the attention types or families of types that own
-    it (none: it is everybody's), the values it may take, or the bounds of a number."""
-    metadata = dict(help=help, owners=owners, choices=choices, low=low, high=high)
+    it (none: it is everybody's), the values it may take, or the bounds of a number. `load` calls `act` with a given
+    value before it builds the records: what they check may depend on it."""
+    metadata = dict(help=help, owners=owners, choices=choices, low=low, high=high, act=act)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -54,6 +55,9 @@ def load(argv, *records):
     for argument in [a for a in argv if a.startswith("-")]:
         name, value = _parse_argument(argument, fields, hints)
         values[name], given[name] = value, "the command line"
+    for name, value in values.items():
+        if fields[name].metadata["act"] is not None:
+            fields[name].metadata["act"](value)
     _drop_stray_keys(values, given, fields, records)
     return (*(build(r, {k: v for k, v in values.items() if k in _names(r)}) for r in records), given)
 
@@ -86,6 +90,14 @@ def read_file(path):
     """The public names that an override file leaves behind, run in a namespace of its own."""
     if not path.endswith(".py"):
         raise ConfigError(f"{_cut(path)}: not a config file; write config/<name>.py, or --key=value for one key")
+    namespace = {"__file__": path, "__name__": "config_file"}
+    run_file(path, namespace, "an override file holds plain assignments")
+    return {name: value for name, value in namespace.items() if not name.startswith("_")}
+
+
+def run_file(path, namespace, holds):
+    """Run a Python file in `namespace`. Its mistakes are ConfigErrors that name the line; `holds` says what the file is
+    for, where it ends the process."""
     try:
         with open(path, encoding="utf-8") as f:
             source = f.read()
@@ -97,17 +109,15 @@ def read_file(path):
         close = difflib.get_close_matches(os.path.basename(path), here, 1)
         hint = f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
         raise ConfigError(f"{path}: {reason}{hint}") from None
-    namespace = {"__file__": path, "__name__": "config_file"}
     try:
         exec(compile(source, path, "exec"), namespace)
     except SyntaxError as error:
         raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from None
     except Exception as error:
-        line = _line_in(error, path)
-        raise ConfigError(f"{path}, line {line}: {type(error).__name__}: {error}".replace("\n", " ")) from None
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{path}, line {_line_in(error, path)}: {kind}{error}".replace("\n", " ")) from None
     except SystemExit:
-        raise ConfigError(f"{path}: it exits; an override file holds plain assignments") from None
-    return {name: value for name, value in namespace.items() if not name.startswith("_")}
+        raise ConfigError(f"{path}: it exits; {holds}") from None
 
 
 def _line_in(error, path):

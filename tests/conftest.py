@@ -12,10 +12,23 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 import data
+from config import ConfigError
 from kernels import launch
+from plugins import import_plugins
 
 torch.set_num_threads(1)  # sums in a fixed order: runs in this process and in others are compared digit for digit
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--plugin", default="", help="file of attention types of your own, to be tested like the others")
+
+
+def pytest_configure(config):
+    try:
+        import_plugins(config.getoption("--plugin"))
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def oracle(name):

@@ -333,7 +333,7 @@ def test_changed_runs_run_again_beside_the_old(compared, text_dataset, tmp_path)
 
 def test_code_that_changes_meanwhile_ends_the_command(text_dataset, tmp_path, monkeypatch):
     versions = itertools.count()
-    monkeypatch.setattr(compare.comparison, "code", lambda: str(next(versions)))
+    monkeypatch.setattr(compare.comparison, "code", lambda plugins: str(next(versions)))
     with pytest.raises(TrainError, match="the code changed"):
         compare.main(command(tmp_path / "out", text_dataset))
 

@@ -226,6 +226,8 @@ def values_of(field, kinds):
         choices.append(st.none())
     if meta["choices"]:
         choices.append(st.sampled_from(meta["choices"]))
+    elif meta["act"] is not None:  # of a file that runs; tests/test_plugin.py has these
+        choices.append(st.just(field.default))
     elif field.name == "attention_type":  # every type in use, so that every type's keys may be given
         choices.append(st.permutations(list(ATTENTION)).map(",".join))
     elif bool in kinds:

@@ -6,7 +6,6 @@ import pathlib
 import re
 
 import pytest
-import test_attention
 
 import bench
 import model
@@ -15,14 +14,20 @@ from benchmarks import layers
 ROOT = pathlib.Path(bench.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+TOUR = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))
+
+
+def script(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def figures():
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("figures")
 
 
 def measured(name, page):
@@ -82,18 +87,29 @@ def test_links_lead_somewhere():
                 assert anchor in anchors, f"{page.name}: #{anchor}"
 
 
+def test_the_notebook_was_run_as_it_is():
+    """Its cells in order, each once, without an error; .ci/run runs them again."""
+    cells = [cell for cell in TOUR["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert (ROOT / "docs" / "tour.ipynb").stat().st_size < 150_000
+
+
+def test_a_cell_gives_what_jupyter_shows(capsys):
+    runner, names = script("notebook"), {}
+    run = lambda source: runner.run_cell(source, names, 3)  # noqa: E731
+    assert run("x = 2") == run("x;") == run("None") == []
+    printed, value = run("print('a\\nb')\nx + 1")
+    assert printed == {"name": "stdout", "output_type": "stream", "text": ["a\n", "b\n"]}
+    assert (value["data"], value["execution_count"]) == ({"text/plain": ["3"]}, 3)
+    (figure,) = run("import matplotlib.pyplot as plt\nplt.plot([x]);")
+    assert figure["data"]["image/png"].startswith("iVBOR") and run("x = 1") == []
+    with pytest.raises(ZeroDivisionError):
+        run("1 / 0")
+    assert capsys.readouterr().out == ""
+
+
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 230 and len(README.encode()) <= 16_000
-
-
-def test_the_readmes_own_attention_obeys_the_protocol(monkeypatch, fresh_rng, products):
-    """The class that the README adds, as printed there."""
-    code = re.search(r"```python\n(class DecayAttention.*?)```", README, re.S)[1]
-    names = dict(vars(model))
-    exec(code, names)
-    monkeypatch.setitem(model.ATTENTION, "decay", names["DecayAttention"])
-    test_attention.test_step_equals_forward_over_any_split("decay", "none", fresh_rng)
-    test_attention.test_strictly_causal_and_rows_apart("decay", "none", fresh_rng)
-    test_attention.test_gradients_reach_every_parameter("decay", fresh_rng)
-    test_attention.test_operations_are_counted("decay")
-    test_attention.test_executed_operations_are_those_of_the_products("decay", {}, fresh_rng, products)
