@@ -9,8 +9,8 @@ from conftest import oracle
 
 import config
 import data
+import formats
 import train
-import weights
 from model import GPT, GPTConfig
 
 LLAMA = dict(pos_emb="rope", norm="rmsnorm", mlp="swiglu")
@@ -28,7 +28,7 @@ def random_model(**keys):
 
 def exported(model, tmp_path, codec=None):
     """The folder that --export=hf writes."""
-    weights.export(model, str(tmp_path), "hf", codec or data.BytesCodec())
+    formats.export("hf", model, str(tmp_path), codec or data.BytesCodec())
     return str(tmp_path / "hf")
 
 
@@ -96,7 +96,7 @@ def test_the_tokenizer_of_gpt2(tmp_path, monkeypatch):
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
     learned.train_from_iterator([open(train.__file__, encoding="utf-8").read()], trainer)
-    of_letter = {letter: b for b, letter in enumerate(weights.byte_letters())}
+    of_letter = {letter: b for b, letter in enumerate(formats.byte_letters())}
     ranks = {bytes(of_letter[letter] for letter in token): i for token, i in learned.get_vocab().items()}
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
     special = {"<|endoftext|>": len(ranks)}
@@ -130,7 +130,7 @@ def test_the_tokenizer_of_gpt2(tmp_path, monkeypatch):
 )
 def test_what_does_not_fit_is_refused_by_its_key(keys, message):
     with pytest.raises(config.ConfigError, match=f"export=hf: .*{message}") as error:
-        weights.check_export("hf", random_model(**keys), data.BytesCodec())
+        formats.check_export("hf", random_model(**keys), data.BytesCodec())
     assert "\n" not in str(error.value)
 
 
