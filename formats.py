@@ -14,7 +14,7 @@ import torch
 
 import weights
 from config import ConfigError
-from weights import ModelError, check_stored, layer_numbers, write_atomically
+from weights import ModelError, check_stored, write_atomically
 
 # -----------------------------------------------------------------------------
 # GPT-2
@@ -26,7 +26,7 @@ def read_pretrained(source, build):
     """The tensors of a model under our names, and the keys of its shape: from the hub (`gpt2`, `gpt2-medium`, ...) or a
     local Hugging Face folder; build(keys) is our model. ModelError where a tensor is missing, or where the model
     computes what ours cannot."""
-    if read_options(source).get("model_type") in OURS:
+    if str(read_options(source).get("model_type")) in OURS:
         return read_linear(source, source, build)
     try:
         from transformers import GPT2Config, GPT2LMHeadModel

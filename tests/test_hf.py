@@ -1,10 +1,12 @@
 """Folders of transformers and of flash-linear-attention: written with --export=hf, and read by GPT.from_pretrained."""
 
+import importlib
 import json
 import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import oracle
 
 import config
@@ -155,3 +157,179 @@ def test_a_run_writes_it(tiny, tmp_path, capsys):
 def test_symbols_have_no_tokenizer(tiny, labelled_dataset):
     with pytest.raises(config.ConfigError, match="symbols"):
         train.main(tiny(export="hf", dataset=labelled_dataset))
+
+
+# linear models of flash-linear-attention
+
+
+LINEAR = dict(pos_emb="none", norm="rmsnorm", mlp="swiglu", embedding="untied")
+CASES = {  # {case: our model's keys}
+    "gla": dict(attention_type="gla", gla_n_head=2, gla_gate_min=None, mlp_hidden=40),
+    "gla-bounded": dict(attention_type="gla", gla_n_head=4, gla_expand_k=1.0, gla_expand_v=0.5, embedding="tied"),
+    "gsa": dict(attention_type="gsa", gsa_n_head=2, gsa_slots=6),
+    "gsa-tied": dict(attention_type="gsa", gsa_slots=4, gsa_gate_normalizer=3.0, embedding="tied"),
+    "deltanet": dict(attention_type="deltanet", delta_n_head=2),
+    "deltanet-without-conv": dict(attention_type="deltanet", delta_n_head=4, delta_expand_v=2.0, delta_conv=0),
+    "gdn": dict(attention_type="gdn", delta_n_head=2, delta_conv=3, delta_expand_v=0.5),
+    "gdn-negative": dict(attention_type="gdn", delta_n_head=4, delta_beta_max=2.0, embedding="tied"),
+}
+
+
+def rms(x, weight, eps):
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def mixer(kind, c, w, x):
+    """A layer of flash-linear-attention, by its equations and the loops of fla-core; w holds its tensors by name."""
+    silu, logsigmoid, B, T = F.silu, F.logsigmoid, *x.shape[:2]
+
+    def heads(name):
+        y = x @ w[f"{name}_proj.weight"].mT
+        if f"{name}_conv1d.weight" in w:
+            kernel = w[f"{name}_conv1d.weight"]
+            y = F.conv1d(F.pad(y.mT, (kernel.shape[-1] - 1, 0)), kernel, groups=len(kernel)).mT
+        return y.reshape(B, T, c["num_heads"], -1)
+
+    q, k, v = (heads(name) for name in "qkv")
+    if kind == "gla":
+        g = (x @ w["gk_proj.0.weight"].mT @ w["gk_proj.1.weight"].mT + w["gk_proj.1.bias"]).view(k.shape)
+        g = logsigmoid(g) / 16
+        g = g if c["clamp_min"] is None else g.clamp(min=c["clamp_min"])
+        o = oracle("fla.ops.gla.naive").naive_recurrent_gla(q, k, v, g)[0]
+        o = (rms(o, w["g_norm_swish_gate.weight"], c["norm_eps"]) * silu(heads("g"))).flatten(2)
+    elif kind == "gsa":
+        f = logsigmoid(heads("f")) / c["gate_logit_normalizer"]
+        loop = oracle("fla.ops.gsa.naive").naive_recurrent_gsa
+        o = loop(silu(q), silu(k), silu(v), 1 - f.exp(), f, scale=1.0)[0]
+        o = rms(silu(o.flatten(2)), w["g_norm.weight"], 1e-5)  # whatever norm_eps says
+    else:
+        q, k, v = silu(q), silu(k), silu(v)
+        q, k = (t * (t.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for t in (q, k))
+        beta = heads("b")[..., 0].sigmoid() * (2 if c["allow_neg_eigval"] else 1)
+        g = torch.zeros_like(beta)
+        if kind == "gated_deltanet":
+            g = -w["A_log"].exp() * F.softplus(heads("a")[..., 0] + w["dt_bias"])
+        loop = oracle("fla.ops.gated_delta_rule.naive").naive_recurrent_gated_delta_rule
+        o = (rms(loop(q, k, v, beta, g)[0], w["o_norm.weight"], c["norm_eps"]) * silu(heads("g"))).flatten(2)
+    return o @ w["o_proj.weight"].mT
+
+
+def published_logits(folder, idx):
+    """The logits of a checkpoint of flash-linear-attention, of its config.json and its tensors alone."""
+    from safetensors.torch import load_file
+
+    with open(os.path.join(folder, "config.json")) as f:
+        c = json.load(f)
+    w = load_file(os.path.join(folder, "model.safetensors"))
+    x, eps = w["model.embeddings.weight"][idx], c["norm_eps"]
+    for i in range(c["num_hidden_layers"]):
+        of = f"model.layers.{i}."
+        layer = {name.removeprefix(of): t for name, t in w.items() if name.startswith(of)}
+        own = {name.removeprefix("attn."): t for name, t in layer.items()}
+        x = x + mixer(c["model_type"], c, own, rms(x, layer["attn_norm.weight"], eps))
+        y = rms(x, layer["mlp_norm.weight"], eps)
+        y = F.silu(y @ layer["mlp.gate_proj.weight"].mT) * (y @ layer["mlp.up_proj.weight"].mT)
+        x = x + y @ layer["mlp.down_proj.weight"].mT
+    head = "model.embeddings.weight" if c["tie_word_embeddings"] else "lm_head.weight"
+    return rms(x, w["model.norm.weight"], eps) @ w[head].mT
+
+
+def change(folder, **options):
+    """Other options in a folder's config.json; None takes one away."""
+    path = os.path.join(folder, "config.json")
+    with open(path) as f:
+        changed = json.load(f) | options
+    with open(path, "w") as f:
+        json.dump({k: v for k, v in changed.items() if v != "absent"}, f)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_linear_model_leaves_and_comes_back(case, tmp_path):
+    model, idx = random_model(**LINEAR | CASES[case]), torch.randint(256, (2, 40))
+    folder, expected = exported(model, tmp_path), model(idx, idx)[0]
+    torch.testing.assert_close(published_logits(folder, idx), expected, rtol=0, atol=1e-4)
+    back = GPT.from_pretrained(folder).eval()
+    assert back.loaded.new == back.loaded.left == []
+    torch.testing.assert_close(back(idx, idx)[0], expected, rtol=0, atol=1e-6)
+    for name in ("attention_type", "block_size", "embedding", "delta_conv", "gla_gate_min", "gsa_gate_normalizer"):
+        assert getattr(back.config, name) == getattr(model.config, name)
+
+
+@pytest.mark.parametrize("case", ["gla", "gla-bounded", "gsa", "gsa-tied"])
+def test_published_checkpoints_have_another_epsilon(case, tmp_path):
+    """1e-6, and small activations, where it counts: the weights that are read are scaled to ours."""
+    model, idx = random_model(**LINEAR | CASES[case]), torch.randint(256, (2, 40))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("wte.weight", "c_proj.weight")):
+                p.mul_(0.01)
+    folder, before = exported(model, tmp_path), model(idx, idx)[0]
+    change(folder, norm_eps=1e-6)
+    expected, ours = published_logits(folder, idx), GPT.from_pretrained(folder).eval()
+    torch.testing.assert_close(ours(idx, idx)[0], expected, rtol=0, atol=1e-4)
+    assert (before - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "without" not in case])
+def test_flash_linear_attention_gives_our_logits(case, tmp_path, monkeypatch):
+    """Its own layers and models, from the package that nothing here requires, without their Triton modules."""
+    pytest.importorskip("fla.models", reason="flash-linear-attention is not installed: fla-core has no models")
+    import fla.modules.mlp
+
+    class Norm(torch.nn.Module):
+        def __init__(self, hidden_size, elementwise_affine=True, eps=1e-5, **options):
+            super().__init__()
+            self.weight, self.bias, self.eps = torch.nn.Parameter(torch.ones(hidden_size)), None, eps
+
+        def forward(self, x, residual=None, prenorm=False):
+            x = x + residual if prenorm else x
+            return (rms(x, self.weight, self.eps), x) if prenorm else rms(x, self.weight, self.eps)
+
+    class Gated(Norm):
+        def forward(self, x, gate):
+            return super().forward(x) * F.silu(gate)
+
+    class Convolution(torch.nn.Conv1d):
+        def __init__(self, hidden_size, kernel_size, bias, activation):
+            super().__init__(hidden_size, hidden_size, kernel_size, groups=hidden_size, bias=bias)
+
+        def forward(self, x, **state):
+            return F.silu(super().forward(F.pad(x.mT, (self.kernel_size[0] - 1, 0))).mT), None
+
+    def gla(q, k, v, gk, **options):
+        return oracle("fla.ops.gla.naive").naive_recurrent_gla(q, k, v, gk)
+
+    def gsa(q, k, v, s, g, scale, **options):
+        return oracle("fla.ops.gsa.naive").naive_recurrent_gsa(q, k, v, s, g, scale=scale)
+
+    def gdn(q, k, v, beta, g=None, A_log=None, dt_bias=None, allow_neg_eigval=False, **options):
+        q, k = (t * (t.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for t in (q, k))
+        g = torch.zeros_like(beta) if g is None else -A_log.exp() * F.softplus(g + dt_bias)
+        beta = beta if A_log is None else beta.sigmoid() * (2 if allow_neg_eigval else 1)
+        return oracle("fla.ops.gated_delta_rule.naive").naive_recurrent_gated_delta_rule(q, k, v, beta, g)
+
+    def norm_linear(x, weight, bias, linear, linear_bias, eps=1e-5):
+        return F.linear(rms(x, weight, eps), linear)
+
+    names = ("gla", "gsa", "delta_net", "gated_deltanet")
+    places = [importlib.import_module(f"fla.layers.{name}") for name in names]
+    places += [importlib.import_module(f"fla.models.{name}.modeling_{name}") for name in names] + [fla.modules.mlp]
+    swaps = dict(FusedRMSNormGated=Gated, RMSNorm=Norm, ShortConvolution=Convolution, SwishFeatureMap=torch.nn.SiLU)
+    swaps |= dict(fused_recurrent_gla=gla, fused_recurrent_gsa=gsa, rms_norm_linear=norm_linear)
+    swaps |= dict(fused_recurrent_delta_rule=gdn, fused_recurrent_gated_delta_rule=gdn)
+    swaps |= dict(swiglu=lambda gate, y: F.silu(gate) * y)
+    for place in places:
+        for name in swaps.keys() & vars(place).keys():
+            monkeypatch.setattr(place, name, swaps[name])
+    monkeypatch.setattr(places[3].GatedDeltaNet, "_use_fused_qkv_conv", lambda *a, **k: False)
+    model, idx = random_model(**LINEAR | CASES[case]), torch.randint(256, (2, 40))
+    folder = exported(model, tmp_path)
+    change(folder, fuse_swiglu=False)
+    auto = oracle("transformers").AutoModelForCausalLM
+    hf, report = auto.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    with torch.no_grad():
+        logits = hf.eval()(idx, use_cache=False).logits
+    torch.testing.assert_close(logits, model(idx, idx)[0], rtol=0, atol=1e-4)
+    back = GPT.from_pretrained(folder).eval()
+    torch.testing.assert_close(back(idx, idx)[0], logits, rtol=0, atol=1e-4)
