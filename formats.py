@@ -370,6 +370,10 @@ def read_linear(folder, source, build):
 
 def linear_keys(kind, c):
     """The keys of our model of that type, by the options of its config.json. KeyError where one is missing."""
+    sizes = ["hidden_size", "num_hidden_layers", "num_heads", "vocab_size"]
+    for name in sizes + ["expand", "state_size"] * (kind == "mamba2"):
+        if type(c[name]) not in (int, float) or not c[name] > 0:
+            raise ValueError(f"{name}={c[name]!r}")
     C, H = c["hidden_size"], c["num_heads"]
     keys = dict(attention_type=TYPES[kind], n_embd=C, n_layer=c["num_hidden_layers"], vocab_size=c["vocab_size"])
     keys |= dict(block_size=c.get("max_position_embeddings", 2048), n_head=1 if C % H else H, pos_emb="none")
@@ -409,7 +413,7 @@ def read_tensors(folder, source):
 
 def cut_mamba2(tensors, c):
     """in_proj and conv1d of each layer, in place, as the parts that they hold: z, x, B, C, dt, and x, B, C."""
-    x = dict(x=c["num_heads"] * c["head_dim"], B=c["state_size"], C=c["state_size"])
+    x = dict(x=int(c["expand"] * c["hidden_size"]), B=c["state_size"], C=c["state_size"])
     parts = {"in_proj": dict(z=x["x"]) | x | dict(dt=c["num_heads"]), "conv1d": {f"conv_{k}": n for k, n in x.items()}}
     for name in list(tensors):
         stem, _, kind = name.removesuffix(".weight").rpartition(".")

@@ -14,8 +14,10 @@ import data
 import formats
 import train
 from model import GPT, GPTConfig
+from weights import ModelError
 
 LLAMA = dict(pos_emb="rope", norm="rmsnorm", mlp="swiglu")
+LINEAR = dict(pos_emb="none", norm="rmsnorm", mlp="swiglu", embedding="untied")
 
 
 def random_model(**keys):
@@ -128,6 +130,12 @@ def test_the_tokenizer_of_gpt2(tmp_path, monkeypatch):
         (dict(embedding="onehot", n_embd=256), "embedding=onehot.*untied"),
         (LLAMA | dict(bias=True), "bias=True"),
         (LLAMA | dict(norm="layernorm"), "norm=layernorm"),
+        (dict(attention_type="gla"), "pos_emb=learned.*none or rope"),
+        (LINEAR | dict(attention_type="gla", gla_gate="scalar"), "gla_gate=scalar"),
+        (LINEAR | dict(attention_type="gla", gla_gate_rank=8), "gla_gate_rank=8.*16"),
+        (LINEAR | dict(attention_type="gsa", gate_output=True), "gate_output=True"),
+        (LINEAR | dict(attention_type="gdn", delta_beta_max=1.5), "delta_beta_max=1.5.*1.0 or 2.0"),
+        (LINEAR | dict(attention_type="gdn,gla"), "attention_type=gdn,gla"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_key(keys, message):
@@ -161,8 +169,6 @@ def test_symbols_have_no_tokenizer(tiny, labelled_dataset):
 
 # linear models of flash-linear-attention
 
-
-LINEAR = dict(pos_emb="none", norm="rmsnorm", mlp="swiglu", embedding="untied")
 CASES = {  # {case: our model's keys}
     "gla": dict(attention_type="gla", gla_n_head=2, gla_gate_min=None, mlp_hidden=40),
     "gla-bounded": dict(attention_type="gla", gla_n_head=4, gla_expand_k=1.0, gla_expand_v=0.5, embedding="tied"),
@@ -333,3 +339,87 @@ def test_flash_linear_attention_gives_our_logits(case, tmp_path, monkeypatch):
     torch.testing.assert_close(logits, model(idx, idx)[0], rtol=0, atol=1e-4)
     back = GPT.from_pretrained(folder).eval()
     torch.testing.assert_close(back(idx, idx)[0], logits, rtol=0, atol=1e-4)
+
+
+def test_mamba2_of_transformers_gives_our_logits(tmp_path):
+    transformers = oracle("transformers")
+    sizes = dict(hidden_size=32, num_heads=4, head_dim=16, state_size=8, num_hidden_layers=2, vocab_size=64, expand=2)
+    options = dict(n_groups=1, use_conv_bias=False, initializer_range=0.3)
+    hf = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes | options)).eval()
+    hf.save_pretrained(tmp_path)
+    ours, idx = GPT.from_pretrained(str(tmp_path)).eval(), torch.randint(64, (2, 40))
+    assert ours.config.attention_type == "mamba2" and ours.loaded.new == ours.loaded.left == []
+    with torch.no_grad():
+        expected = hf(idx).logits
+    torch.testing.assert_close(ours(idx, idx)[0], expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.1
+    for keys, message in ((dict(use_conv_bias=True), "use_conv_bias"), (dict(n_groups=2), "n_groups")):
+        change(tmp_path, **keys)
+        with pytest.raises(ModelError, match=f"its {message} is"):
+            GPT.from_pretrained(str(tmp_path))
+        change(tmp_path, **options)
+
+
+def test_a_checkpoint_in_shards_of_bfloat16_is_read(tmp_path):
+    """As the hub has them; with fuse_norm=False one tensor has another name."""
+    from safetensors.torch import load_file, save_file
+
+    model, idx = random_model(**LINEAR | CASES["gla"]), torch.randint(256, (2, 40))
+    folder = exported(model, tmp_path)
+    expected, whole = GPT.from_pretrained(folder).bfloat16().float().eval(), os.path.join(folder, "model.safetensors")
+    tensors = {n.replace("g_norm_swish_gate", "g_norm"): w.bfloat16() for n, w in load_file(whole).items()}
+    os.unlink(whole)
+    names, where = sorted(tensors), {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, os.path.join(folder, f"part-{i}.safetensors"))
+        where |= dict.fromkeys(part, f"part-{i}.safetensors")
+    with open(os.path.join(folder, "model.safetensors.index.json"), "w") as f:
+        json.dump({"weight_map": where}, f)
+    assert torch.equal(GPT.from_pretrained(folder).eval()(idx, idx)[0], expected(idx, idx)[0])
+
+
+@pytest.mark.parametrize(
+    "case, options, message",
+    [
+        ("gla", dict(feature_map="relu"), "its feature_map is relu, here it is None"),
+        ("gla", dict(use_short_conv=True), "use_short_conv"),
+        ("gla", dict(use_output_gate=False), "use_output_gate"),
+        ("gla", dict(num_kv_heads=1), "num_kv_heads"),
+        ("gla", dict(attn={"layers": [1], "num_heads": 2}), "attn"),
+        ("gla", dict(hidden_act="powlu"), "hidden_act"),
+        ("gla", dict(norm_eps=0), "config.json"),
+        ("gla", dict(hidden_size="absent"), "lacks hidden_size"),
+        ("gla", dict(intermediate_size=48), "mlp.c_fc.weight has the shape"),
+        ("gla", dict(num_hidden_layers=3), "lacks model.layers.2.attn_norm.weight"),
+        ("gla", dict(num_hidden_layers=1), "model.layers.1.attn.g_norm_swish_gate.weight has no place"),
+        ("gla", dict(num_heads="2"), "num_heads='2'"),
+        ("gla", dict(model_type=["gla"]), "gla"),
+        ("gsa", dict(feature_map="t2r"), "feature_map"),
+        ("gsa", dict(expand_v=2.0), "expand_v"),
+        ("deltanet", dict(use_gate="absent"), "its use_gate is False"),
+        ("deltanet", dict(norm_eps="absent"), "its norm_eps is 1e-06, here it is 1e-05"),
+        ("deltanet", dict(qk_norm="sum"), "qk_norm"),
+        ("gdn", dict(num_v_heads=4), "num_v_heads"),
+        ("gdn", dict(head_dim=32), "head_dim=32"),
+        ("gdn", dict(output_gate_activation="sigmoid"), "output_gate_activation"),
+    ],
+)
+def test_what_ours_cannot_compute_is_refused_by_its_option(case, options, message, tmp_path):
+    folder = exported(random_model(**LINEAR | CASES[case]), tmp_path)
+    change(folder, **options)
+    with pytest.raises((ModelError, config.ConfigError), match=message) as error:
+        GPT.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not safetensors at all"])
+def test_a_folder_without_weights_is_one_line(content, tmp_path):
+    folder = exported(random_model(**LINEAR | CASES["gsa"]), tmp_path)
+    path = os.path.join(folder, "model.safetensors")
+    os.unlink(path)
+    if content is not None:
+        with open(path, "wb") as f:
+            f.write(content)
+    with pytest.raises(ModelError, match="no weights in") as error:
+        GPT.from_pretrained(folder)
+    assert "\n" not in str(error.value)
