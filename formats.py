@@ -33,7 +33,7 @@ def read_pretrained(source, build):
     except ImportError:
         raise ModelError("GPT-2 weights are read by transformers: pip install transformers") from None
     try:
-        kind = GPT2Config.get_config_dict(source)[0].get("model_type", "gpt2")  # older files do not say
+        kind = str(GPT2Config.get_config_dict(source)[0].get("model_type", "gpt2"))  # older files do not say
         if kind in OURS:
             from huggingface_hub import snapshot_download
 
