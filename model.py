@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import build, key, stray_key
+from formats import read_pretrained
 from kernels.delta import delta, operations as delta_operations
 from kernels.distance import BandCache, distance, operations as distance_operations
 from kernels.gated import executed_pairs as gated_pairs, gated, gated_map
@@ -30,7 +31,7 @@ from kernels.gsa import gsa, operations as gsa_operations
 from kernels.nsa import nsa_compressed, nsa_selected, nsa_sizes, nsa_window, operations as nsa_operations
 from kernels.performer import feature_map, operations as performer_operations, performer, random_features
 from plugins import import_plugins, register, unknown_type  # noqa: F401
-from weights import ModelError, check_stored, load_weights, read_checkpoint, read_gpt2
+from weights import ModelError, check_stored, load_weights, read_checkpoint
 
 
 @dataclass
@@ -1626,9 +1627,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """GPT-2 weights, from the hub (`gpt2`, `gpt2-medium`, ...) or from a local Hugging Face folder. ModelError
-        where a tensor is missing, or where the folder's model computes what ours cannot."""
-        weights, shape = read_gpt2(source)
+        """The model of a Hugging Face folder or of the hub: GPT-2, gla, ... ModelError where ours computes another."""
+        weights, shape = read_pretrained(source, lambda keys: cls(build(GPTConfig, keys)))
         model = cls(build(GPTConfig, shape | overrides))
         model.loaded = load_weights(model, weights, build(GPTConfig, shape))
         return model

@@ -31,6 +31,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import config
+import formats
 import weights
 from config import ConfigError, key, printable
 from data import Batches, DataError, Dataset, windows
@@ -79,7 +80,7 @@ class TrainConfig:
     eval_stride: int = key(0, "step between its windows; 0: its context, so that windows do not overlap", low=0)
     eval_batch_size: int = key(16, "windows at once in the full pass; the figure does not depend on it", low=1)
     checkpoint_interval: int = key(0, "steps between checkpoints; 0: at evaluations only", low=0)
-    export: bool = key(False, "write model.safetensors when the run ends")
+    export: bool | str = key(False, "weights at the end; hf: a folder for transformers", choices=(False, True, "hf"))
     log_interval: int = key(10, "steps between log lines", low=1)
     wandb_log: bool = key(False, "log to Weights & Biases as well")
     wandb_project: str = key("nanoattention", "project there")
@@ -183,8 +184,7 @@ def make_model(cfg, model_config, given, dataset):
     different model is an error."""
     explicit = config.explicit(model_config, given)
     if cfg.init_from == "scratch":
-        size = model_config.vocab_size or dataset.vocab_size
-        model = GPT(config.override(model_config, vocab_size=size))
+        model = GPT(config.override(model_config, vocab_size=model_config.vocab_size or dataset.vocab_size))
         return model, None, f"a new model of {model.num_params():,} parameters"
     if cfg.init_from == "resume":
         return resume_model(cfg, explicit, given)
@@ -751,8 +751,7 @@ def dry_run(model_config, cfg, dataset):
     print(f"parameters: {sum(count.values()):,} (" + ", ".join(f"{k} {v:,}" for k, v in count.items()) + ")")
     print(f"memory: {state / 1e6:,.0f} MB of weights, gradients and optimizer state, ", end="")
     print(f"{activations / 1e6:,.0f} MB of activations in float32")
-    print(f"step: {sequences * length:,} tokens, {nominal / 1e9:,.1f} GFLOP nominal, ", end="")
-    print(f"{executed / 1e9:,.1f} executed")
+    print(f"step: {sequences * length:,} tokens, {nominal / 1e9:,.1f} GFLOP nominal, {executed / 1e9:,.1f} executed")
 
 
 def default_folder(argv, attention_type):
@@ -808,6 +807,7 @@ def work(model_config, cfg, given, world, runtime, dataset):
     model, stored, what = make_model(cfg, model_config, given, dataset)
     if model.config.vocab_size < dataset.vocab_size:
         raise ConfigError(f"vocab_size={model.config.vocab_size} is below the {dataset.vocab_size} of {cfg.dataset}")
+    formats.check_export(cfg.export, model, dataset.codec)
     runtime = config.as_it_began(runtime, cfg, stored)
     cfg = config.override(cfg, dtype=runtime.dtype)  # on record
     model.to(runtime.device)
@@ -821,7 +821,7 @@ def work(model_config, cfg, given, world, runtime, dataset):
     if cfg.eval_only:
         full_evaluation(model, dataset, cfg, runtime, world, teacher)
         if cfg.export and world.master:
-            weights.export(model, cfg.out_dir)
+            formats.export(cfg.export, model, cfg.out_dir, dataset.codec)
         return 0
     run = Run(cfg, runtime, world, dataset, model, stored, teacher)
     resolved = {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(run.cfg)}
@@ -842,7 +842,7 @@ def work(model_config, cfg, given, world, runtime, dataset):
         if run.log is not None:
             run.log.close(status)
     if cfg.export and world.master and status == 0:
-        weights.export(model, cfg.out_dir)
+        formats.export(cfg.export, model, cfg.out_dir, dataset.codec)
     return status
 
 

@@ -1,4 +1,4 @@
-"""What a run keeps: its folder, its log, its weights; other projects' weights; one model copied into another."""
+"""What a run keeps: its folder, its log, its weights; one model copied into another."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ try:
 except ImportError:  # on Windows
     fcntl = None
 
-RUN_FILES = ("config.json", "log.jsonl", "best.pt", "ckpt.pt", "model.safetensors")  # of one run
+RUN_FILES = ("config.json", "log.jsonl", "best.pt", "ckpt.pt", "model.safetensors", "hf")  # of one run
 
 
 class ModelError(ValueError):
@@ -395,47 +395,3 @@ def copy_projections(attn, own, value, theirs):
             taken.append(part)
     missing = [part for part in "qkv" if not any(part in other.split("_")[0] for other in taken)]
     return taken, missing, [part for part in attn.parts if part not in taken]
-
-
-# -----------------------------------------------------------------------------
-# GPT-2
-
-
-def read_gpt2(source):
-    """GPT-2's tensors under our names and the keys of its shape, from the hub (`gpt2`, `gpt2-medium`, ...) or a local
-    Hugging Face folder. ModelError where a tensor is missing, or where the model computes what ours cannot."""
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
-        raise ModelError("GPT-2 weights are read by transformers: pip install transformers") from None
-    try:
-        kind = GPT2Config.get_config_dict(source)[0].get("model_type", "gpt2")  # older files do not say
-        if kind == "gpt2":
-            hf, found = GPT2LMHeadModel.from_pretrained(source, output_loading_info=True)
-    except Exception as error:  # the hub's client raises a dozen kinds
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"no GPT-2 weights in {source!r}: {reason}") from None
-    if kind != "gpt2":
-        raise ModelError(f"{source} is a model of type {kind}: only GPT-2's weights have a place here")
-    if found["missing_keys"]:
-        raise ModelError(f"{source} lacks {', '.join(sorted(found['missing_keys']))}")
-    c = hf.config
-    gelu = {"gelu_new": "tanh", "gelu": "erf"}.get(c.activation_function)
-    if gelu is None:
-        raise ModelError(f"{source}: activation {c.activation_function!r} is not a GELU")
-    fixed = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, layer_norm_epsilon=1e-5)
-    for name, ours in fixed.items():
-        if getattr(c, name) != ours:
-            raise ModelError(f"{source}: its {name} is {getattr(c, name)}, here it is {ours}")
-    shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions)
-    shape |= dict(vocab_size=c.vocab_size, bias=True, gelu=gelu, mlp_hidden=c.n_inner or 0)
-    shape |= dict(embedding="tied" if c.tie_word_embeddings else "untied")
-    return gpt2_names(hf.state_dict()), shape
-
-
-def gpt2_names(weights):
-    """Hugging Face GPT-2 tensors under our names. Its Conv1D stores (in, out), a Linear (out, in): four are turned."""
-    turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-    buffers = (".attn.bias", ".attn.masked_bias")  # causal masks in older files
-    kept = {name: w for name, w in weights.items() if not name.endswith(buffers)}
-    return {name: w.t() if name.endswith(turned) else w for name, w in kept.items()}

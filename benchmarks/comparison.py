@@ -22,7 +22,8 @@ from plugins import import_plugins, registered, split
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHECKPOINTS = {"last": "ckpt.pt", "best": "best.pt"}
-CODE = ("model.py", "train.py", "parallel.py", "weights.py", "config/__init__.py", "data/*.py", "kernels/*.py")
+CODE = ("model.py", "train.py", "parallel.py", "weights.py", "formats.py", "config/__init__.py")
+CODE += ("data/*.py", "kernels/*.py")
 SCORED_ALIKE = ("dataset", "eval_context", "eval_stride", "eval_batch_size", "out_dir")  # one value for all runs
 
 
