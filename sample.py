@@ -17,8 +17,6 @@ each. --interactive asks for prompts until an empty line or Ctrl-D; Ctrl-C ends 
 the seed, each later one from a seed greater by one.
 """
 
-import codecs
-import contextlib
 import html
 import itertools
 import json
@@ -38,6 +36,8 @@ import torch
 import config
 from config import ConfigError, key, printable
 from data import DataError, Dataset, get_codec
+from data.scoring import label_probabilities
+from data.streaming import Text
 from model import GPT, sample_token
 from weights import ModelError, is_training_folder
 
@@ -97,8 +97,8 @@ def load_gpt2(source):
 
 
 def read_prompts(start, by_line=False):
-    """[(text, where it is from)] of --start: of LINES:path each line that is not empty; with by_line of other texts too,
-    where there are any."""
+    """[(text, where it is from)] of --start. Of LINES:path each line that is not empty is one; with by_line of other
+    texts too, where there are any."""
     kind, colon, path = start.partition(":")
     if start == "-" or (colon and kind in ("FILE", "LINES")):
         text = read_text("-" if start == "-" else path, kind)
@@ -135,34 +135,6 @@ def shown(text):
     return "".join(c if c in "\n\t" else printable(c) for c in text)
 
 
-class Text:
-    """What the tokens of a sample say, as they come. Bytes of an unfinished character wait for the next token, and so does
-    what may become `stop`, before which the text ends."""
-
-    def __init__(self, codec, stop=""):
-        self.codec, self.stop, self.stopped, self.count = codec, stop, False, 0
-        self.decoder, self.waiting, self.said = codecs.getincrementaldecoder("utf-8")("replace"), "", ""
-
-    def add(self, token):
-        """Take a token; returns the text that nothing can change any more."""
-        self.count += 1
-        return self._say(self.decoder.decode(self.codec.decode_bytes([token])))
-
-    def end(self):
-        """No token follows; returns the text that waited."""
-        return "" if self.stopped else self._say(self.decoder.decode(b"", final=True), final=True)
-
-    def _say(self, text, final=False):
-        text, held = self.waiting + text, 0
-        if self.stop in text and self.stop:
-            text, self.stopped = text[: text.index(self.stop)], True
-        elif not final:
-            held = max((n for n in range(len(self.stop)) if text.endswith(self.stop[:n])), default=0)
-        self.waiting, text = text[len(text) - held :], text[: len(text) - held]
-        self.said += text
-        return text
-
-
 def print_stream(prompt, tokens, codec, stop=""):
     """Print the prompt, then each token when it comes. Returns the number of tokens."""
     text = Text(codec, stop)
@@ -170,7 +142,7 @@ def print_stream(prompt, tokens, codec, stop=""):
     for token in tokens:
         sys.stdout.write(shown(text.add(token.item())))
         sys.stdout.flush()
-        if text.stopped:
+        if text.ended:
             break
     sys.stdout.write(shown(text.end()) + "\n")
     return text.count
@@ -217,9 +189,9 @@ def compile_step(model, batch):
 
 
 def draw(cfg, model, prompts, codec, runtime):
-    """Yield the next tokens (rows, 1) of a batch that holds num_samples rows for each of `prompts`, lists of ids: the
-    first are those behind the shortest prompt, and where a longer one has a token of its own, it goes on with that. Each
-    prompt draws from a generator of its own: its text is the one that it has alone."""
+    """Yield the next tokens (rows, 1) of a batch that holds num_samples rows for each of `prompts`, lists of ids. It
+    begins behind the shortest: a longer prompt goes on with its own tokens until they end. Each prompt draws from a
+    generator of its own, so that its text is the one that it has alone."""
     n, device, lengths = cfg.num_samples, torch.device(runtime.device), [len(ids) for ids in prompts]
     if cfg.compile and cfg.use_cache and "step" not in vars(model):
         print(compile_step(model, n * len(prompts)), file=sys.stderr)
@@ -236,18 +208,16 @@ def draw(cfg, model, prompts, codec, runtime):
             if t < lengths[i]:
                 tokens.append(idx.new_full((n, 1), prompts[i][t]))
                 continue
-            if len(prompts) > 1:
-                random.set_rng_state(generators[i], *at)
+            random.set_rng_state(generators[i], *at)
             tokens.append(sample_token(own, cfg.temperature, cfg.top_k, cfg.top_p))
-            if len(prompts) > 1:
-                generators[i] = random.get_rng_state(*at)
+            generators[i] = random.get_rng_state(*at)
         idx = torch.cat((idx, torch.cat(tokens)), 1)
         yield idx[:, -1:]
 
 
 def batches(cfg, lengths):
-    """Lists of the numbers of the prompts that share a batch. A prompt that is longer than the others by more tokens than
-    there are to draw costs less in a batch of its own."""
+    """Lists of the numbers of the prompts that share a batch. Prompts that are longer by more tokens than there are to
+    draw cost less in a batch of their own."""
     groups = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         full = not groups or (len(groups[-1]) + 1) * cfg.num_samples > LARGEST
@@ -259,36 +229,19 @@ def batches(cfg, lengths):
 
 def continuations(cfg, model, codec, prompts, runtime):
     """Yield, for each of `prompts` (lists of ids) in order, its number and the Texts of its samples."""
-    lengths, texts, following = [len(ids) for ids in prompts], {}, 0
+    lengths, n, texts, following = [len(ids) for ids in prompts], cfg.num_samples, {}, 0
     for group in batches(cfg, lengths):
-        for i in group:
-            texts[i] = [Text(codec, cfg.stop) for _ in range(cfg.num_samples)]
-        first = lengths[group[0]]
-        for t, tokens in enumerate(draw(cfg, model, [prompts[i] for i in group], codec, runtime), first):
-            for i, drawn in zip(group, tokens.view(len(group), -1).tolist()):
-                for text, token in zip(texts[i], drawn) if t >= lengths[i] else ():
-                    if not text.stopped and text.count < cfg.max_new_tokens:
-                        text.add(token)
-            if all(text.stopped or text.count == cfg.max_new_tokens for i in group for text in texts[i]):
+        rows = [Text(codec, cfg.stop, cfg.max_new_tokens) for i in group for _ in range(n)]
+        texts |= {i: rows[k * n : (k + 1) * n] for k, i in enumerate(group)}
+        for t, tokens in enumerate(draw(cfg, model, [prompts[i] for i in group], codec, runtime), lengths[group[0]]):
+            for row, token in enumerate(tokens[:, 0].tolist()):
+                if t >= lengths[group[row // n]] and not rows[row].ended:
+                    rows[row].add(token)
+            if all(text.ended for text in rows):
                 break
-        for text in (text for i in group for text in texts[i]):
-            text.end()
         while following in texts:
             yield following, texts.pop(following)
             following += 1
-
-
-def label_probabilities(model, ids, record_len, labels, runtime):
-    """{label: probability}, the likeliest first: the model's at the last token, renormalised over the labels. A text of
-    more than one record is read in records, the last of them up to its end; the mean over them is the answer."""
-    length = min(record_len, len(ids))
-    starts = [*range(0, len(ids) - length, length), len(ids) - length]
-    records = torch.tensor([ids[s : s + length] for s in starts])
-    total = 0.0
-    for x in records.split(64):
-        logits = model.lm_head(model.hidden(x.to(runtime.device))[0][:, -1])  # (n, V)
-        total = total + logits[:, list(labels.values())].cpu().double().softmax(-1).sum(0)
-    return dict(sorted(zip(labels, (total / len(starts)).tolist()), key=lambda pair: -pair[1]))
 
 
 def compare(cfg, runtime):
@@ -341,20 +294,22 @@ def respond(cfg, model, meta, codec, prompts, runtime):
     if meta.get("stripped"):
         prompts = [(text.strip(), where) for text, where in prompts]
     ids = [encode(model, codec, *prompt) for prompt in prompts]
-    names = [f"=== {shown(w.partition(':')[2])} ===\n" if w.startswith("--start=LINES:") else "" for _, w in prompts]
+    lines = [where.partition("=LINES:")[2] for _, where in prompts]
+    names = [f"=== {printable(line)} ===\n" if line else "" for line in lines]
     if meta.get("labels"):
         for name, own in zip(names, ids):
             answer = label_probabilities(model, own, meta["record_len"], meta["labels"], runtime)
             answer = {printable(label): p for label, p in answer.items()}
             print(name + next(iter(answer)) + "\n" + "\n".join(f"  {label:16} {p:.4f}" for label, p in answer.items()))
         return
-    heads = [name + shown(codec.decode_bytes(own).decode("utf-8", errors="replace")) for name, own in zip(names, ids)]
+    heads = [codec.decode_bytes(own).decode("utf-8", errors="replace") for own in ids]
     start, count = time.perf_counter(), 0
     if len(ids) == cfg.num_samples == 1:
-        count = print_stream(heads[0], draw(cfg, model, ids, codec, runtime), codec, cfg.stop)
+        count = print_stream(names[0] + heads[0], draw(cfg, model, ids, codec, runtime), codec, cfg.stop)
     else:
         for i, texts in continuations(cfg, model, codec, ids, runtime):
-            print("\n".join(heads[i] + shown(text.said) + ("\n" + "-" * 80) * (len(texts) > 1) for text in texts))
+            ends = "\n" + "-" * 80 if len(texts) > 1 else ""
+            print(names[i] + "\n".join(shown(heads[i] + text.said) + ends for text in texts))
             count += sum(text.count for text in texts)
     if sys.stdout.isatty():
         seconds = time.perf_counter() - start
@@ -363,8 +318,6 @@ def respond(cfg, model, meta, codec, prompts, runtime):
 
 def interact(cfg, model, meta, codec, runtime):
     """Ask for prompts until an empty line or Ctrl-D; Ctrl-C ends a sample."""
-    with contextlib.suppress(ImportError):  # on Windows; elsewhere it edits the line
-        import readline  # noqa: F401
     for number in itertools.count():
         try:
             text = input("> " if sys.stdin.isatty() else "")
@@ -393,8 +346,7 @@ def main(argv):
         if cfg.compare:
             compare(cfg, runtime)
             return 0
-        ours = cfg.init_from == "checkpoint"
-        model, meta = load(cfg, cfg.out_dir) if ours else load_gpt2(cfg.init_from)
+        model, meta = load(cfg, cfg.out_dir) if cfg.init_from == "checkpoint" else load_gpt2(cfg.init_from)
         codec = get_codec(meta)
         model.to(runtime.device).eval()
         if cfg.interactive:

@@ -77,6 +77,20 @@ def label_scores(confusion, names):
     return scores | {"labels": [dict(zip(("label", "support", "precision", "recall", "f1"), row)) for row in labels]}
 
 
+@torch.no_grad()
+def label_probabilities(model, ids, record_len, labels, runtime):
+    """{label: probability}, the likeliest first: the model's at the last token, renormalised over the labels. A text of
+    more than one record is read in records, the last of them up to its end; the mean over them is the answer."""
+    length = min(record_len, len(ids))
+    starts = [*range(0, len(ids) - length, length), len(ids) - length]
+    records = torch.tensor([ids[s : s + length] for s in starts])
+    total = 0.0
+    for x in records.split(64):
+        logits = model.lm_head(model.hidden(x.to(runtime.device))[0][:, -1])  # (n, V)
+        total = total + logits[:, list(labels.values())].cpu().double().softmax(-1).sum(0)
+    return dict(sorted(zip(labels, (total / len(starts)).tolist()), key=lambda pair: -pair[1]))
+
+
 def perplexity(nats, count):
     return math.inf if nats / count >= 700 else math.exp(nats / count)  # nan stays nan
 
