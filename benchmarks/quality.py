@@ -8,11 +8,12 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+from benchmarks import extrapolation
 from benchmarks.runs import read_config, read_log, runs
 from benchmarks.tables import LINES, pyplot, save_figure
-from data.scoring import evaluate
+from data.scoring import context_sizes, eval_window, evaluate
 from model import GPTConfig
-from train import TrainConfig, eval_window
+from train import TrainConfig
 from weights import read_checkpoint
 
 # Keys that change no figure of a run, beside those of W&B: what it writes, and how it is scored afterwards.
@@ -22,7 +23,9 @@ IDLE += ("eval_only", "eval_context", "eval_stride", "eval_batch_size")
 
 def bench_quality(bench, runtime, report):
     """The full pass over the splits for each checkpoint folder, the loss by position in the context, and what a model
-    cost to train; of those that classify each label's part in it too."""
+    cost to train; of those that classify each label's part in it too. Of several contexts only the scores."""
+    if len(context_sizes(bench.eval_context)) > 1:
+        return extrapolation.bench_contexts(bench, runtime, report)
     labelled, curves, costs = [], {}, {}
     with quality_table(report) as table:
         for run in runs(bench, runtime):
