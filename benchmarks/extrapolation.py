@@ -1,5 +1,4 @@
-"""python bench.py --what=quality --out_dir=out/a,out/b --eval_context=512,1024: how good are models beyond the context in
-training?"""
+"""python bench.py --what=quality --out_dir=out/a,out/b --eval_context=512,1024: how good is a longer context?"""
 
 import os
 

@@ -356,8 +356,8 @@ def resolve_device(device, dtype, compile=False, training=False):
 
 
 def advise_threads():
-    """A line where much more work waits than this machine has cores, and nobody has said how many threads to take: there
-    they wait for each other. None elsewhere, and on Windows, which keeps no load average."""
+    """A line where much more work waits than this machine has cores, and nobody has said how many threads to take: they
+    wait for each other there. None elsewhere, and on Windows, which keeps no load average."""
     import torch
 
     load, cores = 0.0, os.cpu_count() or 1
