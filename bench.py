@@ -6,6 +6,7 @@
     python bench.py --what=ops                             # attention operators against time, beside SDPA
     python bench.py --what=decode                          # sampling: with the cache, and recomputing the prefix
     python bench.py --what=quality --out_dir=out/a,out/b   # the full evaluation pass over checkpoints
+    python bench.py --what=quality --out_dir=out/a,out/b --eval_context=512,1024,2048   # beyond the trained context
     python bench.py --what=curves --out_dir=out/a,out/b    # loss against steps and time, as a PNG
     python bench.py --what=inspect --out_dir=out/a         # what masks keep, what that costs, and pictures of it
     python bench.py --what=heads --out_dir=out/a           # gates, and the weight on the first token, by layer
@@ -78,10 +79,12 @@ class BenchConfig:
     text: str = key("", "text of the attention maps; empty: from the validation split (inspect)")
     dataset: str = key("", "data set (quality); empty: the one that a checkpoint was trained on")
     split: str = key("val,test", "splits (quality)")
-    eval_context: int = key(0, "tokens of context in the full pass; 0: block_size", low=0)
+    eval_context: int | str = key(
+        0, "tokens of context in the full pass, or several sizes with commas; 0: block_size", low=0
+    )
     eval_stride: int = key(0, "step between its windows; 0: its context", low=0)
     eval_batch_size: int = key(16, "windows at once", low=1)
-    png: str = key("", "picture to write; empty: out/bench.png, out/curves.png or out/quality.png")
+    png: str = key("", "picture to write; empty: one of out/, as out/bench.png")
     compare: str = key("", "instead of measuring, compare two files that --json wrote: A.json,B.json")
     fail_below: float = key(0.0, "exit status 1 where the speed of B is below this share of A's (compare)", low=0.0)
     json: str = key("out/bench.json", "file to write the tables to; empty: none")

@@ -41,8 +41,9 @@ from benchmarks.quality import decides, quality_table
 from benchmarks.tables import Report
 from config import ConfigError, key, printable
 from data import DataError, Dataset
+from data.scoring import eval_window
 from model import GPTConfig
-from train import TrainConfig, eval_window
+from train import TrainConfig
 from weights import ModelError, TrainError, lock_folder, write_atomically
 
 try:

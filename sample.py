@@ -2,16 +2,21 @@
 
     python sample.py --out_dir=out --start="The history of" --max_new_tokens=300
     python sample.py --out_dir=out --start=FILE:prompt.txt --num_samples=4 --temperature=0.7 --top_p=0.9
+    python sample.py --out_dir=out --start=LINES:prompts.txt --stop="."
+    git diff | python sample.py --out_dir=out --start=-
+    python sample.py --out_dir=out --interactive
     python sample.py --init_from=gpt2 --start="Once upon a time"
     python sample.py --out_dir=out/classify_stdlib --start=FILE:module.py
     python sample.py --compare=out/teacher,out/student --start=FILE:prompts.txt --out=compared.md
 
-One sample is printed as it is drawn; several are drawn in one batch and printed one after the other. With --compare
-several checkpoints continue the same prompts, the lines of a prompt file, from the same seed, side by side. A model
-trained on records with labels answers with the label of the prompt and the probability of each.
+One sample is printed as it is drawn; several are drawn in one batch and printed one after the other. So are those of
+the prompts of a file, one a line: each prompt draws from a generator of its own with the same seed, and so continues as
+it would alone. With --compare several checkpoints continue the same prompts, the lines of a prompt file, from the same
+seed, side by side. A model trained on records with labels answers with the label of the prompt and the probability of
+each. --interactive asks for prompts until an empty line or Ctrl-D; Ctrl-C ends a sample. Its first prompt draws from
+the seed, each later one from a seed greater by one.
 """
 
-import codecs
 import html
 import itertools
 import json
@@ -21,7 +26,7 @@ import signal
 import sys
 import textwrap
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of theirs
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -31,11 +36,14 @@ import torch
 import config
 from config import ConfigError, key, printable
 from data import DataError, Dataset, get_codec
-from model import GPT
+from data.scoring import label_probabilities
+from data.streaming import Text
+from model import GPT, sample_token
 from plugins import import_plugins
 from weights import ModelError, is_training_folder
 
 LONGEST = 1 << 24  # characters of a prompt file; a device has no end
+LARGEST = 64  # sequences of a batch of several prompts
 
 
 @dataclass
@@ -49,9 +57,11 @@ class SampleConfig:
     out: str = key("", "Markdown file to write them to (compare)")
     plugin: str = key("", "file, or files, that register attention types of your own", act=import_plugins)
     dataset: str = key("", "data set whose codec to use; empty: the one of the run")
-    start: str = key("\n", "the prompt, or FILE:path")
-    num_samples: int = key(1, "continuations, drawn in one batch", low=1)
+    start: str = key("\n", "the prompt, or FILE:path, or LINES:path for a prompt a line; - reads standard input")
+    interactive: bool = key(False, "ask for prompt after prompt")
+    num_samples: int = key(1, "continuations of each prompt, drawn in one batch", low=1)
     max_new_tokens: int = key(500, "tokens of each", low=1)
+    stop: str = key("", "text before which a continuation ends; empty: none")
     temperature: float = key(0.8, "0: greedy", low=0.0)
     top_k: int | None = key(200, "draw among the k most likely; None: all", low=1)
     top_p: float | None = key(
@@ -88,15 +98,27 @@ def load_gpt2(source):
     return GPT.from_pretrained(source), {"codec": "gpt2"}
 
 
-def read_prompt(start):
-    """The text of --start, or of the file that it names."""
-    if not start.startswith("FILE:"):
-        return start
-    path = start.removeprefix("FILE:")
+def read_prompts(start, by_line=False):
+    """[(text, where it is from)] of --start. Of LINES:path each line that is not empty is one; with by_line of other
+    texts too, where there are any."""
+    kind, colon, path = start.partition(":")
+    if start == "-" or (colon and kind in ("FILE", "LINES")):
+        text = read_text("-" if start == "-" else path, kind)
+    else:
+        kind, text = "", start
+    where = f"--start={start}" if kind else "--start"
+    if kind != "LINES" and not by_line:
+        return [(text, where)]
+    lines = [(line, f"{where}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line]
+    return lines or [("" if kind == "LINES" else text, where)]
+
+
+def read_text(path, kind):
+    """The text of a file, or of standard input."""
     if not path:
-        raise ConfigError("--start=FILE: names no file: write its path after the colon")
+        raise ConfigError(f"--start={kind}: names no file: write its path after the colon")
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(0 if path == "-" else path, encoding="utf-8", closefd=path != "-") as f:
             text = f.read(LONGEST + 1)
     except UnicodeDecodeError:
         raise ConfigError(f"--start: {path} is not UTF-8 text") from None
@@ -115,26 +137,28 @@ def shown(text):
     return "".join(c if c in "\n\t" else printable(c) for c in text)
 
 
-def print_stream(prompt, tokens, codec):
-    """Print the prompt, then each token when it comes; bytes of an unfinished character wait for the next token."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+def print_stream(prompt, tokens, codec, stop=""):
+    """Print the prompt, then each token when it comes. Returns the number of tokens."""
+    text = Text(codec, stop)
     sys.stdout.write(shown(prompt))
     for token in tokens:
-        sys.stdout.write(shown(decoder.decode(codec.decode_bytes([token.item()]))))
+        sys.stdout.write(shown(text.add(token.item())))
         sys.stdout.flush()
-    sys.stdout.write(decoder.decode(b"", final=True) + "\n")
+        if text.ended:
+            break
+    sys.stdout.write(shown(text.end()) + "\n")
+    return text.count
 
 
-def encode(model, codec, prompt, start):
-    """The ids of a prompt; `start` is what --start says, to name in errors."""
-    where = f"--start={start}" if start.startswith("FILE:") else "--start"
+def encode(model, codec, prompt, where):
+    """The ids of a prompt; `where` it is from, to name in errors."""
     try:
         ids = codec.encode(prompt)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     if not ids:
-        into = f" into {start.removeprefix('FILE:')}" if start.startswith("FILE:") else ""
-        raise ConfigError(f"--start is empty: write at least one token{into}")
+        what, _, path = where.partition(":")
+        raise ConfigError(f"{what.partition('=')[0]} is empty: write at least one token{path and f' into {path}'}")
     if max(ids) >= model.config.vocab_size:
         raise ConfigError(f"{where}: token {max(ids)} is beyond the model's vocabulary of {model.config.vocab_size}")
     return ids
@@ -166,29 +190,60 @@ def compile_step(model, batch):
     return f"step compiled in {time.perf_counter() - start:.1f} s"
 
 
-def stream(cfg, model, codec, prompt, runtime):
-    """The prompt as the codec gives it back, and the tokens (num_samples, 1) that follow, one at a time."""
-    ids = encode(model, codec, prompt, cfg.start)
+def draw(cfg, model, prompts, codec, runtime):
+    """Yield the next tokens (rows, 1) of a batch that holds num_samples rows for each of `prompts`, lists of ids. It
+    begins behind the shortest: a longer prompt goes on with its own tokens until they end. Each prompt draws from a
+    generator of its own, so that its text is the one that it has alone."""
+    n, device, lengths = cfg.num_samples, torch.device(runtime.device), [len(ids) for ids in prompts]
     if cfg.compile and cfg.use_cache and "step" not in vars(model):
-        print(compile_step(model, cfg.num_samples), file=sys.stderr)
+        print(compile_step(model, n * len(prompts)), file=sys.stderr)
+    random = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type, torch)
+    at = (device,) if device.type == "cuda" else ()
     torch.manual_seed(cfg.seed)
-    idx = torch.tensor([ids], device=runtime.device).expand(cfg.num_samples, -1)
-    options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, vocab_size=codec.vocab_size)
-    tokens = model.stream(idx, cfg.max_new_tokens, use_cache=cfg.use_cache, **options)
-    return codec.decode_bytes(ids).decode("utf-8", errors="replace"), tokens
+    generators = [random.get_rng_state(*at)] * len(prompts)
+    idx = torch.tensor([ids[: min(lengths)] for ids in prompts], device=device).repeat_interleave(n, 0)
+    state = model.init_state(len(idx)) if cfg.use_cache else None
+    for t in range(min(lengths), max(lengths) + cfg.max_new_tokens):
+        logits, state = model._next_logits(idx, state)
+        tokens = []
+        for i, own in enumerate(logits[:, : codec.vocab_size].float().split(n)):
+            if t < lengths[i]:
+                tokens.append(idx.new_full((n, 1), prompts[i][t]))
+                continue
+            random.set_rng_state(generators[i], *at)
+            tokens.append(sample_token(own, cfg.temperature, cfg.top_k, cfg.top_p))
+            generators[i] = random.get_rng_state(*at)
+        idx = torch.cat((idx, torch.cat(tokens)), 1)
+        yield idx[:, -1:]
 
 
-def label_probabilities(model, ids, record_len, labels, runtime):
-    """{label: probability}, the likeliest first: the model's at the last token, renormalised over the labels. A text of
-    more than one record is read in records, the last of them up to its end; the mean over them is the answer."""
-    length = min(record_len, len(ids))
-    starts = [*range(0, len(ids) - length, length), len(ids) - length]
-    records = torch.tensor([ids[s : s + length] for s in starts])
-    total = 0.0
-    for x in records.split(64):
-        logits = model.lm_head(model.hidden(x.to(runtime.device))[0][:, -1])  # (n, V)
-        total = total + logits[:, list(labels.values())].cpu().double().softmax(-1).sum(0)
-    return dict(sorted(zip(labels, (total / len(starts)).tolist()), key=lambda pair: -pair[1]))
+def batches(cfg, lengths):
+    """Lists of the numbers of the prompts that share a batch. Prompts that are longer by more tokens than there are to
+    draw cost less in a batch of their own."""
+    groups = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        full = not groups or (len(groups[-1]) + 1) * cfg.num_samples > LARGEST
+        if full or lengths[i] - lengths[groups[-1][-1]] > cfg.max_new_tokens:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def continuations(cfg, model, codec, prompts, runtime):
+    """Yield, for each of `prompts` (lists of ids) in order, its number and the Texts of its samples."""
+    lengths, n, texts, following = [len(ids) for ids in prompts], cfg.num_samples, {}, 0
+    for group in batches(cfg, lengths):
+        rows = [Text(codec, cfg.stop, cfg.max_new_tokens) for i in group for _ in range(n)]
+        texts |= {i: rows[k * n : (k + 1) * n] for k, i in enumerate(group)}
+        for t, tokens in enumerate(draw(cfg, model, [prompts[i] for i in group], codec, runtime), lengths[group[0]]):
+            for row, token in enumerate(tokens[:, 0].tolist()):
+                if t >= lengths[group[row // n]] and not rows[row].ended:
+                    rows[row].add(token)
+            if all(text.ended for text in rows):
+                break
+        while following in texts:
+            yield following, texts.pop(following)
+            following += 1
 
 
 def compare(cfg, runtime):
@@ -196,8 +251,7 @@ def compare(cfg, runtime):
     names = [name.strip() for name in cfg.compare.split(",") if name.strip()]
     if not names:
         raise ConfigError("--compare names no folder: write --compare=FOLDER,FOLDER")
-    text = read_prompt(cfg.start)
-    prompts = [line for line in text.splitlines() if line] or [text]
+    prompts = read_prompts(cfg.start, by_line=True)
     columns = []
     for name in names:
         hugging_face = os.path.exists(os.path.join(name, "config.json")) and not is_training_folder(name)
@@ -207,12 +261,11 @@ def compare(cfg, runtime):
             raise ConfigError(f"--compare continues prompts, and {name} labels them: write --out_dir={name}")
         codec = get_codec(meta)
         model.to(runtime.device).eval()
-        for prompt in prompts:
-            _, tokens = stream(cfg, model, codec, prompt, runtime)
-            columns.append([codec.decode(row) for row in torch.cat(list(tokens), 1).tolist()])
+        ids = [encode(model, codec, *prompt) for prompt in prompts]
+        columns += [[text.said for text in texts] for _, texts in continuations(cfg, model, codec, ids, runtime)]
     width = max(20, (shutil.get_terminal_size().columns - 3 * (len(names) - 1)) // len(names))
     markdown = []
-    for i, prompt in enumerate(prompts):
+    for i, (prompt, _) in enumerate(prompts):
         rows = list(zip(*columns[i :: len(prompts)]))  # one a sample, one text a model
         print(f"{shown(prompt)}\n{side_by_side(names, width)}\n" + "-" * (width * len(names) + 3 * (len(names) - 1)))
         print("\n\n".join(side_by_side(map(shown, row), width) for row in rows) + "\n")
@@ -238,33 +291,70 @@ def cell(text):
     return text.replace("\r", "").replace("\n", "<br>")
 
 
+def respond(cfg, model, meta, codec, prompts, runtime):
+    """Print what the model says to each of `prompts`: how they go on, or their labels."""
+    if meta.get("stripped"):
+        prompts = [(text.strip(), where) for text, where in prompts]
+    ids = [encode(model, codec, *prompt) for prompt in prompts]
+    lines = [where.partition("=LINES:")[2] for _, where in prompts]
+    names = [f"=== {printable(line)} ===\n" if line else "" for line in lines]
+    if meta.get("labels"):
+        for name, own in zip(names, ids):
+            answer = label_probabilities(model, own, meta["record_len"], meta["labels"], runtime)
+            answer = {printable(label): p for label, p in answer.items()}
+            print(name + next(iter(answer)) + "\n" + "\n".join(f"  {label:16} {p:.4f}" for label, p in answer.items()))
+        return
+    heads = [codec.decode_bytes(own).decode("utf-8", errors="replace") for own in ids]
+    start, count = time.perf_counter(), 0
+    if len(ids) == cfg.num_samples == 1:
+        count = print_stream(names[0] + heads[0], draw(cfg, model, ids, codec, runtime), codec, cfg.stop)
+    else:
+        for i, texts in continuations(cfg, model, codec, ids, runtime):
+            ends = "\n" + "-" * 80 if len(texts) > 1 else ""
+            print(names[i] + "\n".join(shown(heads[i] + text.said) + ends for text in texts))
+            count += sum(text.count for text in texts)
+    if sys.stdout.isatty():
+        seconds = time.perf_counter() - start
+        print(f"{count} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+def interact(cfg, model, meta, codec, runtime):
+    """Ask for prompts until an empty line or Ctrl-D; Ctrl-C ends a sample."""
+    for number in itertools.count():
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            text = ""
+        if not text:
+            return
+        try:
+            seed = (cfg.seed + number) % 2**31
+            respond(replace(cfg, seed=seed), model, meta, codec, [(text, "the prompt")], runtime)
+        except KeyboardInterrupt:
+            print()
+        except (ConfigError, DataError, ModelError) as error:
+            print(f"sample.py: {printable(str(error))}", file=sys.stderr)
+
+
 def main(argv):
-    cfg, _ = config.load(argv, SampleConfig)
+    cfg, given = config.load(argv, SampleConfig)
+    if cfg.interactive and (cfg.compare or "start" in given):
+        raise ConfigError("--interactive asks for the prompts: leave out --start and --compare")
     runtime = config.resolve_device(cfg.device, cfg.dtype)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+    for stream in (sys.stdin, sys.stdout):  # a terminal that lacks a character shows another; of input each byte stays
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
     with torch.no_grad(), runtime.autocast():
         if cfg.compare:
             compare(cfg, runtime)
             return 0
-        ours = cfg.init_from == "checkpoint"
-        model, meta = load(cfg, cfg.out_dir) if ours else load_gpt2(cfg.init_from)
+        model, meta = load(cfg, cfg.out_dir) if cfg.init_from == "checkpoint" else load_gpt2(cfg.init_from)
         codec = get_codec(meta)
         model.to(runtime.device).eval()
-        if meta.get("labels"):
-            text = read_prompt(cfg.start)
-            ids = encode(model, codec, text.strip() if meta.get("stripped") else text, cfg.start)
-            answer = label_probabilities(model, ids, meta["record_len"], meta["labels"], runtime)
-            answer = {printable(label): p for label, p in answer.items()}
-            print(next(iter(answer)) + "\n" + "\n".join(f"  {label:16} {p:.4f}" for label, p in answer.items()))
-            return 0
-        prompt, tokens = stream(cfg, model, codec, read_prompt(cfg.start), runtime)
-        if cfg.num_samples == 1:
-            print_stream(prompt, tokens, codec)
-            return 0
-        for row in torch.cat(list(tokens), 1).tolist():
-            print(shown(prompt + codec.decode(row)))
-            print("-" * 80)
+        if cfg.interactive:
+            interact(cfg, model, meta, codec, runtime)
+        else:
+            respond(cfg, model, meta, codec, read_prompts(cfg.start), runtime)
     return 0
 
 

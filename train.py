@@ -13,6 +13,7 @@ moves the files of an earlier one to out_dir/previous/, once it has a checkpoint
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -34,8 +35,8 @@ import config
 import formats
 import weights
 from config import ConfigError, key, printable
-from data import Batches, DataError, Dataset, windows
-from data.scoring import compare_with_teacher, describe_comparison, evaluate, print_scores, token_nats
+from data import Batches, DataError, Dataset, scoring, windows
+from data.scoring import compare_with_teacher, describe_comparison, estimate_loss, evaluate, print_scores
 from kernels.divergence import kl_divergence
 from model import GPT, GPTConfig, cross_entropy, param_groups, stored_config
 from parallel import processes
@@ -76,7 +77,9 @@ class TrainConfig:
     eval_interval: int = key(500, "steps between evaluations, each followed by a checkpoint", low=1)
     eval_iters: int = key(50, "fixed batches of the loss estimate during training", low=1)
     eval_only: bool = key(False, "score val and test by the full pass, then stop")
-    eval_context: int = key(0, "tokens of context in the full pass; 0: block_size", low=0)
+    eval_context: int | str = key(
+        0, "tokens of context in the full pass, or several sizes with commas; 0: block_size", low=0
+    )
     eval_stride: int = key(0, "step between its windows; 0: its context, so that windows do not overlap", low=0)
     eval_batch_size: int = key(16, "windows at once in the full pass; the figure does not depend on it", low=1)
     checkpoint_interval: int = key(0, "steps between checkpoints; 0: at evaluations only", low=0)
@@ -106,7 +109,7 @@ class TrainConfig:
     def __post_init__(self):
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}")
-        if self.eval_stride > self.eval_context > 0:
+        if self.eval_stride > scoring.context_sizes(self.eval_context)[0] > 0:
             raise ValueError(f"eval_stride={self.eval_stride} would skip tokens: eval_context is {self.eval_context}")
         if (self.distill == "none") != (not self.teacher):
             raise ValueError("distill=kl or distill=attention needs teacher=FOLDER, and a teacher needs one of them")
@@ -125,9 +128,10 @@ class Objective(nn.Module):
 
     The parts are detached by the reader: compiled, a detach here takes the loss's gradient too."""
 
-    def __init__(self, model, teacher=None, temperature=1.0, ce_weight=0.0):
+    def __init__(self, model, teacher=None, temperature=1.0, ce_weight=0.0, answers=None):
+        """answers: None, or of records the ids that may be one, whose accuracy is among the parts then."""
         super().__init__()
-        self.model, self.teacher = model, teacher
+        self.model, self.teacher, self.answers = model, teacher, answers
         self.temperature, self.ce_weight = temperature, ce_weight
 
     def forward(self, batch, matching=False, share=1.0, weight=1.0):
@@ -142,15 +146,18 @@ class Objective(nn.Module):
         penalty = share * penalty
         logits = self.model.lm_head(x)
         ce = weight * cross_entropy(logits, targets)
+        parts = {"ce": ce, "penalty": penalty}
+        if self.answers is not None:
+            parts["accuracy"] = weight * scoring.accuracy(logits, targets, self.answers)
         if self.teacher is None:
-            return ce + penalty, {"ce": ce, "penalty": penalty}
+            return ce + penalty, parts
         with torch.no_grad():
             wanted = self.teacher.lm_head(self.teacher.hidden(idx)[0])
         kl = weight * kl_divergence(wanted, logits, targets, self.temperature)
         loss = self.temperature**2 * kl + penalty
         if self.ce_weight:  # else its backward pass would be one of zeros
             loss = loss + self.ce_weight * ce
-        return loss, {"ce": ce, "penalty": penalty, "kl": kl}
+        return loss, parts | {"kl": kl}
 
     def attention_error(self, idx):
         """Mean over the layers of |y - y_teacher|^2 / |y_teacher|^2, y the attention's output; and the penalties."""
@@ -323,55 +330,33 @@ def compile_objective(objective, batch, runtime):
 # evaluation
 
 
-@torch.no_grad()
-def estimate_loss(model, batches, cfg, runtime, world):
-    """{"train", "val"}: nats a scored token over eval_iters fixed batches: cheap, for curves; no final figure."""
-    model.eval()
-    losses = {}
-    for split in ("train", "val"):
-        if split in batches.dataset.meta["splits"]:
-            nats, count = 0.0, 0
-            for x, y in batches.fixed(split, cfg.eval_iters):
-                nats += token_nats(model, x.to(runtime.device), y.to(runtime.device), y >= 0, runtime)
-                count += int((y >= 0).sum())
-            nats, count = world.sum([nats, count])
-            losses[split] = nats / count if count else math.nan
-    model.train()
-    return losses
-
-
-def eval_window(model, dataset, context, stride):
-    """(context, stride) of the full pass, from the keys eval_context and eval_stride; 0: not given."""
-    if dataset.record_len is not None and (context or stride):
-        what = f"{dataset.name} is records of {dataset.record_len} tokens, each scored whole"
-        raise ConfigError(f"eval_context and eval_stride are for running text: {what}")
-    context = context or model.config.block_size
-    if stride > context:
-        raise ConfigError(f"eval_stride={stride} would skip tokens: the context is {context}")
-    if model.config.pos_emb == "learned" and context > model.config.block_size:
-        raise ConfigError(f"eval_context={context}: learned positions end at block_size={model.config.block_size}")
-    return context, stride or context
-
-
 def full_evaluation(model, dataset, cfg, runtime, world, teacher=None):
-    """The full pass over val and test, printed; returns the rows. With a teacher, both compared on the same windows."""
-    context, stride = eval_window(model, dataset, cfg.eval_context, cfg.eval_stride)
+    """The full pass over val and test, printed, at each size of the context, with a table and a figure where there are
+    several; returns the rows. With a teacher, both compared on the same windows."""
+    sizes, beyond = scoring.within_positions(scoring.context_sizes(cfg.eval_context), model, teacher)
+    if not sizes:
+        raise ConfigError(f"eval_context={cfg.eval_context}: {beyond}")
     rows, share = [], (world.rank, world.size)
-    for name in ("val", "test"):
-        if name in dataset.meta["splits"]:
-            start, split = time.perf_counter(), dataset.split(name)
-            with progress_bar(split.n_scored, f"{name}", "token", world) as bar:
-                how = (context, stride, cfg.eval_batch_size, runtime, share, world.sum, bar)
-                rows.append(evaluate(model, split, *how))
+    splits = [name for name in ("val", "test") if name in dataset.meta["splits"]]
+    for size, name in itertools.product(sizes, splits):
+        context, stride = scoring.eval_window(model, dataset, size, cfg.eval_stride)
+        start, split = time.perf_counter(), dataset.split(name)
+        with progress_bar(split.n_scored, f"{name}", "token", world) as bar:
+            how = (context, stride, cfg.eval_batch_size, runtime, share, world.sum, bar)
+            rows.append(evaluate(model, split, *how))
+        if world.master:
+            print_scores(rows[-1], printable(dataset.meta["label"]), time.perf_counter() - start)
+        if teacher is not None:
+            passes = windows(split, context, stride, cfg.eval_batch_size)
+            mine = (w for i, w in enumerate(passes) if i % world.size == world.rank)
+            scored = ((x, y.masked_fill(~s, -1)) for x, y, s in mine)
+            comparison = compare_with_teacher(model, teacher, scored, runtime, world.sum)
             if world.master:
-                print_scores(rows[-1], printable(dataset.meta["label"]), time.perf_counter() - start)
-            if teacher is not None:
-                passes = windows(split, context, stride, cfg.eval_batch_size)
-                mine = (w for i, w in enumerate(passes) if i % world.size == world.rank)
-                scored = ((x, y.masked_fill(~s, -1)) for x, y, s in mine)
-                comparison = compare_with_teacher(model, teacher, scored, runtime, world.sum)
-                if world.master:
-                    print(f"  {describe_comparison(comparison)}")
+                print(f"  {describe_comparison(comparison)}")
+    if len(scoring.context_sizes(cfg.eval_context)) > 1 and world.master:
+        from benchmarks import extrapolation  # which imports this file
+
+        extrapolation.show_run(cfg, model, rows, beyond)
     return rows
 
 
@@ -430,7 +415,8 @@ class Run:
         self.penalty = 0.0  # of the last step
         model.activation_checkpointing = cfg.activation_checkpointing
         self.teacher = teacher
-        self.objective = Objective(model, teacher, cfg.distill_temperature, cfg.distill_ce)
+        answers = scoring.answer_ids(dataset, model)
+        self.objective = Objective(model, teacher, cfg.distill_temperature, cfg.distill_ce, answers)
         self.micro_steps = cfg.gradient_accumulation_steps // world.size
 
     def restore(self, stored):
@@ -587,8 +573,10 @@ class Run:
 
     def evaluate(self):
         """The cheap estimate, logged, and what the masks are; best.pt."""
-        losses = estimate_loss(self.model, self.batches, self.cfg, self.runtime, self.world)
-        self.say(f"iteration {self.progress.iter_num}: " + ", ".join(f"{k} loss {v:.4f}" for k, v in losses.items()))
+        right = {}
+        losses = estimate_loss(self.model, self.batches, self.cfg.eval_iters, self.runtime, self.world, right)
+        found = [f"{k} {what} {v:.4f}" for what, d in (("loss", losses), ("accuracy", right)) for k, v in d.items()]
+        self.say(f"iteration {self.progress.iter_num}: {', '.join(found)}")
         comparison = {}
         if self.teacher is not None and "val" in losses:
             batches = self.batches.fixed("val", self.cfg.eval_iters)
@@ -599,6 +587,7 @@ class Run:
             self.keep_best(score, as_converted=bool(comparison) and self.progress.iter_num == 0)
         for split, value in losses.items() if self.log else ():
             entry = {"iter": self.progress.iter_num, "split": split, f"{split}_loss": value}
+            entry |= {f"{split}_accuracy": right[split]} if split in right else {}
             entry |= comparison if split == "val" else {}
             self.log.write(**entry, wall_s=self.progress.seconds)
         stats = {f"h.{i}": block.attn.stats() for i, block in enumerate(self.model.transformer.h)}
@@ -818,6 +807,8 @@ def work(model_config, cfg, given, world, runtime, dataset):
         print(f"{printable(what)}\n{runtime}\ndata: {printable(dataset.meta['label'])}", flush=True)
         if unaware := model.config.without_positions():
             print(f"note: {', '.join(unaware)}: no positions there, pos_emb=rope does not reach them", flush=True)
+        if runtime.device_type == "cpu" and (advice := config.advise_threads()):
+            print(f"note: {advice}", flush=True)
     if cfg.eval_only:
         full_evaluation(model, dataset, cfg, runtime, world, teacher)
         if cfg.export and world.master:

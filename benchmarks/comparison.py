@@ -165,17 +165,20 @@ def rank(members, measure):
 
 
 def draw(groups, measure, path):
-    """Validation loss in training, the mean over seeds, and the score of each run."""
-    size = (11, 1.8 + 0.35 * max(8, len(groups)))
-    figure, (curves, scores) = pyplot().subplots(1, 2, figsize=size, layout="constrained")
+    """Validation loss in training, the mean over seeds, and the score of each run; of records the accuracy too."""
+    measures = [measure] + ["accuracy (share)"] * any(run.score["accuracy (share)"] for g in groups for run in g)
+    size = (5.5 * (1 + len(measures)), 1.8 + 0.35 * max(8, len(groups)))
+    figure, (curves, *panels) = pyplot().subplots(1, 1 + len(measures), figsize=size, layout="constrained")
     for i, members in enumerate(groups):
         line, losses = LINES[i % len(LINES)], {}
         for e in (e for run in members for e in read_log(run.folder)[1] if e["split"] == "val" and e["iter"]):
             losses.setdefault(e["iter"], []).append(math.nan if e["val_loss"] is None else e["val_loss"])
         curves.plot(list(losses), [statistics.mean(values) for values in losses.values()], **line)
-        scores.plot([run.score[measure] for run in members], [i] * len(members), **line | {"linestyle": ""})
+        for panel, name in zip(panels, measures):
+            panel.plot([run.score[name] for run in members], [i] * len(members), **line | {"linestyle": ""})
     curves.set(xlabel="optimizer steps", ylabel="validation loss (nats per token)")
-    scores.set(xlabel=f"{measure}, a mark for each run", yticks=range(len(groups)))
-    scores.set_yticklabels([members[0].group for members in groups])
-    scores.invert_yaxis()
+    for panel, name in zip(panels, measures):
+        panel.set(xlabel=f"{name}, a mark for each run", yticks=range(len(groups)))
+        panel.set_yticklabels([members[0].group for members in groups] if panel is panels[0] else [])
+        panel.invert_yaxis()
     save_figure(figure, path)

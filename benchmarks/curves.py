@@ -14,8 +14,8 @@ TRAJECTORIES = dict(alpha="alpha (logit)", span="span (tokens)", period="period 
 
 
 def plot_curves(bench, runtime, report):
-    """Training and validation loss of each run against steps and training time, what it cost, for students the distance
-    from the teacher, and for learned masks their parameters' way, in one PNG."""
+    """Training and validation loss of each run against steps and training time, what it cost, of records the accuracy,
+    for students the distance from the teacher, and for learned masks their parameters' way, in one PNG."""
     runs, masks = {}, []
     for folder in run_folders(bench):
         steps, evaluations, stats = read_log(folder)
@@ -27,6 +27,7 @@ def plot_curves(bench, runtime, report):
         kinds = [kind for kind in TRAJECTORIES if any(key.endswith(f".{kind}") for e in stats for key in e["stats"])]
         masks += [functools.partial(draw_trajectories, folder, name, stats, kind) for kind in kinds]
     drawings = [functools.partial(draw_loss, against="iter"), functools.partial(draw_loss, against="wall_s")]
+    drawings += [draw_accuracy] if any("val_accuracy" in e for _, val in runs.values() for e in val) else []
     drawings += [draw_divergence] if any("kl" in e for _, val in runs.values() for e in val) else []
     bars = {"wall_s": "training time (s)", "cpu_s": "processor time (s)", "rss_mb": "peak memory (MB)"}
     drawings += [functools.partial(draw_bars, key, label) for key, label in bars.items()] + masks
@@ -48,6 +49,18 @@ def draw_loss(panel, runs, against):
         panel.plot(*points, color=colour, marker="o", markersize=4, label=name)
     label = {"iter": "optimizer steps", "wall_s": "training time (s)"}[against]
     panel.set(title="validation; pale: training", xlabel=label, ylabel="cross-entropy (nats per token)")
+
+
+def draw_accuracy(panel, runs):
+    for (name, (steps, val)), colour in zip(runs.items(), itertools.cycle(COLOURS)):
+        for entries, key, style in (
+            (steps, "accuracy", dict(alpha=0.35)),
+            (val, "val_accuracy", dict(marker="o", markersize=4, label=name)),
+        ):
+            entries = [e for e in entries if e.get(key) is not None]  # no running text, and a split without targets
+            panel.plot([e["iter"] for e in entries], [e[key] for e in entries], color=colour, **style)
+    title = "validation; pale: training"
+    panel.set(title=title, xlabel="optimizer steps", ylabel="accuracy (share)", ylim=(0, 1.02))
 
 
 def draw_divergence(panel, runs):

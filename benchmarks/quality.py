@@ -8,11 +8,12 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+from benchmarks import extrapolation
 from benchmarks.runs import read_config, read_log, runs
 from benchmarks.tables import LINES, pyplot, save_figure
-from data.scoring import evaluate
+from data.scoring import context_sizes, eval_window, evaluate
 from model import GPTConfig
-from train import TrainConfig, eval_window
+from train import TrainConfig
 from weights import read_checkpoint
 
 # Keys that change no figure of a run, beside those of W&B: what it writes, and how it is scored afterwards.
@@ -22,7 +23,9 @@ IDLE += ("eval_only", "eval_context", "eval_stride", "eval_batch_size")
 
 def bench_quality(bench, runtime, report):
     """The full pass over the splits for each checkpoint folder, the loss by position in the context, and what a model
-    cost to train; of those that classify each label's part in it too."""
+    cost to train; of those that classify each label's part in it too. Of several contexts only the scores."""
+    if len(context_sizes(bench.eval_context)) > 1:
+        return extrapolation.bench_contexts(bench, runtime, report)
     labelled, curves, costs = [], {}, {}
     with quality_table(report) as table:
         for run in runs(bench, runtime):
@@ -40,7 +43,8 @@ def bench_quality(bench, runtime, report):
             names = [row[name] for name in ("folder", "attention", "split", "parameters (count)")]
             scaling.add(*names, *costs[row["folder"]], row["nats/token"])
     over_seeds(table.rows, report)
-    plot_quality(curves, scaling.rows, bench.png or "out/quality.png")
+    rows = [row | {"accuracy (share)": s["accuracy (share)"]} for row, s in zip(scaling.rows, table.rows)]
+    plot_quality(curves, rows, bench.png or "out/quality.png")
     for folder, scores in labelled:
         names = [row["label"] for row in scores["labels"]]
         columns = {"label": None, "targets (count)": None}
@@ -168,23 +172,29 @@ def training_cost(folder, model, name=None):
 
 
 def plot_quality(curves, rows, path):
-    """The loss by context, and against parameters, tokens and operations, of the first split."""
+    """The loss by context, and against parameters, tokens and operations, of the first split; of records the accuracy
+    against parameters and tokens too."""
     split, plt = rows[0]["split"], pyplot()
     rows = [row for row in rows if row["split"] == split]
     types = list(dict.fromkeys(row["attention"] for row in rows))
-    figure, axes = plt.subplots(2, 2, figsize=(8.4, 7.4), layout="constrained")
+    columns = "parameters (count)", "trained on (tokens)", "executed in training (GFLOP)"
+    panels = [(column, "loss (nats/token)") for column in columns]
+    if any(row["accuracy (share)"] is not None for row in rows):
+        panels += [(column, "accuracy (share)") for column in columns[:2]]
+    n = -(-(1 + len(panels)) // 2)
+    figure, axes = plt.subplots(n, 2, figsize=(8.4, 3.7 * n), layout="constrained")
     for i, row in enumerate(rows):
         curve = curves[row["folder"], split]
         name = os.path.basename(os.path.normpath(row["folder"]))
         axes[0, 0].plot(list(curve), list(curve.values()), label=name, **LINES[i % len(LINES)])
     axes[0, 0].set(xscale="log", xlabel="context (tokens)", ylabel=f"{split} loss (nats per token)")
     axes[0, 0].legend(frameon=False, fontsize=10)
-    columns = "parameters (count)", "trained on (tokens)", "executed in training (GFLOP)"
-    for axis, column in zip(axes.flat[1:], columns):
+    for axis, (column, measure) in zip(axes.flat[1:], panels):
         for i, name in enumerate(types):
-            points = sorted((r[column], r["loss (nats/token)"]) for r in rows if r["attention"] == name and r[column])
-            if points:
+            own = [row for row in rows if row["attention"] == name and row[column] and row[measure] is not None]
+            if own:
+                points = sorted((row[column], row[measure]) for row in own)
                 axis.plot(*zip(*points), label=name, **LINES[i % len(LINES)])
-        axis.set(xscale="log", xlabel=column, ylabel=f"{split} loss (nats per token)")
+        axis.set(xscale="log", xlabel=column, ylabel=f"{split} {measure}")
     axes[0, 1].legend(frameon=False, fontsize=10)
     save_figure(figure, path)

@@ -197,7 +197,7 @@ def _check(field, hint, value, where):
         close = difflib.get_close_matches(str(value), [str(c) for c in meta["choices"]], 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(f"{where} must be one of {', '.join(map(str, meta['choices']))}, not {_short(value)}{hint}")
-    if value is not None and meta["low"] is not None and value < meta["low"]:
+    if meta["low"] is not None and isinstance(value, (int, float)) and value < meta["low"]:
         raise ConfigError(f"{where} must be at least {meta['low']}, not {value}")
     if value is not None and meta["high"] is not None and value > meta["high"]:
         raise ConfigError(f"{where} must be at most {meta['high']}, not {value}")
@@ -363,6 +363,20 @@ def resolve_device(device, dtype, compile=False, training=False):
     if kind == "cpu":
         _keep_freed_memory()
     return Runtime(device, dtype, kind == "cuda" if compile is None else compile, why)
+
+
+def advise_threads():
+    """A line where much more work waits than this machine has cores, and nobody has said how many threads to take: they
+    wait for each other there. None elsewhere, and on Windows, which keeps no load average."""
+    import torch
+
+    load, cores = 0.0, os.cpu_count() or 1
+    with contextlib.suppress(AttributeError, OSError):
+        load = os.getloadavg()[0]
+    few = max(1, int(cores * cores / (load + cores)))  # this process's share of the cores
+    if load <= 1.5 * cores or "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() <= few:
+        return None
+    return f"load average {load:.1f} on {cores} cores: other work shares them; OMP_NUM_THREADS={few} may be faster"
 
 
 def as_it_began(runtime, cfg, stored):

@@ -1,14 +1,87 @@
 """Scores of a model on a whole split: each target once, independent of how the work is cut.
 
-`evaluate` is the full pass, and `print_scores` prints its figures. The pass and the cheap estimate during training
-both add up `token_nats`. The model and the precision are arguments.
+`evaluate` is the full pass, and `print_scores` prints its figures. The pass and the cheap estimate during training,
+`estimate_loss`, both add up `token_nats`. The model and the precision are arguments.
 """
 
 import math
 
 import torch
 
+from config import LARGEST, ConfigError
+
 from . import windows
+
+
+def context_sizes(value):
+    """eval_context as a list, ascending: one number, or several with commas."""
+    try:
+        sizes = sorted({int(n) for n in str(value).split(",")})
+    except ValueError:
+        raise ConfigError(f"eval_context={value}: write one number, or several with commas") from None
+    if len(sizes) > 1 and sizes[0] < 1 or not 0 <= sizes[-1] <= LARGEST:
+        raise ConfigError(f"eval_context={value}: sizes of a context are from 1 to {LARGEST}")
+    return sizes
+
+
+def within_positions(sizes, *models):
+    """(those of the sizes that all models have positions for, a line about the others or None)."""
+    ends = [m.config.block_size for m in models if m is not None and m.config.pos_emb == "learned"]
+    beyond = [n for n in sizes if n > min(ends, default=n)]
+    line = f"no score at a context of {', '.join(map(str, beyond))}: learned positions end at block_size="
+    return [n for n in sizes if n not in beyond], f"{line}{min(ends)}" if beyond else None
+
+
+def eval_window(model, dataset, context, stride):
+    """(context, stride) of the full pass, from the keys eval_context, one number, and eval_stride; 0: not given."""
+    if isinstance(context, str):
+        raise ConfigError(f"eval_context={context}: write one number here")
+    if dataset.record_len is not None and (context or stride):
+        what = f"{dataset.name} is records of {dataset.record_len} tokens, each scored whole"
+        raise ConfigError(f"eval_context and eval_stride are for running text: {what}")
+    context = context or model.config.block_size
+    if stride > context:
+        raise ConfigError(f"eval_stride={stride} would skip tokens: the context is {context}")
+    if model.config.pos_emb == "learned" and context > model.config.block_size:
+        raise ConfigError(f"eval_context={context}: learned positions end at block_size={model.config.block_size}")
+    return context, stride or context
+
+
+@torch.no_grad()
+def estimate_loss(model, batches, n, runtime, world, right):
+    """{"train", "val"}: nats a scored token over n fixed batches: cheap, for curves; no final figure. right: a dict
+    that receives the share of right answers of records."""
+    model.eval()
+    losses, among = {}, answer_ids(batches.dataset, model)
+    for split in ("train", "val"):
+        if split in batches.dataset.meta["splits"]:
+            nats, count, hits = 0.0, 0, 0
+            for x, y in batches.fixed(split, n):
+                x, y = x.to(runtime.device), y.to(runtime.device)
+                likeliest = None if among is None else []
+                nats += token_nats(model, x, y, y >= 0, runtime, likeliest, among)
+                count += int((y >= 0).sum())
+                hits += int((torch.cat(likeliest) == y[y >= 0]).sum()) if likeliest else 0
+            nats, count, hits = world.sum([nats, count, hits])
+            losses[split] = nats / count if count else math.nan
+            if among is not None:
+                right[split] = hits / count if count else math.nan
+    model.train()
+    return losses
+
+
+def answer_ids(dataset, model):
+    """The ids among which the answer of a record is sought, its labels or all; None of running text."""
+    if dataset.record_len is None:
+        return None
+    ids = list(dataset.labels.values()) if dataset.labels else range(model.config.vocab_size)
+    return torch.tensor(ids, device=next(model.parameters()).device)
+
+
+def accuracy(logits, targets, among):
+    """The share of the scored targets that are the likeliest id `among` some; logits (B, T, V), targets (B, T)."""
+    right = among[logits[..., among].argmax(-1)] == targets  # a target that is not scored, -1, is no id
+    return right.sum() / (targets >= 0).sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -75,6 +148,20 @@ def label_scores(confusion, names):
     scores |= {"majority": max(support) / sum(support), "confusion": confusion}
     labels = zip(names, support, precision, recall, f1)
     return scores | {"labels": [dict(zip(("label", "support", "precision", "recall", "f1"), row)) for row in labels]}
+
+
+@torch.no_grad()
+def label_probabilities(model, ids, record_len, labels, runtime):
+    """{label: probability}, the likeliest first: the model's at the last token, renormalised over the labels. A text of
+    more than one record is read in records, the last of them up to its end; the mean over them is the answer."""
+    length = min(record_len, len(ids))
+    starts = [*range(0, len(ids) - length, length), len(ids) - length]
+    records = torch.tensor([ids[s : s + length] for s in starts])
+    total = 0.0
+    for x in records.split(64):
+        logits = model.lm_head(model.hidden(x.to(runtime.device))[0][:, -1])  # (n, V)
+        total = total + logits[:, list(labels.values())].cpu().double().softmax(-1).sum(0)
+    return dict(sorted(zip(labels, (total / len(starts)).tolist()), key=lambda pair: -pair[1]))
 
 
 def perplexity(nats, count):

@@ -1,0 +1,66 @@
+"""python bench.py --what=quality --out_dir=out/a,out/b --eval_context=512,1024: how good is a longer context?"""
+
+import os
+
+from benchmarks.runs import runs
+from benchmarks.tables import LINES, Table, pyplot, save_figure
+from data.scoring import context_sizes, eval_window, evaluate, within_positions
+
+TITLE = "full pass over whole splits, by the size of the context (bits/byte)"
+
+
+def columns(sizes):
+    names = dict.fromkeys(("folder", "attention", "positions", "split", "trained in (tokens)"))
+    return names | {f"{n} (bits/byte)": ".4f" for n in sizes}
+
+
+def bench_contexts(bench, runtime, report):
+    """A row for each checkpoint folder and split, a column for each size of the context, and a figure."""
+    sizes = context_sizes(bench.eval_context)
+    with report.table("contexts", TITLE, columns(sizes), keys=4) as table:
+        for folder, model, dataset in runs(bench, runtime):
+            reached, beyond = within_positions(sizes, model)
+            for part in bench.split.split(","):
+                split, rows = dataset.split(part.strip()), []
+                for size in reached:
+                    context, stride = eval_window(model, dataset, size, bench.eval_stride)
+                    rows.append(evaluate(model, split, context, stride, bench.eval_batch_size, runtime))
+                add_row(table, sizes, folder, model, split.name, rows)
+            if beyond:
+                report.note(f"{folder}: {beyond}")
+    draw(table.rows, sizes, bench.png or "out/contexts.png")
+
+
+def show_run(cfg, model, rows, beyond):
+    """The table and the figure of one run, from what the full pass gave."""
+    sizes = context_sizes(cfg.eval_context)
+    with Table("contexts", TITLE, columns(sizes), keys=4) as table:
+        for split in dict.fromkeys(row["split"] for row in rows):
+            add_row(table, sizes, cfg.out_dir, model, split, [row for row in rows if row["split"] == split])
+    if beyond:
+        print(beyond)
+    draw(table.rows, sizes, os.path.join(cfg.out_dir, "contexts.png"))
+
+
+def add_row(table, sizes, folder, model, split, rows):
+    c, found = model.config, {row["context"]: row["bits_per_byte"] for row in rows}
+    table.add(folder, c.attention_type, c.pos_emb, split, c.block_size, *(found.get(n) for n in sizes))
+
+
+def draw(rows, sizes, path):
+    """Bits per byte against the size of the context, of the first split; a dotted line where training ended."""
+    figure, axis = pyplot().subplots(figsize=(7.2, 4.6), layout="constrained")
+    rows = [row for row in rows if row["split"] == rows[0]["split"]]
+    for i, row in enumerate(rows):
+        points = [(n, row[f"{n} (bits/byte)"]) for n in sizes if row[f"{n} (bits/byte)"] is not None]
+        name = os.path.basename(os.path.normpath(row["folder"]))
+        if points:
+            axis.plot(*zip(*points), label=name, **LINES[i % len(LINES)])
+    for n in {row["trained in (tokens)"] for row in rows}:
+        axis.axvline(n, color="grey", linestyle=":", zorder=0)
+    label = "context (tokens; dotted: the one in training)"
+    axis.set(xlabel=label, ylabel=f"{rows[0]['split']} bits per byte")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+    axis.legend(frameon=False, fontsize=10)
+    save_figure(figure, path)
