@@ -38,7 +38,7 @@ import config
 import data
 import train
 import weights
-from data import DataError
+from data import DataError, scoring
 from train import TrainError
 from weights import ModelError, read_checkpoint
 
@@ -100,7 +100,7 @@ def moment(kind, signals, seed, folder):
         elif kind == "loading":
             threading.Timer(rng.uniform(0, 0.2), act).start()
         elif kind == "evaluation":
-            at_call(train, "token_nats", rng.randint(1, 4), act)
+            at_call(scoring, "token_nats", rng.randint(1, 4), act)
         elif kind == "a save":
             at_change(folder, rng.randint(1, 4), threading.Timer(rng.uniform(0, 0.01), act).start, ".tmp")
         elif kind == "a change of a file":

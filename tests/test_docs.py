@@ -99,6 +99,7 @@ def test_the_notebook_was_run_as_it_is():
 
 def test_a_cell_gives_what_jupyter_shows(capsys):
     runner, names = script("notebook"), {}
+    pytest.importorskip("matplotlib.pyplot").close("all")  # figures of other tests
     run = lambda source: runner.run_cell(source, names, 3)  # noqa: E731
     assert run("x = 2") == run("x;") == run("None") == []
     printed, value = run("print('a\\nb')\nx + 1")
