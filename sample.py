@@ -95,7 +95,9 @@ def load(cfg, folder):
 def load_gpt2(source):
     if not source.startswith("gpt2") and not os.path.isdir(source):
         raise ConfigError(f"init_from={source}: neither checkpoint, gpt2, gpt2-medium, ... nor a Hugging Face folder")
-    return GPT.from_pretrained(source), {"codec": "gpt2"}
+    path = os.path.join(source, "tokenizer.json")
+    own = {"codec": "tokenizer", "tokenizer": path} if os.path.isfile(path) else {"codec": "gpt2"}
+    return GPT.from_pretrained(source), own
 
 
 def read_prompts(start, by_line=False):

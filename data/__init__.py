@@ -158,9 +158,47 @@ class SymbolsCodec:
         return self.decode_bytes(ids).decode("utf-8")[:-1]
 
 
+class TokenizerCodec:
+    """The tokenizer.json of a model from elsewhere, read by the package tokenizers: byte-level BPE, or pieces with a
+    mark for the space. Tokens without text, such as that of a beginning, decode to nothing."""
+
+    def __init__(self, path):
+        try:
+            import tokenizers
+
+            self._tokenizer = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # tokenizers raises Exception itself
+            raise DataError(f"cannot read {path} by the package tokenizers ({_reason(error)})") from None
+        with open(path, encoding="utf-8") as f:
+            stored = json.load(f)
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        self._special = {t["id"] for t in stored.get("added_tokens") or [] if t.get("special")}
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the bytes that stand for themselves
+        rest = sorted({*range(256)} - {*plain})
+        self._bytes = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+        self._by_level = '"ByteLevel"' in json.dumps([stored.get("pre_tokenizer"), stored.get("decoder")])
+
+    def encode(self, text):
+        return self._tokenizer.encode(text).ids
+
+    def decode_bytes(self, ids):
+        return b"".join(map(self._piece, _check_ids(ids, self.vocab_size)))
+
+    def _piece(self, i):
+        token = self._tokenizer.id_to_token(i)
+        if token is None or i in self._special:
+            return b""
+        if self._by_level:
+            return bytes(self._bytes[c] for c in token) if self._bytes.keys() >= set(token) else token.encode()
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+
+
 def get_codec(meta):
     """The codec that meta["codec"] names. Raises DataError for a name it does not know."""
     name = meta.get("codec")
+    if name == "tokenizer":
+        return TokenizerCodec(meta["tokenizer"])
     if name == "bytes":
         return BytesCodec()
     if name == "gpt2":

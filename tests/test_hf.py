@@ -12,6 +12,7 @@ from conftest import oracle
 import config
 import data
 import formats
+import sample
 import train
 from model import GPT, GPTConfig
 from weights import ModelError
@@ -423,3 +424,34 @@ def test_a_folder_without_weights_is_one_line(content, tmp_path):
     with pytest.raises(ModelError, match="no weights in") as error:
         GPT.from_pretrained(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_brings_its_tokenizer(tmp_path, capsys):
+    """sample.py decodes a model of bytes with the tokenizer of its folder, not with GPT-2's."""
+    oracle("tokenizers")
+    folder = exported(random_model(), tmp_path)
+    codec = data.get_codec({"codec": "tokenizer", "tokenizer": os.path.join(folder, "tokenizer.json")})
+    text = "Grüße, \N{SNOWMAN} \n  and\tmore"
+    assert codec.encode(text) == list(text.encode()) and codec.decode_bytes(range(256)) == bytes(range(256))
+    keys = ["--start=ab", "--max_new_tokens=20", "--device=cpu", "--num_samples=1"]
+    assert sample.main([f"--init_from={folder}", *keys]) == 0
+    said = capsys.readouterr().out
+    assert "ab" in said and "vocabulary" not in said
+    os.remove(os.path.join(folder, "tokenizer.json"))
+    with open(os.path.join(folder, "tokenizer.json"), "w") as f:
+        f.write("{}")
+    with pytest.raises(data.DataError, match="cannot read .*tokenizer.json by the package tokenizers"):
+        sample.main([f"--init_from={folder}", *keys])
+
+
+def test_pieces_with_a_mark_for_the_space(tmp_path):
+    tokenizers = oracle("tokenizers")
+    vocabulary = {"<s>": 0, "\u2581the": 1, "\u2581cat": 2, "s": 3, "<0x0A>": 4, "<0xE2>": 5}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<s>"))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    codec = data.TokenizerCodec(str(tmp_path / "tokenizer.json"))
+    assert codec.vocab_size == 6 and codec.decode_bytes([0, 1, 2, 3, 4]) == b" the cats\n"
+    assert codec.decode_bytes([5]) == b"\xe2"
+    with pytest.raises(data.DataError, match="id 6 is outside"):
+        codec.decode_bytes([6])
