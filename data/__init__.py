@@ -233,6 +233,9 @@ class Dataset:
         own = ROOT / name
         # A plain name always means data/<name>, whatever the working directory holds.
         plain = os.path.basename(name) == name
+        if os.path.isfile(name) or name.endswith((".txt", ".md", ".jsonl")):
+            command = f"python data/text/prepare.py --source {name}"
+            raise DataError(f"{name} is a text: {command} makes a data set of it, --dataset={Path(name).stem}")
         if plain and ((own / "prepare.py").is_file() or (own / "meta.json").is_file()):
             self.path = own
         elif os.path.isdir(name) or not (plain or "\0" in name):

@@ -84,6 +84,7 @@ def test_the_notebooks_own_attention_obeys_the_protocol(fresh_rng, products):
     test_attention.test_executed_operations_are_those_of_the_products("linear", {}, fresh_rng, products)
 
 
+@pytest.mark.slow  # the README's commands do this too
 def test_the_protocol_tests_take_a_plugin(plugin):
     """As the README has it, in a process of its own."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_attention.py"]
@@ -163,6 +164,7 @@ def test_several_plugins_and_one_that_runs_once(plugin, tmp_path):
 # compare.py
 
 
+@pytest.mark.slow  # the README's commands do this too
 def test_compare_passes_a_plugin_on(plugin, text_dataset, tmp_path, capsys):
     """The runs are processes of their own. An edit of the plugin makes new runs of its types alone."""
     shape = dict(device="cpu", dtype="float32", n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=4)

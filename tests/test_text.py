@@ -87,3 +87,11 @@ def test_names(tmp_path, capsys):
     (tmp_path / "enwik8.txt").write_text("a\n" * 100)
     assert data.run_prepare(lambda: prepare.main(["--source", str(tmp_path / "enwik8.txt")])) == 1
     assert "enwik8 belongs to another data set: write --out_dir=FOLDER" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["novel.txt", "some/where/novel.jsonl"])
+def test_a_text_in_place_of_a_data_set_names_the_command(name):
+    with pytest.raises(
+        data.DataError, match=f"^{name} is a text: python data/text/prepare.py --source {name} .*=novel$"
+    ):
+        data.Dataset(name)
