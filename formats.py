@@ -14,6 +14,7 @@ import torch
 
 import weights
 from config import ConfigError
+from data import byte_letters
 from weights import ModelError, check_stored, write_atomically
 
 # -----------------------------------------------------------------------------
@@ -273,13 +274,6 @@ def hf_tokenizer(codec):
     model = dict(type="BPE", vocab={spelled[t]: i for t, i in ranks.items()}, merges=merges)
     file = dict(version="1.0", added_tokens=added, pre_tokenizer=level, decoder=level, model=model)
     return file, {"tokenizer_class": "PreTrainedTokenizerFast"} | ({"eos_token": end} if added else {})
-
-
-def byte_letters():
-    """GPT-2's letter for each byte: itself where it is printable, else one from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
 
 
 def halves(token, ranks):

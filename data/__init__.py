@@ -158,6 +158,13 @@ class SymbolsCodec:
         return self.decode_bytes(ids).decode("utf-8")[:-1]
 
 
+def byte_letters():
+    """GPT-2's letter for each byte: itself where it is printable, else one from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
+
+
 class TokenizerCodec:
     """The tokenizer.json of a model from elsewhere, read by the package tokenizers: byte-level BPE, or pieces with a
     mark for the space. Tokens without text, such as that of a beginning, decode to nothing."""
@@ -173,9 +180,7 @@ class TokenizerCodec:
             stored = json.load(f)
         self.vocab_size = self._tokenizer.get_vocab_size()
         self._special = {t["id"] for t in stored.get("added_tokens") or [] if t.get("special")}
-        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the bytes that stand for themselves
-        rest = sorted({*range(256)} - {*plain})
-        self._bytes = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+        self._bytes = {letter: b for b, letter in enumerate(byte_letters())}
         self._by_level = '"ByteLevel"' in json.dumps([stored.get("pre_tokenizer"), stored.get("decoder")])
 
     def encode(self, text):

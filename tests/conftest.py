@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 import data
+import train
 from config import ConfigError
 from kernels import launch
 from plugins import import_plugins
@@ -194,3 +195,11 @@ def tiny(text_dataset, tmp_path):
         return [f"--{k}={v}" for k, v in (defaults | keys).items()]
 
     return arguments
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path, capsys):
+    """The option that names a run of 30 iterations."""
+    train.main(tiny(max_iters=30, lr_decay_iters=30, learning_rate=3e-3))
+    capsys.readouterr()
+    return f"--out_dir={tmp_path / 'run'}"

@@ -101,7 +101,7 @@ def test_the_tokenizer_of_gpt2(tmp_path, monkeypatch):
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
     learned.train_from_iterator([open(train.__file__, encoding="utf-8").read()], trainer)
-    of_letter = {letter: b for b, letter in enumerate(formats.byte_letters())}
+    of_letter = {letter: b for b, letter in enumerate(data.byte_letters())}
     ranks = {bytes(of_letter[letter] for letter in token): i for token, i in learned.get_vocab().items()}
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
     special = {"<|endoftext|>": len(ranks)}

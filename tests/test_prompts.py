@@ -20,13 +20,6 @@ from model import ATTENTION, GPT, GPTConfig
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture
-def checkpoint(tiny, tmp_path, capsys):
-    train.main(tiny(max_iters=30, lr_decay_iters=30, learning_rate=3e-3))
-    capsys.readouterr()
-    return f"--out_dir={tmp_path / 'run'}"
-
-
 def text_of(capsys, *arguments):
     assert sample.main(["--device=cpu", "--max_new_tokens=30", *arguments]) == 0
     return capsys.readouterr().out
