@@ -1271,7 +1271,7 @@ class NativeSparseAttention(Attention):
         state.window = window[:, -width:]
         state.n, state.n_blocks = n + t, state.n_blocks + new
         caches = state.blocks[:, : state.n_blocks], state.selected[:, : state.n], window
-        return self._attend(x, q, *caches, n, "gather" if t <= 16 else "auto"), state
+        return self._attend(x, q, *caches, n, "gather" if t <= 16 and not x.is_cuda else "auto"), state
 
     def flops(self, T):
         return nsa_operations(T, self.sizes, self.n_head, self.n_kv, self.d_head, self.mean)

@@ -6,9 +6,8 @@ own keys and values:
     nsa_window       the last w tokens
 
 Queries are q (B, T, H, D), the last T tokens of the sequence; keys and values (B, S, Hk, D), Hk heads shared by
-G = H / Hk query heads each. Forms: an oracle with dense masks; blocked matrix products, which every device runs; for
-the selected branch Triton kernels too. Nothing is ever T x T: scores are made tile by tile, and again in the backward
-pass.
+G = H / Hk query heads each. Forms: an oracle with dense masks; blocked matrix products, which every device runs;
+Triton kernels. Nothing is ever T x T: scores are made tile by tile, and again in the backward pass.
 """
 
 import functools
@@ -20,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from . import Case, in_autocast, jit, leave_autocast, like_inputs, operator, tl
-from .gla import LOG2E, Workspace, compute_dtype
-from .launch import Kernel, choose, configurations, dot, dot_type, power
+from .gla import LOG2E, Workspace, compute_dtype, first_of, regular
+from .launch import Kernel, choose, configurations, dot, dot_type, power, split
 
 SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
     128: (8, 4, 8, 4, 16),
@@ -33,9 +32,8 @@ SIZES = {  # longest sequence: l, d, l', n with the three forced blocks, w
 }
 FORCED = 3  # a query's own block, block 0 and the block before its own
 RESOLUTION = 2.0**-20  # of attention: blocks whose scores are nearer are equal, however they were rounded
-QUERIES = 64  # queries in a tile of the compressed and the window branch
+QUERIES = 64  # queries in a tile of the compressed and the window branch on a CPU
 ROWS = 128  # scores in a tile of the selected branch, along the queries
-TILE = 64  # the same in the Triton kernels
 SCORES = {"cpu": 2**18, "cuda": 2**25}  # scores that are worked on at a time: on a CPU they stay in cache
 PAIRS = 2**14  # of the selected branch: pairs of a query head and a block that are worked on together, at least
 FILL = 256  # and such pairs for each block there is: with fewer, most tiles are not full
@@ -184,10 +182,12 @@ def open_or_shut(mask, like):
 def compressed_tiles(q, k, block, stride, offset):
     """Groups, queries lo to hi and the blocks that the last of them sees. Queries that see none are in no tile."""
     (N, T, G, _), n_blocks = q.shape, k.shape[1]
-    some = max(1, scores_at_once(q) // (QUERIES * G * max(1, n_blocks)))
+    row = G * max(1, n_blocks)
+    rows = QUERIES if q.device.type == "cpu" else max(QUERIES, scores_at_once(q) // (N * row))  # there few launches
+    some = max(1, scores_at_once(q) // (rows * row))
     for n in range(0, N, some):
-        for lo in range(max(0, block - 1 - offset), T, QUERIES):
-            hi = min(T, lo + QUERIES)
+        for lo in range(max(0, block - 1 - offset), T, rows):
+            hi = min(T, lo + rows)
             yield slice(n, min(N, n + some)), lo, hi, (offset + hi - block) // stride + 1
 
 
@@ -205,19 +205,22 @@ def compressed_probabilities(q, k, rows, lo, hi, seen, block, stride, offset, ne
     return q, torch.softmax(s, -1, out=new(*s.shape))
 
 
-def compressed_forward(q, k, v, scale, block, stride, select_block, select_count, offset):
-    """o (B, T, H, D) and the chosen blocks (B, T, Hk, n)."""
+def compressed_forward(q, k, v, scale, block, stride, select_block, select_count, offset, by_triton):
+    """o (B, T, H, D), the chosen blocks (B, T, Hk, n), and of the Triton form the logs of the sums."""
     B, T, H, D = q.shape
-    Hk, like = k.shape[2], q
+    Hk, like, lse = k.shape[2], q, q.new_empty(0)
+    if by_triton:
+        o, lse = band_fwd(q, k, v, scale, offset, offset + T, stride, block - 1)
     q, k, v = grouped(q, Hk, scale), grouped(k, Hk).squeeze(2), grouped(v, Hk).squeeze(2)
-    o, new = torch.zeros_like(q), Workspace(q)
+    o, new = o if by_triton else torch.zeros_like(q), Workspace(q)
     own = torch.arange(offset, offset + T, device=q.device) // select_block
     index = own.new_full((q.shape[0], T, min(select_count, (offset + T - 1) // select_block + 1)), -1)
     forced = torch.stack((own, torch.where(own > 0, 0, -1), torch.where(own > 1, own - 1, -1)), -1)
     index[..., :FORCED] = forced[:, : index.shape[2]]
     for rows, lo, hi, seen in compressed_tiles(q, k, block, stride, offset):
         _, p = compressed_probabilities(q, k, rows, lo, hi, seen, block, stride, offset, new)
-        o[rows, lo:hi] = new.bmm(p, v[rows, :seen]).view(-1, hi - lo, *o.shape[2:])
+        if not by_triton:
+            o[rows, lo:hi] = new.bmm(p, v[rows, :seen]).view(-1, hi - lo, *o.shape[2:])
         n_blocks = (offset + hi - 1) // select_block - 2  # candidates of the last query: 1 ... own - 2
         count = min(n_blocks, index.shape[2] - FORCED)
         if count > 0:
@@ -228,7 +231,7 @@ def compressed_forward(q, k, v, scale, block, stride, select_block, select_count
             rank, best = rank.masked_fill_(candidate > own[lo:hi, None] - 2, -1).topk(count, -1, sorted=False)
             index[rows, lo:hi, FORCED : FORCED + count] = (best + 1).masked_fill_(rank < 0, -1)
     index = index.view(B, Hk, T, -1).transpose(1, 2).contiguous()
-    return ungrouped(o, like), index
+    return o if by_triton else ungrouped(o, like), index, lse
 
 
 def importance(p, n_blocks, block, stride, select_block):
@@ -520,245 +523,364 @@ def window_backward(q, k, v, do, scale, window):
 
 # ----------------------------------------------------------------------------- Triton
 #
-# The selected branch in tiles like those of the form above: TILE rows are pairs of one block, each with its G heads, so
-# the matrix units are full however small the group. A query's parts are merged by the logs of their sums. Logs base 2.
+# Two kinds of kernels, each with an output, the queries' gradients and the keys' gradients.
+#
+#     band      compressed and window: key j stands at the time j stride + lead, and a query sees those of the last
+#               `window` tokens. A program has BM queries of one head, or BN keys with all queries that see them.
+#     chosen    selected: a program has one query with its G heads, and walks over its blocks; or one block with all
+#               pairs that chose it, sorted by block. Nothing is kept for a pair, and nothing waits for the host.
+#
+# q, do, o, dq are (B, T, H, D) and k, v, dk, dv (B, S, Hk, D), read where they are: SQ, SD, SK numbers a token.
+# Logs of sums (B, T, H) have base 2.
 
 
 @jit
-def load_pairs(p_query, i_tile, o_r, T, offset, R: tl.constexpr, G: tl.constexpr):
-    """Of the rows o_r of a tile: the numbers among all query heads, the positions in the sequence, which are real."""
-    b_query = tl.load(p_query + i_tile * (R // G) + o_r // G, mask=o_r // G < R // G, other=-1)
-    return b_query * G + o_r % G, b_query % T + offset, b_query >= 0
+def rows_of(p, o_r, S, D, m_r, BD: tl.constexpr):
+    """Rows o_r of what p points to, S numbers apart: (rows, BD)."""
+    o_d = tl.arange(0, BD)
+    return tl.load(p + o_r.to(tl.int64)[:, None] * S + o_d[None, :], mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @jit
-def nsa_tile_kernel(
-    p_q,  # (N, T, G, D)
-    p_k, p_v,  # (N, S, D)
-    p_query,  # (tiles, R // G)
-    p_block,  # (tiles)
-    p_part,  # (tiles, R, D)
-    p_level,  # (tiles, R)
-    scale, T, S, n_blocks,
-    D: tl.constexpr, BD: tl.constexpr, LS: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+def write_rows(p, b_x, o_r, S, D, m_r, BD: tl.constexpr):
+    o_d = tl.arange(0, BD)
+    mask = m_r[:, None] & (o_d < D)[None, :]
+    tl.store(p + o_r.to(tl.int64)[:, None] * S + o_d[None, :], b_x.to(p.dtype.element_ty), mask=mask)
+
+
+@jit
+def attend(b_q, b_k, b_v, m_s, b_top, b_total, b_o, scale, DOT: tl.constexpr):
+    """Takes more keys into the softmax of the queries: the highest score, the sum and the sum of values so far."""
+    b_s = tl.where(m_s, dot(b_q, tl.trans(b_k), DOT) * (scale * LOG2E), float("-inf"))
+    b_new = tl.maximum(b_top, tl.max(b_s, 1))
+    b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_p, b_old = tl.exp2(b_s - b_base[:, None]), tl.exp2(b_top - b_base)
+    return b_new, b_total * b_old + tl.sum(b_p, 1), b_o * b_old[:, None] + dot(b_p, b_v, DOT)
+
+
+@jit
+def close(b_top, b_total, b_o):
+    """The output and the log of the sum. A query that saw nothing has 0 for both."""
+    m_some = b_total > 0.0
+    b_total = tl.where(m_some, b_total, 1.0)
+    return b_o / b_total[:, None], tl.where(m_some, b_top + tl.log2(b_total), 0.0)
+
+
+@jit
+def query_gradient(b_q, b_k, b_v, b_do, b_lse, b_delta, m_s, scale, DOT: tl.constexpr):
+    """The queries' gradient from some keys, without scale."""
+    b_s = dot(b_q, tl.trans(b_k), DOT) * (scale * LOG2E) - b_lse[:, None]
+    b_p = tl.exp2(tl.where(m_s, b_s, float("-inf")))
+    return dot(b_p * (dot(b_do, tl.trans(b_v), DOT) - b_delta[:, None]), b_k, DOT)
+
+
+@jit
+def key_gradients(b_q, b_k, b_v, b_do, b_lse, b_delta, m_s, scale, DOT: tl.constexpr):
+    """The gradients of keys, without scale, and of values from some queries; scores and m_s are (keys, queries)."""
+    b_s = dot(b_k, tl.trans(b_q), DOT) * (scale * LOG2E) - b_lse[None, :]
+    b_p = tl.exp2(tl.where(m_s, b_s, float("-inf")))
+    b_ds = b_p * (dot(b_v, tl.trans(b_do), DOT) - b_delta[None, :])
+    return dot(b_ds, b_q, DOT), dot(b_p, b_do, DOT)
+
+
+@jit
+def seen_keys(t_first, t_last, S, window, stride, lead):
+    """The first key that one of the queries from t_first to t_last sees, and the one after the last."""
+    low = (tl.maximum(t_first - window + 1 - lead, 0) + stride - 1) // stride
+    return low, tl.minimum(S, (tl.maximum(t_last - lead, -stride) + stride) // stride)
+
+
+@jit
+def nsa_band_kernel(
+    p_q, p_k, p_v, p_o, p_lse, SQ, SK, scale, T, S, H, offset, window, stride, lead,
+    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Attention of BM queries of a head."""
+    i_m, i_bh = split(tl.program_id(0), tl.cdiv(T, BM))
+    i_n = i_bh // G  # of the B Hk groups
+    o_m = i_m * BM + tl.arange(0, BM)
+    m_m, b_t = o_m < T, o_m + offset
+    p_k, p_v = p_k + first_of(i_n, S, SK, H // G, D), p_v + first_of(i_n, S, SK, H // G, D)
+    b_q = rows_of(p_q + first_of(i_bh, T, SQ, H, D), o_m, SQ, D, m_m, BD)
+    b_top, b_total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    b_o = tl.zeros([BM, BD], tl.float32)
+    low, high = seen_keys(i_m * BM + offset, tl.minimum(T, i_m * BM + BM) - 1 + offset, S, window, stride, lead)
+    for j in range(low // BN * BN, high, BN):
+        o_n = j + tl.arange(0, BN)
+        b_k, b_v = rows_of(p_k, o_n, SK, D, o_n < high, BD), rows_of(p_v, o_n, SK, D, o_n < high, BD)
+        b_far = b_t[:, None] - (o_n * stride + lead)[None, :]
+        m_s = (b_far >= 0) & (b_far < window) & (o_n < high)[None, :]
+        b_top, b_total, b_o = attend(b_q, b_k, b_v, m_s, b_top, b_total, b_o, scale, DOT)
+    b_o, b_lse = close(b_top, b_total, b_o)
+    write_rows(p_o + first_of(i_bh, T, H * D, H, D), b_o, o_m, H * D, D, m_m, BD)
+    tl.store(p_lse + first_of(i_bh, T, H, H, 1) + o_m * H, b_lse, mask=m_m)
+
+
+@jit
+def nsa_band_query_kernel(
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, SQ, SK, SD, scale, T, S, H, offset, window, stride, lead,
+    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The gradients of BM queries of a head."""
+    i_m, i_bh = split(tl.program_id(0), tl.cdiv(T, BM))
+    i_n = i_bh // G
+    o_m = i_m * BM + tl.arange(0, BM)
+    m_m, b_t = o_m < T, o_m + offset
+    p_k, p_v = p_k + first_of(i_n, S, SK, H // G, D), p_v + first_of(i_n, S, SK, H // G, D)
+    b_q = rows_of(p_q + first_of(i_bh, T, SQ, H, D), o_m, SQ, D, m_m, BD)
+    b_do = rows_of(p_do + first_of(i_bh, T, SD, H, D), o_m, SD, D, m_m, BD)
+    o_row = first_of(i_bh, T, H, H, 1) + o_m * H
+    b_lse, b_delta = tl.load(p_lse + o_row, mask=m_m, other=0.0), tl.load(p_delta + o_row, mask=m_m, other=0.0)
+    b_dq = tl.zeros([BM, BD], tl.float32)
+    low, high = seen_keys(i_m * BM + offset, tl.minimum(T, i_m * BM + BM) - 1 + offset, S, window, stride, lead)
+    for j in range(low // BN * BN, high, BN):
+        o_n = j + tl.arange(0, BN)
+        b_k, b_v = rows_of(p_k, o_n, SK, D, o_n < high, BD), rows_of(p_v, o_n, SK, D, o_n < high, BD)
+        b_far = b_t[:, None] - (o_n * stride + lead)[None, :]
+        m_s = (b_far >= 0) & (b_far < window) & (o_n < high)[None, :]
+        b_dq += query_gradient(b_q, b_k, b_v, b_do, b_lse, b_delta, m_s, scale, DOT)
+    write_rows(p_dq + first_of(i_bh, T, H * D, H, D), b_dq * scale, o_m, H * D, D, m_m, BD)
+
+
+@jit
+def nsa_band_key_kernel(
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, SQ, SK, SD, scale, T, S, H, offset, window, stride, lead,
+    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The gradients of BN keys and values of a group, over its heads and the queries that see one of the keys."""
+    i_s, i_n = split(tl.program_id(0), tl.cdiv(S, BN))
+    o_n = i_s * BN + tl.arange(0, BN)
+    m_n, b_time = o_n < S, o_n * stride + lead
+    place = first_of(i_n, S, SK, H // G, D)
+    b_k, b_v = rows_of(p_k + place, o_n, SK, D, m_n, BD), rows_of(p_v + place, o_n, SK, D, m_n, BD)
+    b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
+    low = tl.maximum(i_s * BN * stride + lead - offset, 0) // BM
+    last = (tl.minimum(S, i_s * BN + BN) - 1) * stride + lead + window - 1 - offset  # the last query that sees a key
+    tiles = tl.cdiv(tl.maximum(tl.minimum(T, last + 1), 0), BM) - low
+    for i in range(0, tl.maximum(tiles, 0) * G):
+        i_bh, o_m = i_n * G + i % G, (low + i // G) * BM + tl.arange(0, BM)
+        m_m, o_row = o_m < T, first_of(i_bh, T, H, H, 1) + o_m * H
+        b_q = rows_of(p_q + first_of(i_bh, T, SQ, H, D), o_m, SQ, D, m_m, BD)
+        b_do = rows_of(p_do + first_of(i_bh, T, SD, H, D), o_m, SD, D, m_m, BD)
+        b_lse, b_delta = tl.load(p_lse + o_row, mask=m_m, other=0.0), tl.load(p_delta + o_row, mask=m_m, other=0.0)
+        b_far = (o_m + offset)[None, :] - b_time[:, None]
+        m_s = (b_far >= 0) & (b_far < window) & m_m[None, :] & m_n[:, None]
+        b_k_more, b_v_more = key_gradients(b_q, b_k, b_v, b_do, b_lse, b_delta, m_s, scale, DOT)
+        b_dk += b_k_more
+        b_dv += b_v_more
+    place = first_of(i_n, S, H // G * D, H // G, D)
+    write_rows(p_dk + place, b_dk * scale, o_n, H // G * D, D, m_n, BD)
+    write_rows(p_dv + place, b_dv, o_n, H // G * D, D, m_n, BD)
+
+
+@jit
+def nsa_chosen_kernel(
+    p_q, p_k, p_v, p_index, p_o, p_lse, SQ, SK, scale, T, S, H, n,
+    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, R: tl.constexpr, LS: tl.constexpr, BS: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a tile's queries to its block alone, and the log of the sum of exponentials."""
-    i_tile = tl.program_id(0).to(tl.int64)
-    b_row, b_t, m_r = load_pairs(p_query, i_tile, tl.arange(0, R), T, S - T, R, G)
-    b_block = tl.load(p_block + i_tile)
-    o_s, o_d = tl.arange(0, BS), tl.arange(0, BD)
-    o_key = (b_block % n_blocks) * LS + o_s
-    m_s, m_d = (o_s < LS) & (o_key < S), o_d < D
-    o_k, m_k = ((b_block // n_blocks) * S + o_key)[:, None] * D + o_d[None, :], m_s[:, None] & m_d[None, :]
-    b_q = tl.load(p_q + b_row[:, None] * D + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0)  # (R, BD)
-    b_k = tl.load(p_k + o_k, mask=m_k, other=0.0)  # (BS, BD)
-    b_s = dot(b_q, tl.trans(b_k), DOT) * (scale * LOG2E)  # (R, BS)
-    b_s = tl.where(m_r[:, None] & m_s[None, :] & (o_key[None, :] <= b_t[:, None]), b_s, float("-inf"))
-    b_top = tl.where(m_r, tl.max(b_s, 1), 0.0)
-    b_p = tl.exp2(b_s - b_top[:, None])
-    b_total = tl.where(m_r, tl.sum(b_p, 1), 1.0)
-    b_v = tl.load(p_v + o_k, mask=m_k, other=0.0)
-    b_o = dot(b_p, b_v, DOT) / b_total[:, None]  # (R, BD)
-    o_part = i_tile * R + tl.arange(0, R)
-    tl.store(p_part + o_part[:, None] * D + o_d[None, :], b_o, mask=m_r[:, None] & m_d[None, :])
-    tl.store(p_level + o_part, b_top + tl.log2(b_total), mask=m_r)
+    """Attention of a query's G heads to the blocks that it chose."""
+    i_t, i_n = split(tl.program_id(0), T)
+    i_b, i_h = i_n // (H // G), i_n % (H // G) * G
+    o_r = tl.arange(0, R)
+    m_r, t, i_t = o_r < G, i_t + S - T, i_b.to(tl.int64) * T + i_t
+    place = first_of(i_n, S, SK, H // G, D)
+    b_q = rows_of(p_q + i_t * SQ + i_h * D, o_r, D, D, m_r, BD)  # (R, BD)
+    b_top, b_total = tl.full([R], float("-inf"), tl.float32), tl.zeros([R], tl.float32)
+    b_o = tl.zeros([R, BD], tl.float32)
+    for i in range(0, n):
+        block = tl.load(p_index + (i_t * (H // G) + i_n % (H // G)) * n + i).to(tl.int32)
+        o_s = tl.arange(0, BS)
+        m_s = (block >= 0) & (o_s < LS) & (block * LS + o_s <= t)
+        b_k = rows_of(p_k + place, block * LS + o_s, SK, D, m_s, BD)
+        b_v = rows_of(p_v + place, block * LS + o_s, SK, D, m_s, BD)
+        b_top, b_total, b_o = attend(b_q, b_k, b_v, m_s[None, :], b_top, b_total, b_o, scale, DOT)
+    b_o, b_lse = close(b_top, b_total, b_o)
+    write_rows(p_o + (i_t * H + i_h) * D, b_o, o_r, D, D, m_r, BD)
+    tl.store(p_lse + i_t * H + i_h + o_r, b_lse, mask=m_r)
 
 
 @jit
-def nsa_merge_kernel(
-    p_part, p_level,  # as above
-    p_place,  # (N T, n): the pair's place among the tiles' pairs, -1 for none
-    p_o,  # (N, T, G, D)
-    p_lse,  # (N, T, G)
-    scale, n_rows, n,
-    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, SUM: tl.constexpr,
-):  # fmt: skip
-    """Of BR query heads: their parts weighed by their sums, or with SUM the plain sum of the parts times scale."""
-    o_r, o_d = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BD)
-    m_r, m_d = o_r < n_rows, o_d < D
-    b_top, b_total = tl.full([BR], float("-inf"), tl.float32), tl.zeros([BR], tl.float32)
-    b_o = tl.zeros([BR, BD], tl.float32)
-    for i in range(0, n):  # the first, a query's own block, is always there
-        b_place = tl.load(p_place + (o_r // G) * n + i, mask=m_r, other=-1)
-        m_p = b_place >= 0
-        b_at = (b_place // (R // G)) * R + (b_place % (R // G)) * G + o_r % G
-        b_part = tl.load(p_part + b_at[:, None] * D + o_d[None, :], mask=m_p[:, None] & m_d[None, :], other=0.0)
-        if SUM:
-            b_o += b_part
-        else:
-            b_level = tl.load(p_level + b_at, mask=m_p, other=float("-inf"))
-            b_new = tl.maximum(b_top, b_level)
-            b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_old, b_w = tl.exp2(b_top - b_base), tl.exp2(b_level - b_base)
-            b_o = b_o * b_old[:, None] + b_part * b_w[:, None]
-            b_total = b_total * b_old + b_w
-            b_top = b_new
-    if SUM:
-        b_o *= scale
-    else:
-        b_total = tl.where(m_r, b_total, 1.0)
-        b_o /= b_total[:, None]
-        tl.store(p_lse + o_r, (b_top + tl.log2(b_total)) / LOG2E, mask=m_r)
-    tl.store(p_o + o_r[:, None] * D + o_d[None, :], b_o.to(p_o.dtype.element_ty), mask=m_r[:, None] & m_d[None, :])
-
-
-@jit
-def nsa_query_kernel(
-    p_q, p_do,  # (N, T, G, D)
-    p_k, p_v,  # (N, S, D)
-    p_lse, p_delta,  # (N, T, G)
-    p_query, p_block,  # as above
-    p_part,  # (tiles, R, D): the pairs' gradients of q, without scale
-    scale, T, S, n_blocks,
-    D: tl.constexpr, BD: tl.constexpr, LS: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+def nsa_chosen_query_kernel(
+    p_q, p_k, p_v, p_index, p_do, p_lse, p_delta, p_dq, SQ, SK, SD, scale, T, S, H, n,
+    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, R: tl.constexpr, LS: tl.constexpr, BS: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile's queries from its block."""
-    i_tile = tl.program_id(0).to(tl.int64)
-    b_row, b_t, m_r = load_pairs(p_query, i_tile, tl.arange(0, R), T, S - T, R, G)
-    b_block = tl.load(p_block + i_tile)
-    o_s, o_d = tl.arange(0, BS), tl.arange(0, BD)
-    o_key = (b_block % n_blocks) * LS + o_s
-    m_s, m_d = (o_s < LS) & (o_key < S), o_d < D
-    o_k, m_k = ((b_block // n_blocks) * S + o_key)[:, None] * D + o_d[None, :], m_s[:, None] & m_d[None, :]
-    o_q, m_q = b_row[:, None] * D + o_d[None, :], m_r[:, None] & m_d[None, :]
-    b_k = tl.load(p_k + o_k, mask=m_k, other=0.0)  # (BS, BD)
-    b_v = tl.load(p_v + o_k, mask=m_k, other=0.0)
-    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)  # (R, BD)
-    b_do = tl.load(p_do + o_q, mask=m_q, other=0.0)
-    b_lse = tl.load(p_lse + b_row, mask=m_r, other=0.0)
-    b_delta = tl.load(p_delta + b_row, mask=m_r, other=0.0)
-    b_s = (dot(b_q, tl.trans(b_k), DOT) * scale - b_lse[:, None]) * LOG2E  # (R, BS)
-    m_p = m_r[:, None] & m_s[None, :] & (o_key[None, :] <= b_t[:, None])
-    b_p = tl.exp2(tl.where(m_p, b_s, float("-inf")))
-    b_ds = b_p * (dot(b_do, tl.trans(b_v), DOT) - b_delta[:, None])
-    o_part = (i_tile * R + tl.arange(0, R))[:, None] * D + o_d[None, :]
-    tl.store(p_part + o_part, dot(b_ds, b_k, DOT), mask=m_q)
+    """The gradients of a query's G heads."""
+    i_t, i_n = split(tl.program_id(0), T)
+    i_b, i_h = i_n // (H // G), i_n % (H // G) * G
+    o_r = tl.arange(0, R)
+    m_r, t, i_t = o_r < G, i_t + S - T, i_b.to(tl.int64) * T + i_t
+    place, o_row = first_of(i_n, S, SK, H // G, D), i_t * H + i_h + o_r
+    b_q, b_do = (
+        rows_of(p_q + i_t * SQ + i_h * D, o_r, D, D, m_r, BD),
+        rows_of(p_do + i_t * SD + i_h * D, o_r, D, D, m_r, BD),
+    )
+    b_lse, b_delta = tl.load(p_lse + o_row, mask=m_r, other=0.0), tl.load(p_delta + o_row, mask=m_r, other=0.0)
+    b_dq = tl.zeros([R, BD], tl.float32)
+    for i in range(0, n):
+        block = tl.load(p_index + (i_t * (H // G) + i_n % (H // G)) * n + i).to(tl.int32)
+        o_s = tl.arange(0, BS)
+        m_s = (block >= 0) & (o_s < LS) & (block * LS + o_s <= t)
+        b_k = rows_of(p_k + place, block * LS + o_s, SK, D, m_s, BD)
+        b_v = rows_of(p_v + place, block * LS + o_s, SK, D, m_s, BD)
+        b_dq += query_gradient(b_q, b_k, b_v, b_do, b_lse, b_delta, m_s[None, :], scale, DOT)
+    write_rows(p_dq + (i_t * H + i_h) * D, b_dq * scale, o_r, D, D, m_r, BD)
 
 
 @jit
-def nsa_block_kernel(
-    p_q, p_do,  # (N, T, G, D)
-    p_k, p_v,  # (N, S, D)
-    p_lse, p_delta,  # (N, T, G)
-    p_query,  # as above
-    p_first,  # (N n_blocks + 1)
-    p_dk, p_dv,  # (N, S, D)
-    scale, T, S, n_blocks,
-    D: tl.constexpr, BD: tl.constexpr, LS: tl.constexpr, BS: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+def nsa_chosen_key_kernel(
+    p_q, p_k, p_v, p_query, p_first, p_do, p_lse, p_delta, p_dk, p_dv, SQ, SK, SD, scale, T, S, H, n_blocks,
+    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, R: tl.constexpr, LS: tl.constexpr, BS: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a block's keys and values, over its tiles; scores are transposed."""
-    i_block = tl.program_id(0).to(tl.int64)
-    o_s, o_d = tl.arange(0, BS), tl.arange(0, BD)
-    o_key = (i_block % n_blocks) * LS + o_s
-    m_s, m_d = (o_s < LS) & (o_key < S), o_d < D
-    o_k, m_k = ((i_block // n_blocks) * S + o_key)[:, None] * D + o_d[None, :], m_s[:, None] & m_d[None, :]
-    b_k, b_v = tl.load(p_k + o_k, mask=m_k, other=0.0), tl.load(p_v + o_k, mask=m_k, other=0.0)
+    """The gradients of a block's keys and values. p_query: the queries (B Hk T) of all pairs, sorted by block; p_first:
+    the block's first pair. R rows are R // G pairs with their heads."""
+    i_s, i_n = split(tl.program_id(0), n_blocks)
+    i_b, i_h = i_n // (H // G), i_n % (H // G) * G
+    o_s, o_r = tl.arange(0, BS), tl.arange(0, R)
+    o_key = i_s * LS + o_s
+    m_k = (o_s < LS) & (o_key < S)
+    place = first_of(i_n, S, SK, H // G, D)
+    b_k, b_v = rows_of(p_k + place, o_key, SK, D, m_k, BD), rows_of(p_v + place, o_key, SK, D, m_k, BD)
     b_dk, b_dv = tl.zeros([BS, BD], tl.float32), tl.zeros([BS, BD], tl.float32)
-    for i in range(2 * tl.load(p_first + i_block), 2 * tl.load(p_first + i_block + 1)):  # half a tile: few registers
-        b_row, b_t, m_r = load_pairs(p_query, i // 2, i % 2 * (R // 2) + tl.arange(0, R // 2), T, S - T, R, G)
-        o_q, m_q = b_row[:, None] * D + o_d[None, :], m_r[:, None] & m_d[None, :]
-        b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)  # (R / 2, BD)
-        b_lse = tl.load(p_lse + b_row, mask=m_r, other=0.0)
-        b_s = (dot(b_k, tl.trans(b_q), DOT) * scale - b_lse[None, :]) * LOG2E  # (BS, R / 2)
-        m_p = m_r[None, :] & m_s[:, None] & (o_key[:, None] <= b_t[None, :])
-        b_p = tl.exp2(tl.where(m_p, b_s, float("-inf")))
-        b_do = tl.load(p_do + o_q, mask=m_q, other=0.0)
-        b_dv += dot(b_p, b_do, DOT)
-        b_delta = tl.load(p_delta + b_row, mask=m_r, other=0.0)
-        b_ds = b_p * (dot(b_v, tl.trans(b_do), DOT) - b_delta[None, :])
-        b_dk += dot(b_ds, b_q, DOT)
-    tl.store(p_dk + o_k, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_k)
-    tl.store(p_dv + o_k, b_dv.to(p_dv.dtype.element_ty), mask=m_k)
+    p_q, p_do = p_q + i_b.to(tl.int64) * T * SQ + i_h * D, p_do + i_b.to(tl.int64) * T * SD + i_h * D
+    end = tl.load(p_first + i_n * n_blocks + i_s + 1)
+    for i in range(tl.load(p_first + i_n * n_blocks + i_s), end, R // G):
+        m_r = (o_r // G < R // G) & (i + o_r // G < end)
+        b_t, o_d = (tl.load(p_query + i + o_r // G, mask=m_r, other=0) % T).to(tl.int32), tl.arange(0, BD)
+        o_row = (i_b.to(tl.int64) * T + b_t) * H + i_h + o_r % G
+        mask, o_q = m_r[:, None] & (o_d < D)[None, :], (o_r % G)[:, None] * D + o_d[None, :]
+        b_q = tl.load(p_q + b_t.to(tl.int64)[:, None] * SQ + o_q, mask=mask, other=0.0)
+        b_do = tl.load(p_do + b_t.to(tl.int64)[:, None] * SD + o_q, mask=mask, other=0.0)
+        b_lse, b_delta = tl.load(p_lse + o_row, mask=m_r, other=0.0), tl.load(p_delta + o_row, mask=m_r, other=0.0)
+        m_s = m_r[None, :] & m_k[:, None] & (o_key[:, None] <= (b_t + S - T)[None, :])
+        b_k_more, b_v_more = key_gradients(b_q, b_k, b_v, b_do, b_lse, b_delta, m_s, scale, DOT)
+        b_dk += b_k_more
+        b_dv += b_v_more
+    place = first_of(i_n, S, H // G * D, H // G, D)
+    write_rows(p_dk + place, b_dk * scale, o_key, H // G * D, D, m_k, BD)
+    write_rows(p_dv + place, b_dv, o_key, H // G * D, D, m_k, BD)
 
 
-WARPS = "num_warps num_stages"
+TILED, WARPS = "BM BN num_warps num_stages", "num_warps num_stages"
+SMALL = dict(BM=32, BN=32, num_warps=4, num_stages=1)
 KERNELS = {
-    "tile": Kernel(nsa_tile_kernel, configurations(WARPS, (4, 1), (8, 1), (2, 1))),
-    "merge": Kernel(nsa_merge_kernel, configurations(WARPS, (4, 1), (2, 1), (4, 2), (4, 3)), serial="blocks chosen"),
-    "query": Kernel(nsa_query_kernel, configurations(WARPS, (8, 1), (4, 1), (2, 1))),
-    "block": Kernel(
-        nsa_block_kernel,
+    "band": Kernel(nsa_band_kernel, configurations(TILED, (64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 1)), fp32=SMALL),
+    "band_query": Kernel(
+        nsa_band_query_kernel, configurations(TILED, (64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1)), fp32=SMALL
+    ),
+    "band_key": Kernel(
+        nsa_band_key_kernel, configurations(TILED, (64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 1)), fp32=SMALL
+    ),
+    "chosen": Kernel(nsa_chosen_kernel, configurations(WARPS, (4, 2), (2, 2), (4, 1))),
+    "chosen_query": Kernel(nsa_chosen_query_kernel, configurations(WARPS, (4, 2), (2, 2), (4, 1))),
+    "chosen_key": Kernel(
+        nsa_chosen_key_kernel,
         configurations(WARPS, (8, 2), (8, 1), (4, 2), (4, 1)),
         fp32=dict(num_warps=8, num_stages=1),
-        serial="2 x tiles of the block",
     ),
 }
-MAX_WIDTH = 128  # of heads and selected blocks
+STEPS = ("keys / BN", "keys / BN", "G queries / BM", "blocks chosen", "blocks chosen", "G pairs of the block / R")
+for kernel, steps in zip(KERNELS.values(), STEPS):
+    kernel.serial = steps
+MAX_WIDTH, MAX_GROUP = 128, 64  # of heads and selected blocks; of query heads that share keys
 FP32_WIDTH = 64  # of heads in fp32: wider tiles do not fit into the registers
-MERGED = 16  # query heads in a program of the merge
+PAIR_ROWS = 32  # query heads in a step of the block's program
 
 
 def launch(name, programs, *args, **constants):
-    KERNELS[name].launch(lambda meta: (programs,), *args, **constants)
+    KERNELS[name].launch(lambda meta: (programs(meta),), *args, **constants)
 
 
-def triton_inputs(q, k, v, index, select_block):
-    """q (N, T, G, D), k, v (N, S, D) in one type, the tiles of all pairs, the pairs' places, and the constants."""
-    B, T, Hk, n = index.shape
+def in_place(q, k, v):
+    """q (B, T, H, D), k and v (B, S, Hk, D) in one type, as they are if their tokens stand at equal distances, and the
+    numbers a token of q and of k; the constants of a launch."""
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v)))
-    q, k, v = (x.to(dtype).unflatten(2, (Hk, -1)).transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))
-    G, D, n_blocks = *q.shape[2:], -(-k.shape[1] // select_block)
-    tiles = Tiles(numbered(index.transpose(1, 2).flatten(0, 1), n_blocks), B * Hk * n_blocks, TILE // G)
-    widths = dict(D=D, BD=power(D), G=G, R=TILE)
-    sizes = widths | dict(
-        LS=select_block, BS=power(select_block), DOT="fp16" if dtype == torch.float16 else dot_type(dtype)
-    )
-    return q, k, v, tiles, torch.where(tiles.real, tiles.place, -1), n_blocks, widths, sizes
+    q, k, v = (x if regular(x) else x.contiguous() for x in (x.to(dtype) for x in (q, k, v)))
+    k, v = (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
+    D = q.shape[3]
+    dot = "fp16" if dtype == torch.float16 else dot_type(dtype)
+    return q, k, v, q.stride(1), k.stride(1), dict(D=D, BD=power(D), G=q.shape[2] // k.shape[2], DOT=dot)
 
 
-def merge(part, level, place, o, lse, scale, widths, add):
-    rows = o.shape[0] * o.shape[1] * o.shape[2]
-    args = part, level, place, o, lse, scale, rows, place.shape[1]
-    launch("merge", -(-rows // MERGED), *args, **widths, BR=MERGED, SUM=add)
-    return o
+def gradient_inputs(q, o, do):
+    """do in q's type, its numbers a token, and the rows of do o (B, T, H)."""
+    delta = row_products(do, o)
+    do = do.to(q.dtype) if regular(do) else do.to(q.dtype).contiguous()
+    return do, do.stride(1), delta
+
+
+def band_fwd(q, k, v, scale, offset, window, stride, lead):
+    """o and the logs of the sums, in one launch."""
+    dtype, (q, k, v, SQ, SK, constants) = q.dtype, in_place(q, k, v)
+    (B, T, H, _), S = q.shape, k.shape[1]
+    o, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    sizes = scale, T, S, H, offset, min(window, offset + T), stride, lead
+    launch("band", lambda c: -(-T // c["BM"]) * B * H, q, k, v, o, lse, SQ, SK, *sizes, **constants)
+    return o.to(dtype), lse
+
+
+def band_bwd(q, k, v, o, lse, do, scale, offset, window, stride, lead):
+    """dq, dk, dv, in two launches."""
+    dtypes = [x.dtype for x in (q, k, v)]
+    q, k, v, SQ, SK, constants = in_place(q, k, v)
+    do, SD, delta = gradient_inputs(q, o, do)
+    (B, T, H, _), (_, S, Hk, _) = q.shape, k.shape
+    grads = [x.new_empty(x.shape) for x in (q, k, v)]
+    inputs, sizes = (q, k, v, do, lse, delta), (scale, T, S, H, offset, min(window, offset + T), stride, lead)
+    launch("band_query", lambda c: -(-T // c["BM"]) * B * H, *inputs, grads[0], SQ, SK, SD, *sizes, **constants)
+    launch("band_key", lambda c: -(-S // c["BN"]) * B * Hk, *inputs, *grads[1:], SQ, SK, SD, *sizes, **constants)
+    return tuple(x.to(dtype) for x, dtype in zip(grads, dtypes))
 
 
 def selected_fwd(q, k, v, index, scale, select_block):
-    """o and the logs of the sums, in two launches."""
-    like, Hk = q, k.shape[2]
-    q, k, v, tiles, place, n_blocks, widths, sizes = triton_inputs(q, k, v, index, select_block)
-    count = tiles.block.shape[0]
-    part = q.new_empty(count, TILE, q.shape[3], dtype=torch.float32)
-    level, lse = part.new_empty(count, TILE), part.new_empty(q.shape[:3])
-    args = q, k, v, tiles.query, tiles.block, part, level, scale, q.shape[1], k.shape[1], n_blocks
-    launch("tile", count, *args, **sizes)
-    o = merge(part, level, place, torch.empty_like(q), lse, scale, widths, False)
-    return ungrouped(o, like), lse.unflatten(0, (-1, Hk)).transpose(1, 2).flatten(2).contiguous()
+    """o and the logs of the sums, in one launch."""
+    dtype, (q, k, v, SQ, SK, constants) = q.dtype, in_place(q, k, v)
+    (B, T, H, _), Hk = q.shape, k.shape[2]
+    constants |= dict(R=power(constants["G"]), LS=select_block, BS=power(select_block))
+    o, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    sizes = SQ, SK, scale, T, k.shape[1], H, index.shape[3]
+    launch("chosen", lambda c: T * B * Hk, q, k, v, index.contiguous(), o, lse, *sizes, **constants)
+    return o.to(dtype), lse
 
 
 def selected_bwd(q, k, v, index, o, lse, do, scale, select_block):
-    """dq, dk, dv, in three launches."""
-    like, Hk, dtype = (q, k, v), k.shape[2], q.dtype
-    lse, delta = (x.unflatten(2, (Hk, -1)).transpose(1, 2).contiguous() for x in (lse, row_products(do, o)))
-    q, k, v, tiles, place, n_blocks, widths, sizes = triton_inputs(q, k, v, index, select_block)
-    do = do.to(q.dtype).unflatten(2, (Hk, -1)).transpose(1, 2).contiguous()
-    part = q.new_empty(tiles.block.shape[0], TILE, q.shape[3], dtype=torch.float32)
-    dq, dk, dv = torch.empty_like(q, dtype=dtype), torch.empty_like(k), torch.empty_like(v)
-    inputs, numbers = (q, do, k, v, lse, delta, tiles.query), (scale, q.shape[1], k.shape[1], n_blocks)
-    launch("query", part.shape[0], *inputs, tiles.block, part, *numbers, **sizes)
-    launch("block", tiles.first.shape[0] - 1, *inputs, tiles.first, dk, dv, *numbers, **sizes)
-    merge(part, lse, place, dq, lse, scale, widths, True)
-    return [ungrouped(x, y) for x, y in zip((dq, dk, dv), like)]
+    """dq, dk, dv, in two launches."""
+    dtypes, (q, k, v, SQ, SK, constants) = [x.dtype for x in (q, k, v)], in_place(q, k, v)
+    do, SD, delta = gradient_inputs(q, o, do)
+    (B, T, H, _), (_, S, Hk, _), n = q.shape, k.shape, index.shape[3]
+    n_blocks = -(-S // select_block)
+    constants |= dict(R=power(constants["G"]), LS=select_block, BS=power(select_block))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    sums, sizes = (do, lse, delta), (SQ, SK, SD, scale, T, S, H)
+    launch("chosen_query", lambda c: T * B * Hk, q, k, v, index.contiguous(), *sums, dq, *sizes, n, **constants)
+    block = numbered(index.transpose(1, 2).flatten(0, 1), n_blocks).flatten()
+    block, order = torch.where(block < 0, B * Hk * n_blocks, block).sort(stable=True)
+    first = torch.searchsorted(block, torch.arange(B * Hk * n_blocks + 1, device=block.device))
+    constants |= dict(R=max(PAIR_ROWS, constants["R"]))
+    pairs = order.div_(n, rounding_mode="floor"), first
+    launch("chosen_key", lambda c: B * Hk * n_blocks, q, k, v, *pairs, *sums, dk, dv, *sizes, n_blocks, **constants)
+    return tuple(x.to(dtype) for x, dtype in zip((dq, dk, dv), dtypes))
 
 
 def aot_specs():
     """(name, kernel, signature, constants) of every kernel and configuration, for the report. Default first."""
     specs = []
     for name, launched in KERNELS.items():
-        kernel = launched.function
+        kernel, kinds = launched.function, dict.fromkeys(("p_lse", "p_delta"), "*fp32") | dict(scale="fp32")
+        kinds |= dict.fromkeys(("p_index", "p_query", "p_first"), "*i64") | dict.fromkeys(("SQ", "SK", "SD"), "i32:16")
         for width, select_block, (i, config) in itertools.product((64, 128), (32, 64), enumerate(launched.configs)):
-            constants = dict(D=width, BD=width, G=4, R=TILE, **config)
-            constants |= dict(BR=MERGED, SUM=False) if name == "merge" else {}
-            constants |= {} if name == "merge" else dict(LS=select_block, BS=select_block, DOT="bf16")
-            kinds = dict.fromkeys(("p_part", "p_level", "p_lse", "p_delta"), "*fp32")
-            kinds |= dict.fromkeys(("p_query", "p_block", "p_place", "p_first"), "*i64") | dict(scale="fp32")
+            constants = dict(D=width, BD=width, G=4, DOT="bf16", **config)
+            if name.startswith("chosen"):
+                rows = PAIR_ROWS if name == "chosen_key" else 16
+                constants |= dict(R=rows, LS=select_block, BS=select_block)
+            elif select_block > 32:
+                continue
             signature = {x: kinds.get(x, "*bf16" if x[:2] == "p_" else "i32") for x in kernel.arg_names}
             signature = {x: kind for x, kind in signature.items() if x not in constants}
-            if name != "merge" or select_block == 32:
-                specs.append((f"nsa_{name} {width} {select_block} #{i}", kernel, signature, constants))
+            label = f" {select_block}" if name.startswith("chosen") else ""
+            specs.append((f"nsa_{name} {width}{label} #{i}", kernel, signature, constants))
     return specs
 
 
@@ -767,24 +889,30 @@ def aot_specs():
 
 compressed_op = operator(
     "nsa_compressed",
-    "(Tensor q, Tensor k, Tensor v, float scale, int block, int stride, int select_block, int select_count, int offset)"
-    " -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, float scale, int block, int stride, int select_block, int select_count, int offset,"
+    " bool by_triton) -> (Tensor, Tensor, Tensor)",
 )(compressed_forward)
 
 
 @compressed_op.register_fake
-def _(q, k, v, scale, block, stride, select_block, select_count, offset):
+def _(q, k, v, scale, block, stride, select_block, select_count, offset, by_triton):
     n_blocks = (offset + q.shape[1] - 1) // select_block + 1
     index = q.new_empty(q.shape[0], q.shape[1], k.shape[2], min(select_count, n_blocks), dtype=torch.long)
-    return q.new_empty(q.shape), index
+    return q.new_empty(q.shape), index, sums_like(q, by_triton)
+
+
+def sums_like(q, by_triton):
+    return q.new_empty(q.shape[:3], dtype=torch.float32) if by_triton else q.new_empty(0)
 
 
 @operator(
     "nsa_compressed_backward",
-    "(Tensor q, Tensor k, Tensor v, Tensor do, float scale, int block, int stride, int offset)"
+    "(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, float scale, int block, int stride, int offset)"
     " -> (Tensor, Tensor, Tensor)",
 )
-def compressed_backward_op(q, k, v, do, scale, block, stride, offset):
+def compressed_backward_op(q, k, v, o, lse, do, scale, block, stride, offset):
+    if len(lse):
+        return band_bwd(q, k, v, o, lse, do, scale, offset, offset + q.shape[1], stride, block - 1)
     return tuple(compressed_backward(q, k, v, do, scale, block, stride, offset))
 
 
@@ -792,14 +920,15 @@ compressed_backward_op.register_fake(like_inputs(3))
 
 
 def compressed_context(ctx, inputs, output):
-    q, k, v, ctx.scale, ctx.block, ctx.stride, _, _, ctx.offset = inputs
-    ctx.save_for_backward(q, k, v)
-    ctx.mark_non_differentiable(output[1])
+    q, k, v, ctx.scale, ctx.block, ctx.stride, _, _, ctx.offset, by_triton = inputs
+    o, index, lse = output
+    ctx.save_for_backward(q, k, v, o if by_triton else q.new_empty(0), lse)
+    ctx.mark_non_differentiable(index, lse)
 
 
-def compressed_autograd(ctx, do, _):
+def compressed_autograd(ctx, do, *_):
     grads = compressed_backward_op(*ctx.saved_tensors, do, ctx.scale, ctx.block, ctx.stride, ctx.offset)
-    return *grads, *(None,) * 6
+    return *grads, *(None,) * 7
 
 
 compressed_op.register_autograd(compressed_autograd, setup_context=compressed_context)
@@ -843,24 +972,39 @@ def selected_autograd(ctx, do, _):
 selected_op.register_autograd(selected_autograd, setup_context=selected_context)
 
 
-window_op = operator("nsa_window", "(Tensor q, Tensor k, Tensor v, float scale, int window) -> Tensor")(window_forward)
-window_op.register_fake(lambda q, *_: q.new_empty(q.shape))
+@operator("nsa_window", "(Tensor q, Tensor k, Tensor v, float scale, int window, bool by_triton) -> (Tensor, Tensor)")
+def window_op(q, k, v, scale, window, by_triton):
+    if by_triton:
+        return band_fwd(q, k, v, scale, k.shape[1] - q.shape[1], window, 1, 0)
+    return window_forward(q, k, v, scale, window), q.new_empty(0)
 
 
-window_backward_op = operator(
+window_op.register_fake(lambda q, k, v, scale, window, by_triton: (q.new_empty(q.shape), sums_like(q, by_triton)))
+
+
+@operator(
     "nsa_window_backward",
-    "(Tensor q, Tensor k, Tensor v, Tensor do, float scale, int window) -> (Tensor, Tensor, Tensor)",
-)(window_backward)
+    "(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, float scale, int window)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def window_backward_op(q, k, v, o, lse, do, scale, window):
+    if len(lse):
+        return band_bwd(q, k, v, o, lse, do, scale, k.shape[1] - q.shape[1], window, 1, 0)
+    return window_backward(q, k, v, do, scale, window)
+
+
 window_backward_op.register_fake(like_inputs(3))
 
 
 def window_context(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.window = inputs
-    ctx.save_for_backward(*tensors)
+    q, k, v, ctx.scale, ctx.window, by_triton = inputs
+    o, lse = output
+    ctx.save_for_backward(q, k, v, o if by_triton else q.new_empty(0), lse)
+    ctx.mark_non_differentiable(lse)
 
 
-def window_autograd(ctx, do):
-    return *window_backward_op(*ctx.saved_tensors, do, ctx.scale, ctx.window), None, None
+def window_autograd(ctx, do, _):
+    return *window_backward_op(*ctx.saved_tensors, do, ctx.scale, ctx.window), None, None, None
 
 
 window_op.register_autograd(window_autograd, setup_context=window_context)
@@ -869,15 +1013,15 @@ window_op.register_autograd(window_autograd, setup_context=window_context)
 # ----------------------------------------------------------------------------- public
 
 
-def nsa_compressed(q, k, v, block, stride, select_block, select_count, offset=0, scale=None):
+def nsa_compressed(q, k, v, block, stride, select_block, select_count, offset=0, scale=None, backend="auto"):
     """o (B, T, H, D) and the chosen blocks (B, T, Hk, n), own block first, -1 where there are fewer.
 
     k, v (B, N, Hk, D): block i stands for tokens i * stride ... i * stride + block - 1 and is seen by those from its
     last token on; a query that sees none gets 0.  Of the blocks of select_block tokens, select_count are chosen for a
     group of heads: a query's own, block 0, the one before its own, and those with the largest sum of probabilities.
-    The choice has no gradient.  offset: the position of the first query.
+    The choice has no gradient.  offset: the position of the first query.  backend: auto | triton | torch.
     """
-    check("nsa_compressed", q, k, v)
+    check("nsa_compressed", q, k, v, backend)
     q, k, v = in_autocast(q, k, v)
     if min(block, stride) < 1 or block % stride or select_block % stride or block > select_block:
         sizes = f"block={block}, stride={stride}, select_block={select_block}"
@@ -889,7 +1033,9 @@ def nsa_compressed(q, k, v, block, stride, select_block, select_count, offset=0,
     seen = max(0, (offset + q.shape[1] - block) // stride + 1)
     if k.shape[1] != seen:
         raise ValueError(f"nsa_compressed: k must hold the {seen} complete blocks, got {k.shape[1]}")
-    return compressed_op(q, k, v, scaling(q, scale), block, stride, select_block, select_count, offset)
+    sizes = block, stride, select_block, select_count, offset
+    by_triton = seen > 0 and choose("nsa_compressed", backend, q, too_large(q, 1, q.shape[2] // k.shape[2])) == "triton"
+    return compressed_op(q, k, v, scaling(q, scale), *sizes, by_triton)[:2]
 
 
 def nsa_selected(q, k, v, index, select_block, scale=None, backend="auto"):
@@ -899,13 +1045,11 @@ def nsa_selected(q, k, v, index, select_block, scale=None, backend="auto"):
     own first, -1 for none; no block twice.  backend: auto | triton | torch | gather, the last for the few queries of a
     decoding step.
     """
-    check("nsa_selected", q, k, v, longer=True)
+    check("nsa_selected", q, k, v, backend, longer=True, own=("gather",))
     q, k, v = in_autocast(q, k, v)
     if index.dim() != 4 or index.shape[:3] != (*q.shape[:2], k.shape[2]) or index.dtype != torch.long:
         wanted = (*q.shape[:2], k.shape[2])
         raise ValueError(f"nsa_selected: index must be int64 {wanted} and n, got {index.dtype} {tuple(index.shape)}")
-    if backend not in ("auto", "triton", "torch", "gather"):
-        raise ValueError(f"nsa_selected: backend must be auto, triton, torch or gather, got {backend!r}")
     if backend == "gather":
         with leave_autocast(q):
             return selected_gathered(q, k, v, index, select_block, scaling(q, scale))
@@ -913,13 +1057,15 @@ def nsa_selected(q, k, v, index, select_block, scale=None, backend="auto"):
     return selected_op(q, k, v, index, scaling(q, scale), select_block, backend == "triton")[0]
 
 
-def nsa_window(q, k, v, window, scale=None):
-    """o (B, T, H, D): attention to the last `window` tokens, the query's own among them. k, v (B, S, Hk, D), S >= T."""
-    check("nsa_window", q, k, v, longer=True)
+def nsa_window(q, k, v, window, scale=None, backend="auto"):
+    """o (B, T, H, D): attention to the last `window` tokens, the query's own among them. k, v (B, S, Hk, D), S >= T.
+    backend: auto | triton | torch."""
+    check("nsa_window", q, k, v, backend, longer=True)
     q, k, v = in_autocast(q, k, v)
     if window < 1:
         raise ValueError(f"nsa_window: window must be at least 1, got {window}")
-    return window_op(q, k, v, scaling(q, scale), window)
+    by_triton = choose("nsa_window", backend, q, too_large(q, 1, q.shape[2] // k.shape[2])) == "triton"
+    return window_op(q, k, v, scaling(q, scale), window, by_triton)[0]
 
 
 def too_large(q, select_block, G):
@@ -927,15 +1073,15 @@ def too_large(q, select_block, G):
     D = q.shape[3]
     if q.dtype == torch.float32 and D > FP32_WIDTH:
         return f"the Triton kernels take float32 heads up to {FP32_WIDTH} wide"
-    limits = f"the Triton kernels take heads and blocks up to {MAX_WIDTH} wide, groups up to {TILE}"
-    return limits if max(D, select_block) > MAX_WIDTH or G > TILE else None
+    limits = f"the Triton kernels take heads and blocks up to {MAX_WIDTH} wide, groups up to {MAX_GROUP}"
+    return limits if max(D, select_block) > MAX_WIDTH or G > MAX_GROUP else None
 
 
 def scaling(q, scale):
     return float(q.shape[3] ** -0.5 if scale is None else scale)
 
 
-def check(name, q, k, v, longer=False):
+def check(name, q, k, v, backend, longer=False, own=()):
     for what, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4 or not x.is_floating_point():
             raise ValueError(f"{name}: {what} must be a float (B, T, H, D), got {x.dtype} {tuple(x.shape)}")
@@ -945,6 +1091,9 @@ def check(name, q, k, v, longer=False):
         raise ValueError(f"{name}: k and v must be (B, S, Hk, D) like q {tuple(q.shape)}, got {tuple(k.shape)}")
     if k.shape[2] < 1 or q.shape[2] % k.shape[2]:
         raise ValueError(f"{name}: k has {k.shape[2]} heads, which do not divide the {q.shape[2]} of q")
+    if backend not in ("auto", "triton", "torch", *own):
+        names = ("auto", "triton", "torch", *own)
+        raise ValueError(f"{name}: backend must be {', '.join(names[:-1])} or {names[-1]}, got {backend!r}")
     if longer and k.shape[1] < q.shape[1]:
         raise ValueError(f"{name}: k must be at least as long as q, {q.shape[1]}, got {k.shape[1]}")
 

@@ -659,25 +659,84 @@ def test_triton_under_the_interpreter():
 
 
 def compare_triton(T, H, Hk, D, n, select_block, past, dtype=torch.float32, device="cpu", tolerance=FP32):
-    """All groups and lengths share one oracle: float64, dense."""
-    inputs = [x.to(dtype).double() for x in draw(2, T, H, Hk, D, T + past)]
+    """The selected branch; all groups and lengths share one oracle: float64, dense."""
     index = some_index(2, T, Hk, n, select_block, past)
-    wanted = run(lambda q, k, v: K.nsa_selected_dense(q, k, v, index, select_block), inputs, torch.float64)
-    index, inputs = index.to(device), [x.to(device) for x in inputs]
-    found = run(lambda q, k, v: nsa_selected(q, k, v, index, select_block, backend="triton"), inputs, dtype)
-    agree([x.cpu() for x in found], wanted, tolerance)
+    chosen = index.to(device)
+    compare_forms(
+        lambda q, k, v: K.nsa_selected_dense(q, k, v, index, select_block),
+        lambda q, k, v: nsa_selected(q, k, v, chosen, select_block, backend="triton"),
+        draw(2, T, H, Hk, D, T + past), dtype, device, tolerance,
+    )  # fmt: skip
+
+
+def compare_forms(oracle, form, inputs, dtype, device, tolerance):
+    inputs = [x.to(dtype).double() for x in inputs]
+    wanted = run(oracle, inputs, torch.float64)
+    agree([x.cpu() for x in run(form, [x.to(device) for x in inputs], dtype)], wanted, tolerance)
+
+
+def compare_window_kernels(T, H, Hk, D, window, past, dtype=torch.float32, device="cpu", tolerance=FP32):
+    compare_forms(
+        lambda q, k, v: K.nsa_window_dense(q, k, v, window),
+        lambda q, k, v: nsa_window(q, k, v, window, backend="triton"),
+        draw(2, T, H, Hk, D, T + past), dtype, device, tolerance,
+    )  # fmt: skip
+
+
+def compare_compressed_kernels(T, H, Hk, D, sizes, past, dtype=torch.float32, device="cpu", tolerance=FP32):
+    blocks = max(0, (T + past - sizes[0]) // sizes[1] + 1)
+    inputs, chosen = draw(2, T, H, Hk, D, blocks), []
+
+    def form(q, k, v):
+        o, index = nsa_compressed(q, k, v, *sizes, offset=past, backend="triton")
+        chosen.append(index.cpu())
+        return o
+
+    compare_forms(
+        lambda q, k, v: K.nsa_compressed_dense(q, k, v, *sizes, past)[0], form, inputs, dtype, device, tolerance
+    )
+    if dtype == torch.float32:
+        assert torch.equal(
+            chosen[0], nsa_compressed(*(x.float() for x in inputs[:3]), *sizes, past, backend="torch")[1]
+        )
 
 
 SHAPES = [(70, 4, 1, 16, 4, 16, 0), (37, 3, 1, 20, 3, 8, 0), (33, 2, 2, 24, 4, 8, 13), (1, 5, 1, 8, 3, 12, 0)]
-
-
 WIDE = [(300, 8, 2, 64, 8, 32, 0), (99, 4, 4, 128, 5, 64, 9)]
+WINDOWS = [(70, 4, 1, 16, 20, 0), (37, 3, 3, 20, 100, 0), (33, 2, 1, 24, 9, 13), (1, 5, 1, 8, 4, 40)]
+BLOCKS = [(70, 4, 1, 16, (8, 4, 8, 4), 0), (40, 3, 3, 20, (16, 8, 16, 3), 5), (9, 2, 1, 8, (4, 4, 8, 4), 60)]
+WIDE_WINDOWS, WIDE_BLOCKS = [(300, 8, 2, 64, 128, 0)], [(700, 8, 2, 64, (32, 16, 32, 8), 0)]
 
 
 @pytest.mark.skipif(not kernels.interpreting(), reason="runs inside test_triton_under_the_interpreter")
 @pytest.mark.parametrize("T, H, Hk, D, n, select_block, past", SHAPES)
 def test_interpreted(T, H, Hk, D, n, select_block, past):
     compare_triton(T, H, Hk, D, n, select_block, past)
+
+
+@pytest.mark.skipif(not kernels.interpreting(), reason="runs inside test_triton_under_the_interpreter")
+@pytest.mark.parametrize("T, H, Hk, D, window, past", WINDOWS)
+def test_interpreted_window(T, H, Hk, D, window, past):
+    compare_window_kernels(T, H, Hk, D, window, past)
+
+
+@pytest.mark.skipif(not kernels.interpreting(), reason="runs inside test_triton_under_the_interpreter")
+@pytest.mark.parametrize("T, H, Hk, D, sizes, past", BLOCKS)
+def test_interpreted_compressed(T, H, Hk, D, sizes, past):
+    compare_compressed_kernels(T, H, Hk, D, sizes, past)
+
+
+@pytest.mark.skipif(not kernels.interpreting(), reason="runs inside test_triton_under_the_interpreter")
+def test_interpreted_slices():
+    """Keys and values that are slices of a projection, as the model's are, are read where they are."""
+    q, kv = draw(2, 50, 4, 1, 16)[0], torch.randn(2, 50, 5, 2, 1, 16, dtype=torch.float64)
+    apart = [kv[:, :, 1, i].clone() for i in (0, 1)]
+    index = some_index(2, 50, 1, 3, 8)
+    for f in (
+        lambda k, v: nsa_window(q.float(), k.float(), v.float(), 20, backend="triton"),
+        lambda k, v: nsa_selected(q.float(), k.float(), v.float(), index, 8, backend="triton"),
+    ):
+        assert torch.equal(f(*kv.float()[:, :, 1].unbind(2)), f(*apart))
 
 
 @pytest.mark.gpu
@@ -690,12 +749,26 @@ def test_on_a_gpu(T, H, Hk, D, n, select_block, past, dtype, tolerance):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or kernels.triton is None, reason="needs a GPU and Triton")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, FP32), (torch.bfloat16, 1e-2)])
+def test_bands_on_a_gpu(dtype, tolerance):
+    for shape in WINDOWS + WIDE_WINDOWS:
+        compare_window_kernels(*shape, dtype, "cuda", tolerance)
+    for shape in BLOCKS + WIDE_BLOCKS:
+        compare_compressed_kernels(*shape, dtype, "cuda", tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or kernels.triton is None, reason="needs a GPU and Triton")
 @pytest.mark.parametrize("D, select_block", [(64, 32), (128, 64)])
 @pytest.mark.parametrize("name, i", [(name, i) for name in K.KERNELS for i in range(len(K.KERNELS[name].configs))])
 def test_every_configuration_on_a_gpu(name, i, D, select_block, monkeypatch):
     kernel = K.KERNELS[name]
     monkeypatch.setitem(K.KERNELS, name, Kernel(kernel.function, [kernel.configs[i]], kernel.tiles))
-    compare_triton(300, 8, 2, D, 8, select_block, 0, torch.bfloat16, "cuda", 1e-2)
+    if name.startswith("chosen"):
+        compare_triton(300, 8, 2, D, 8, select_block, 0, torch.bfloat16, "cuda", 1e-2)
+    else:
+        compare_window_kernels(300, 8, 2, D, 4 * select_block, 0, torch.bfloat16, "cuda", 1e-2)
+        compare_compressed_kernels(700, 8, 2, D, (32, 16, 32, 8), 0, torch.bfloat16, "cuda", 1e-2)
 
 
 def test_a_fallback_says_its_reason_once():
