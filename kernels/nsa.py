@@ -774,11 +774,10 @@ KERNELS = {
         nsa_band_key_kernel, configurations(TILED, (64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 1)), fp32=SMALL
     ),
     "chosen": Kernel(nsa_chosen_kernel, configurations(WARPS, (4, 2), (2, 2), (4, 1))),
-    "chosen_query": Kernel(nsa_chosen_query_kernel, configurations(WARPS, (4, 2), (2, 2), (4, 1))),
+    "chosen_query": Kernel(nsa_chosen_query_kernel, configurations(WARPS, (2, 2), (4, 2), (4, 1))),
     "chosen_key": Kernel(
         nsa_chosen_key_kernel,
-        configurations(WARPS, (8, 2), (8, 1), (4, 2), (4, 1)),
-        fp32=dict(num_warps=8, num_stages=1),
+        configurations(WARPS, (8, 1), (8, 2), (4, 2), (4, 1)),
     ),
 }
 STEPS = ("keys / BN", "keys / BN", "G queries / BM", "blocks chosen", "blocks chosen", "G pairs of the block / R")

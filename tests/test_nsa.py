@@ -575,9 +575,9 @@ def test_opcheck():
     q, k, v, _ = (x.float().requires_grad_() for x in draw(1, 40, 2, 1, 4))
     index = some_index(1, 40, 1, 4, 8)
     few = [x.detach()[:, :9].requires_grad_() for x in (k, v)]
-    torch.library.opcheck(K.compressed_op, (q, *few, 0.5, *SIZES, 0))
+    torch.library.opcheck(K.compressed_op, (q, *few, 0.5, *SIZES, 0, False))
     torch.library.opcheck(K.selected_op, (q, k, v, index, 0.5, 8, False))
-    torch.library.opcheck(K.window_op, (q, k, v, 0.5, 16))
+    torch.library.opcheck(K.window_op, (q, k, v, 0.5, 16, False))
 
 
 def test_gradients_in_one_graph():
