@@ -816,9 +816,7 @@ class GatedLinearAttention(Attention):
 
     def step(self, x, state):
         q, k, v, g, r = self._inputs(x)
-        backend = "recurrent" if x.size(1) <= 16 else "auto"
-        options = dict(initial_state=state, output_final_state=True, backend=backend)
-        o, state = gla(q, k, v, g, gate_min=self.gate_min, **options)
+        o, state = gla(q, k, v, g, gate_min=self.gate_min, initial_state=state, output_final_state=True)
         return self._project(o, r), state
 
     def flops(self, T):
@@ -887,9 +885,7 @@ class GatedSlotAttention(Attention):
         return tuple(torch.zeros(shape, dtype=dtype, device=w.device) for shape in ((batch, H, D, M), (batch, H, M, D)))
 
     def step(self, x, state):
-        backend = "recurrent" if x.size(1) <= 16 else "auto"
-        options = dict(initial_state=state, output_final_state=True, backend=backend)
-        o, state = gsa(*self._inputs(x), scale=1.0, **options)
+        o, state = gsa(*self._inputs(x), scale=1.0, initial_state=state, output_final_state=True)
         return self._project(o, x), state
 
     def flops(self, T):
@@ -968,9 +964,7 @@ class PerformerAttention(Attention):
     def step(self, x, state):
         sums, position = state
         q, k, v = self._qkv(x, position)
-        backend = "recurrent" if x.size(1) <= 16 else "auto"
-        options = dict(initial_state=sums, output_final_state=True, backend=backend)
-        o, sums = performer(q, k, v, *self._maps(), self.features, **options)
+        o, sums = performer(q, k, v, *self._maps(), self.features, initial_state=sums, output_final_state=True)
         return self._project(o, x), (sums, position + x.size(1))
 
     def flops(self, T):
@@ -1032,7 +1026,7 @@ class ConvolvedAttention(Attention):
             self.log_a = nn.Parameter(torch.empty(self.n_head).uniform_(1, 16).log())
 
     def forward(self, x):
-        return self._mix(x, (None, None), "auto")[0], torch.zeros((), device=x.device)
+        return self._mix(x, (None, None))[0], torch.zeros((), device=x.device)
 
     def init_state(self, batch, max_len):
         w, (width, channels) = self.c_attn.weight, self.conv_shape
@@ -1040,7 +1034,7 @@ class ConvolvedAttention(Attention):
         return S, w.new_zeros(batch, max(0, width - 1), channels)
 
     def step(self, x, state):
-        return self._mix(x, state, "recurrent" if x.size(1) <= 16 else "auto")
+        return self._mix(x, state)
 
     def flops(self, T):
         return self.operations(T, self.n_head, self.d_k, self.d_v, self.options.get("gate_min"))
@@ -1055,10 +1049,9 @@ class ConvolvedAttention(Attention):
         found = {"state_norm": S.norm(dim=(2, 3)).mean(0)}
         return found if g is None else found | {"decay": g.exp().mean((0, 1)).view(self.n_head, -1).mean(1)}
 
-    def _mix(self, x, state, backend):
+    def _mix(self, x, state):
         inputs, rest, past = self._inputs(x, state[1])
-        options = dict(initial_state=state[0], output_final_state=True, backend=backend)
-        o, S = self.operator(*inputs, **options, **self.options)
+        o, S = self.operator(*inputs, initial_state=state[0], output_final_state=True, **self.options)
         return self.resid_dropout(self.c_proj(self._gate(o, *rest))), (S, past)
 
     def _convolved(self, x, past):

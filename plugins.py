@@ -84,5 +84,6 @@ def unknown_type(name, plugin, known):
     """What is wrong with an attention type that nobody registered; `plugin` is what its config names."""
     waiting = [path for path in split(plugin) if os.path.realpath(path) not in imported]
     if waiting:
-        return f"attention_type: no type {name!r} yet: add --plugin={shlex.quote(plugin)}, the file that registers it"
+        path = shlex.quote(plugin)
+        return f"attention_type: no type {name!r} yet: add --plugin={path}, the file that registers it (or import it)"
     return f"attention_type: no type {name!r}; write one of {', '.join(known)}, or add the --plugin=FILE of your own"

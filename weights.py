@@ -222,7 +222,9 @@ def check_stored(stored, build):
     try:
         with torch.device("meta"):
             model = build()
-    except (ModelError, RuntimeError, OverflowError) as error:
+    except ModelError as error:
+        raise ModelError(f"{stored['path']}: {error}") from None
+    except (RuntimeError, OverflowError) as error:
         raise ModelError(f"{stored['path']}: no model has these sizes: {str(error).splitlines()[0]}") from None
     own = model.state_dict()
     for name, w in stored["model"].items():

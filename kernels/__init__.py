@@ -14,6 +14,8 @@ try:
 except ImportError:
     triton, tl = None, types.SimpleNamespace(constexpr=None)  # enough for the kernels' definitions to be read
 
+STEP = 16  # tokens of a decoding step: more are faster in chunks
+
 _said = set()
 
 MODULES = (
@@ -75,6 +77,13 @@ def operator(name, schema):
         return torch.library.custom_op(f"nanoattention::{name}", run, mutates_args=(), schema=schema)
 
     return register
+
+
+def in_steps(backend, q, state, output_final_state):
+    """Whether an operator runs token by token: asked to, or with `auto` in a decoding step, which goes on from a state
+    by a few tokens."""
+    step = output_final_state and state is not None and q.shape[1] <= STEP
+    return backend == "recurrent" or (backend == "auto" and step)
 
 
 def like_inputs(n):

@@ -14,7 +14,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import Case, check, gla as G, in_autocast, jit, leave_autocast, operator, tl, triton
+from . import Case, check, gla as G, in_autocast, in_steps, jit, leave_autocast, operator, tl, triton
 from .gla import (
     SAFE_EXPONENT,
     add_pairs,
@@ -627,9 +627,10 @@ def delta(
     (B, _, H, K), V = q.shape, v.shape[3]
     q, k, v = in_autocast(q, k, v)  # beta, gates and states keep their precision
     scale = K**-0.5 if scale is None else float(scale)
-    if backend != "recurrent":
+    in_a_step = in_steps(backend, q, initial_state, output_final_state)
+    if not in_a_step:
         backend = choose("delta", backend, q, G.too_wide(K, V))
-    if backend == "recurrent" or (backend == "torch" and g is not None and g.dim() == 4 and gate_min is None):
+    if in_a_step or (backend == "torch" and g is not None and g.dim() == 4 and gate_min is None):
         with leave_autocast(q):
             o, state = delta_recurrent(q, k, v, beta, g, scale, gate_min, initial_state)
     else:

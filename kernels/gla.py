@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import Case, check, in_autocast, jit, leave_autocast, like_inputs, operator, tl, triton
+from . import Case, check, in_autocast, in_steps, jit, leave_autocast, like_inputs, operator, tl, triton
 from .launch import Kernel, choose, configurations, dot, dot_type, operand, product_type, split
 
 CHUNK = 64  # tokens a chunk, in every backend
@@ -986,14 +986,15 @@ def gla(
     q, k (B, T, H, K)   v (B, T, H, V)   initial_state (B, H, K, V)   g log-decay <= 0: (B, T, H, K), or (B, T, H) for
     one of all channels, which costs less, or None for no decay
     scale: K^-1/2 unless given.  gate_min: g is clamped there, with no gradient below; from -1.25 up the operator then
-    takes its faster form.  backend: auto | triton | torch | recurrent.  States are fp32, fp64 for fp64 inputs.
+    takes its faster form.  backend: auto | triton | torch | recurrent; auto takes the last for up to 16 tokens that go
+    on from a state.  States are fp32, fp64 for fp64 inputs.
     """
     check_inputs(q, k, v, g, gate_min, initial_state, backend)
     (B, T, H, K), V = q.shape, v.shape[3]
     g = g.unsqueeze(3) if g is not None and g.dim() == 3 else g
     q, k, v = in_autocast(q, k, v)  # gates and states keep their precision
     scale = K**-0.5 if scale is None else scale
-    if backend == "recurrent":
+    if in_steps(backend, q, initial_state, output_final_state):
         with leave_autocast(q):
             o, state = gla_recurrent(q, k, v, g, scale, gate_min, initial_state)
     else:

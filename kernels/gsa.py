@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import Case, check, in_autocast, jit, leave_autocast, operator, tl, triton
+from . import Case, check, in_autocast, in_steps, jit, leave_autocast, operator, tl, triton
 from .gla import LOG2E, compute_dtype, double_sums, tree_level
 from .launch import Kernel, choose, configurations, dot, dot_type, operand, power, split
 
@@ -824,7 +824,7 @@ def gsa(q, k, v, s, g, scale=None, initial_state=None, output_final_state=False,
     check_inputs(q, k, v, s, g, hk, hv, backend)
     q, k, v = in_autocast(q, k, v)  # gates and states keep their precision
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if backend == "recurrent":
+    if in_steps(backend, q, initial_state, output_final_state):
         with leave_autocast(q):
             o, state = gsa_recurrent(q, k, v, s, g, scale, initial_state)
     else:

@@ -17,7 +17,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import Case, check, in_autocast, jit, leave_autocast, operator, tl, triton
+from . import Case, check, in_autocast, in_steps, jit, leave_autocast, operator, tl, triton
 from .gla import (
     CHUNK,
     COLUMNS,
@@ -451,7 +451,7 @@ def performer(
     (B, _, H, _), M, V, dtype = q.shape, wq.shape[1], v.shape[3], compute_dtype(q.dtype)
     (v,) = in_autocast(v)  # exponents and states keep their precision
     wq, wk = wq.to(dtype), wk.to(dtype)
-    if backend == "recurrent":
+    if in_steps(backend, q, initial_state, output_final_state):
         with leave_autocast(q):
             o, state = performer_recurrent(q, k, v, wq, wk, features, initial_state)
     else:

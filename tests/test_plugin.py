@@ -289,7 +289,7 @@ def test_a_checkpoint_names_its_plugin_and_never_runs_it(plugin, tiny, tmp_path)
     assert train.main([*tiny(attention_type="decay", max_iters=2, export=True), f"--plugin={plugin}"]) == 0
     plugin.write_text(DECAY + f"open({str(marker)!r}, 'w')\n", encoding="utf-8")
     forget()
-    want = f"attention_type: no type 'decay' yet: add --plugin={plugin}, the file that registers it"
+    want = f"attention_type: no type 'decay' yet: add --plugin={plugin}, the file that registers it (or import it)"
     dataset = tiny()[1]
     calls = [
         (train.main, [f"--out_dir={folder}", dataset, "--init_from=resume", "--eval_only"]),
