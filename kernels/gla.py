@@ -441,15 +441,17 @@ def gate_gradient(q, k, dq, dk, first, new):
 
 # ----------------------------------------------------------------------------- Triton
 #
-# Three kernels, six launches. Time runs both ways: what S, q and v are to the forward, dS, k and do are to dv.
+# Four kernels, nine launches. Time runs both ways: what S, q and v are to the forward, dS, k and do are to dv.
 #
+#     weigh    k with its decay, and the sums of gates: what the scan adds up
 #     scan     S at the start of each chunk, the last state          backward: the same S, in fp32
 #              REVERSE: dS at the end of each chunk, the first one's gradient
 #     read     o from q, k, v, S                                     REVERSE: dv from k, q, do, dS
 #     grad     dq, dk, dg
 #
 # Performer attention runs scan and read too: without gates (GATED), with a normaliser z (NORMALISED).
-# Gates are loaded in log2 units; their sums inside a chunk are taken where they are used and never stored.
+# Gates are loaded in log2 units; their sums inside a chunk are taken where they are used. Only the scan, which alone is
+# serial, finds them done.
 
 LOG2E = tl.constexpr(math.log2(math.e)) if triton else None
 
@@ -542,13 +544,41 @@ def first_of(i_bh, T, S, H, D):
 
 
 @jit
+def gla_weigh_kernel(
+    p_x, p_g, p_w, p_total, SX, T, H, K, scale, gate_min,
+    C: tl.constexpr, BK: tl.constexpr, HEAD: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What a scan adds up, one (C, BK) tile: x times the decay after it, up to the chunk's end; with REVERSE times that
+    from the chunk's start up to it. And the sums of the chunk's gates. So nothing is summed in the scan's loop."""
+    i_k, i = split(tl.program_id(0), tl.cdiv(K, BK))
+    i_t, i_bh = split(i, tl.cdiv(T, C))
+    o_c, o_k = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
+    o_t = i_t * C + o_c
+    o_d = tl.arange(0, 1) if HEAD else o_k  # channels of gates
+    D = 1 if HEAD else K
+    m_x, m_g = (o_t < T)[:, None] & (o_k < K)[None, :], (o_t < T)[:, None] & (o_d < D)[None, :]
+    p_g += first_of(i_bh, T, H * D, H, D)
+    b_g = load_gates(p_g, o_t[:, None] * (H * D) + o_d[None, :], m_g, gate_min)  # (C, BK) or (C, 1)
+    if REVERSE:
+        b_e = tl.cumsum(b_g, 0)
+    else:
+        b_e = tl.cumsum(next_gates(p_g, o_t, o_d, T, H, D, gate_min, C), 0, reverse=True)
+    b_x = tl.load(p_x + first_of(i_bh, T, SX, H, K) + o_t[:, None] * SX + o_k[None, :], mask=m_x, other=0.0)
+    b_x = b_x.to(tl.float32) * tl.exp2(b_e) * scale
+    o_w = first_of(i_bh, T, H * K, H, K) + o_t[:, None] * (H * K) + o_k[None, :]
+    tl.store(p_w + o_w, b_x.to(p_w.dtype.element_ty), mask=m_x)
+    chunk = i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t
+    tl.store(p_total + chunk * D + o_d, tl.sum(b_g, 0), mask=(o_d < D) & (i_k == 0 if HEAD else True))
+
+
+@jit
 def gla_scan_kernel(
-    p_x, p_y, p_g, p_first, p_all, p_last, SX, SY, T, H, K, V, scale, gate_min,
+    p_x, p_y, p_total, p_first, p_all, p_last, SX, SY, T, H, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     GATED: tl.constexpr, HEAD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """One (BK, BV) tile of the state walks over the chunks; what it is on arrival at each is written to p_all. HEAD:
-    the gates have one channel."""
+    """One (BK, BV) tile of the state walks over the chunks; what it is on arrival at each is written to p_all. GATED:
+    it decays by the chunk's gates, HEAD: which have one channel."""
     i_bh = tl.program_id(0)
     o_k, o_v = tl.program_id(1) * BK + tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     o_c = tl.arange(0, C)
@@ -557,7 +587,7 @@ def gla_scan_kernel(
     o_d = tl.arange(0, 1) if HEAD else o_k  # channels of gates
     D = 1 if HEAD else K
     p_x, p_y = p_x + first_of(i_bh, T, SX, H, K), p_y + first_of(i_bh, T, SY, H, V)
-    p_g += first_of(i_bh, T, H * D, H, D)
+    p_total += i_bh.to(tl.int64) * NT * D
     o_s, m_s = o_k[:, None] * V + o_v[None, :], m_k[:, None] & m_v[None, :]
     p_all += i_bh.to(tl.int64) * NT * K * V
     b_s = tl.load(p_first + i_bh.to(tl.int64) * K * V + o_s, mask=m_s, other=0.0)
@@ -570,19 +600,8 @@ def gla_scan_kernel(
         m_y = (o_t < T)[:, None] & m_v[None, :]
         b_y = tl.load(p_y + o_t[:, None] * SY + o_v[None, :], mask=m_y, other=0.0)  # (C, BV)
         if GATED:
-            o_g, m_d = o_t[None, :] * (H * D) + o_d[:, None], o_d < D
-            if REVERSE:  # decay from the chunk's start to the token
-                b_g = load_gates(p_g, o_g, m_d[:, None] & (o_t < T)[None, :], gate_min)
-                b_e, b_total = tl.cumsum(b_g, 1), tl.sum(b_g, 1)
-            else:  # from after the token to the chunk's end
-                m_n = m_d[:, None] & ((o_c + 1 < C) & (o_t + 1 < T))[None, :]
-                b_g = load_gates(p_g, o_g + H * D, m_n, gate_min)
-                b_e = tl.cumsum(b_g, 1, reverse=True)
-                b_total = tl.sum(b_g, 1) + load_gates(p_g, i_t * C * H * D + o_d, m_d, gate_min)
-            b_x = operand(b_x.to(tl.float32) * tl.exp2(b_e) * scale, DOT)
-            b_s = b_s * tl.exp2(b_total)[:, None] + dot(b_x, b_y, DOT)
-        else:
-            b_s += dot(b_x, b_y, DOT)
+            b_s *= tl.exp2(tl.load(p_total + i_t * D + o_d, mask=o_d < D, other=0.0))[:, None]
+        b_s += dot(b_x, b_y, DOT)
     tl.store(p_last + i_bh.to(tl.int64) * K * V + o_s, b_s, mask=m_s)
 
 
@@ -740,6 +759,9 @@ def gla_grad_kernel(
 TILES = dict(BK="K", BV="V")
 COLUMNS = "BK BV num_warps num_stages"
 KERNELS = {
+    "weigh": Kernel(
+        gla_weigh_kernel, configurations("BK num_warps num_stages", (64, 4, 1), (32, 4, 1), (128, 8, 1)), dict(BK="K")
+    ),
     "scan": Kernel(
         gla_scan_kernel,
         configurations(
@@ -784,18 +806,31 @@ MAX_WIDTH = 256  # of heads
 def scan_launch(x, y, g, first, dtype, scale=1.0, gate_min=None, reverse=False, kernels=KERNELS):
     """States (B, H, chunks, K, V) on arrival at each chunk, and the last one (B, H, K, V). g (B, T, H, K or 1), or
     None: no gates; there `scale` does not act."""
-    B, T, H, K, V = *x.shape, y.shape[3]
-    states = x.new_empty(B, H, triton.cdiv(T, CHUNK), K, V, dtype=dtype)
-    last = torch.empty_like(first)
+    B, T, H, K, V, NT = *x.shape, y.shape[3], triton.cdiv(x.shape[1], CHUNK)
+    states, last, total = x.new_empty(B, H, NT, K, V, dtype=dtype), torch.empty_like(first), x
+    if g is not None:
+        x, total = weigh_launch(x, g, scale, gate_min, reverse)
 
     def programs(meta):
         return B * H, triton.cdiv(K, meta["BK"]), triton.cdiv(V, meta["BV"])
 
-    args = x, y, x if g is None else g, first, states, last, x.stride(1), y.stride(1), T, H
-    flags = dict(scale=scale, gate_min=floor(gate_min), DOT=dot_type(x.dtype), REVERSE=reverse)
-    flags |= dict(GATED=g is not None, HEAD=is_head(g))
+    args = x, y, total, first, states, last, x.stride(1), y.stride(1), T, H
+    flags = dict(DOT=dot_type(x.dtype), GATED=g is not None, HEAD=is_head(g), REVERSE=reverse)
     kernels["scan"].launch(programs, *args, K=K, V=V, C=CHUNK, **flags)
     return states, last
+
+
+def weigh_launch(x, g, scale, gate_min, reverse):
+    """x with its decays, and the sums of gates (B, H, chunks, K or 1)."""
+    (B, T, H, K), NT = x.shape, triton.cdiv(x.shape[1], CHUNK)
+    w, total = x.new_empty(x.shape), torch.empty(B, H, NT, g.shape[3], device=x.device)
+
+    def programs(meta):
+        return (triton.cdiv(K, meta["BK"]) * NT * B * H,)
+
+    flags = dict(scale=scale, gate_min=floor(gate_min), C=CHUNK, HEAD=is_head(g), REVERSE=reverse)
+    KERNELS["weigh"].launch(programs, x, g, w, total, x.stride(1), T, H, K=K, **flags)
+    return w, total
 
 
 def read_launch(x, y, w, g, states, scale=1.0, gate_min=None, reverse=False, normaliser=None, kernels=KERNELS):
@@ -867,7 +902,7 @@ def regular(x):
 
 
 def gla_fwd(q, k, v, g, state, scale, gate_min):
-    """o and the last state, in two launches."""
+    """o and the last state, in three launches."""
     dtype = v.dtype
     q, k, v, g = *in_rows(q, k, v), g.contiguous()
     states, last = scan_launch(k, v, g, state.contiguous(), q.dtype, 1.0, gate_min)
@@ -875,7 +910,7 @@ def gla_fwd(q, k, v, g, state, scale, gate_min):
 
 
 def gla_bwd(q, k, v, g, state, do, dstate, scale, gate_min):
-    """dq, dk, dv, dg and the initial state's gradient, in four launches."""
+    """dq, dk, dv, dg and the initial state's gradient, in six launches."""
     dtypes = [x.dtype for x in (q, k, v, g)]
     q, k, v, do, g = *in_rows(q, k, v), *dense(do), g.contiguous()
     states, _ = scan_launch(k, v, g, state.contiguous(), torch.float32, 1.0, gate_min)
@@ -890,6 +925,7 @@ def aot_specs():
     channel, head = dict(GATED=True, HEAD=False), dict(GATED=True, HEAD=True, FACTORISED=True)
     factorised, tree = channel | dict(FACTORISED=True), channel | dict(FACTORISED=False)
     forms = {
+        "weigh": [("", channel), (" head", dict(GATED=True, HEAD=True))],
         "scan": [("", channel), (" head", dict(GATED=True, HEAD=True))],
         "read": [("", factorised), (" head", head)],
         "read tree": [("", tree)],
@@ -897,10 +933,10 @@ def aot_specs():
         "grad tree": [("", tree)],
     }
     read = dict(STATES=True, NORMALISED=False)
-    for name, more in (("scan", {}), ("read", read), ("read tree", read)):
+    for name, more in (("weigh", {}), ("scan", {}), ("read", read), ("read tree", read)):
         ways = (("", False), (" reverse", True))
         forms[name] = [(form + way, flags | more | dict(REVERSE=r)) for form, flags in forms[name] for way, r in ways]
-    fp32 = {"p_g", "p_first", "p_last", "p_ds", "p_dg", "p_z", "p_inverse"}
+    fp32 = {"p_g", "p_total", "p_first", "p_last", "p_ds", "p_dg", "p_z", "p_inverse"}
     specs = []
     for name, kernel in KERNELS.items():
         names = kernel.function.arg_names
