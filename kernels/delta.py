@@ -14,7 +14,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import Case, check, gla as G, in_autocast, in_steps, jit, leave_autocast, operator, tl, triton
+from . import Case, at_once, check, gla as G, in_autocast, in_steps, jit, leave_autocast, operator, tl, triton
 from .gla import (
     SAFE_EXPONENT,
     add_pairs,
@@ -213,7 +213,7 @@ def operations(T, H, K, V, gate_min=None):
 def segments(q, C):
     """The (start, stop, chunks) of each segment."""
     B, T, H, _ = q.shape
-    n = max(1, SEGMENT // (B * H * C))
+    n = max(1, at_once(SEGMENT, q) // (B * H * C))
     return [(lo, min(T, lo + n * C), min(n, -(-(T - lo) // C))) for lo in range(0, T, n * C)]
 
 

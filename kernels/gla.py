@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import Case, check, in_autocast, in_steps, jit, leave_autocast, like_inputs, operator, tl, triton
+from . import Case, at_once, check, in_autocast, in_steps, jit, leave_autocast, like_inputs, operator, tl, triton
 from .launch import Kernel, choose, configurations, dot, dot_type, operand, product_type, split
 
 CHUNK = 64  # tokens a chunk, in every backend
@@ -250,7 +250,7 @@ def is_factorised(gate_min, chunk=CHUNK):
 
 def blocking(q, chunk):
     """Batch rows handled together, and chunks in a segment of them."""
-    (B, _, H, _), size = q.shape, SEGMENT_LOW if q.dtype == torch.bfloat16 else SEGMENT
+    (B, _, H, _), size = q.shape, at_once(SEGMENT_LOW if q.dtype == torch.bfloat16 else SEGMENT, q)
     rows = min(B, max(1, size // (H * chunk)))
     return rows, max(1, size // (rows * H * chunk))
 

@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import Case, check, in_autocast, in_steps, jit, leave_autocast, operator, tl, triton
+from . import Case, at_once, check, in_autocast, in_steps, jit, leave_autocast, operator, tl, triton
 from .gla import LOG2E, compute_dtype, double_sums, tree_level
 from .launch import Kernel, choose, configurations, dot, dot_type, operand, power, split
 
@@ -150,19 +150,16 @@ def store(out, x):
         out.copy_(x.flatten(1, 2)[:, :T])
 
 
-def segments(B, T, H):
+def segments(q):
     """(first token, tokens, chunks, chunk length) of each segment; a segment is a whole number of chunks."""
+    B, T, H, _ = q.shape
     C = chunk_length(T)
-    step = segment_length(B, H)
+    step = CHUNK * max(1, at_once(SEGMENT, q) // (CHUNK * B * H))
     return [(t, min(step, T - t), -(-min(step, T - t) // C), C) for t in range(0, T, step)]
 
 
 def chunk_length(T):
     return min(CHUNK, 1 << (T - 1).bit_length())
-
-
-def segment_length(B, H):
-    return CHUNK * max(1, SEGMENT // (CHUNK * B * H))
 
 
 def operations(T, H, K, V, M):
@@ -175,7 +172,7 @@ def operations(T, H, K, V, M):
 def chunk_fwd(q, k, v, s, g, hk, hv, scale):
     """-> o, the final states, and for the backward pass the logits without their own token, and the states at the
     chunk borders, keys and values side by side (chunks + 1, B * H, M, K + V)."""
-    B, T, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
+    (B, _, H, K), V, M = q.shape, v.shape[-1], s.shape[-1]
     acc = compute_dtype(q.dtype)
     o, z = v.new_empty(v.shape), s.new_empty(s.shape, dtype=acc)
     borders = z.new_empty(borders_shape(q, v, s))
@@ -183,7 +180,7 @@ def chunk_fwd(q, k, v, s, g, hk, hv, scale):
     if hk is not None:
         borders[0, ..., :K].copy_(hk.mT.flatten(0, 1))
         borders[0, ..., K:].copy_(hv.flatten(0, 1))
-    for t, size, n, C in segments(B, T, H):
+    for t, size, n, C in segments(q):
         here = slice(t, t + size)
         qc = load(n, C, acc, q[:, here]).mul_(scale)
         kv = load(n, C, acc, k[:, here], v[:, here])
@@ -216,7 +213,7 @@ def walk(S, decay, kv):
 
 def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale):
     """-> dq, dk, dv, ds, dg, and the gradients of the initial states."""
-    B, T, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
+    (B, _, H, K), V, M = q.shape, v.shape[-1], s.shape[-1]
     acc = z.dtype
     grads = [x.new_empty(x.shape) for x in (q, k, v, s, g)]
     dS = borders.new_zeros(B * H, M, K + V)  # the gradient of the state at the end of the segment
@@ -224,7 +221,7 @@ def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale):
         dS[..., :K].copy_(dhk.mT.flatten(0, 1))
     if dhv is not None:
         dS[..., K:].copy_(dhv.flatten(0, 1))
-    for t, size, n, C in reversed(segments(B, T, H)):
+    for t, size, n, C in reversed(segments(q)):
         here = slice(t, t + size)
         q_, k_, v_, s_, g_, z_, do_ = (x[:, here] for x in (q, k, v, s, g, z, do))
         qc, kv = load(n, C, acc, q_).mul_(scale), load(n, C, acc, k_, v_)

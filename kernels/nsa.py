@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import Case, in_autocast, jit, leave_autocast, like_inputs, operator, tl
+from . import Case, at_once, in_autocast, jit, leave_autocast, like_inputs, operator, tl
 from .gla import LOG2E, Workspace, compute_dtype, first_of, regular
 from .launch import Kernel, choose, configurations, dot, dot_type, power, split
 
@@ -34,7 +34,7 @@ FORCED = 3  # a query's own block, block 0 and the block before its own
 RESOLUTION = 2.0**-20  # of attention: blocks whose scores are nearer are equal, however they were rounded
 QUERIES = 64  # queries in a tile of the compressed and the window branch on a CPU
 ROWS = 128  # scores in a tile of the selected branch, along the queries
-SCORES = {"cpu": 2**18, "cuda": 2**25}  # scores that are worked on at a time: on a CPU they stay in cache
+SCORES = 2**18  # scores that are worked on at a time, so that they stay in cache
 PAIRS = 2**14  # of the selected branch: pairs of a query head and a block that are worked on together, at least
 FILL = 256  # and such pairs for each block there is: with fewer, most tiles are not full
 
@@ -167,10 +167,6 @@ def softmax_backward(p, dp):
     return torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
 
 
-def scores_at_once(x):
-    return SCORES.get(x.device.type, SCORES["cuda"])
-
-
 def open_or_shut(mask, like):
     """What is added to scores: 0 where the mask is true, else -inf."""
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, -math.inf)
@@ -183,8 +179,8 @@ def compressed_tiles(q, k, block, stride, offset):
     """Groups, queries lo to hi and the blocks that the last of them sees. Queries that see none are in no tile."""
     (N, T, G, _), n_blocks = q.shape, k.shape[1]
     row = G * max(1, n_blocks)
-    rows = QUERIES if q.device.type == "cpu" else max(QUERIES, scores_at_once(q) // (N * row))  # there few launches
-    some = max(1, scores_at_once(q) // (rows * row))
+    rows = QUERIES if q.device.type == "cpu" else max(QUERIES, at_once(SCORES, q) // (N * row))  # there few launches
+    some = max(1, at_once(SCORES, q) // (rows * row))
     for n in range(0, N, some):
         for lo in range(max(0, block - 1 - offset), T, rows):
             hi = min(T, lo + rows)
@@ -459,7 +455,7 @@ def window_shape(T, S, window):
 def window_tiles(q, tiles, w, c):
     """(n, m, lo, hi): tiles lo to hi of groups n to m, several of one of the two."""
     N, G = q.shape[0], q.shape[2]
-    step = max(1, scores_at_once(q) // (c * G * (w + c)))
+    step = max(1, at_once(SCORES, q) // (c * G * (w + c)))
     if tiles < min(N, step):
         return [(n, min(N, n + step), lo, lo + 1) for n in range(0, N, step) for lo in range(tiles)]
     return [(n, n + 1, lo, min(tiles, lo + step)) for n in range(N) for lo in range(0, tiles, step)]

@@ -17,7 +17,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import Case, check, in_autocast, in_steps, jit, leave_autocast, operator, tl, triton
+from . import Case, at_once, check, in_autocast, in_steps, jit, leave_autocast, operator, tl, triton
 from .gla import (
     CHUNK,
     COLUMNS,
@@ -104,9 +104,9 @@ def divide(o):
 def blocking(q, M, chunk):
     """Batch rows handled together, and chunks in a segment of them."""
     B, T, _, _ = q.shape
-    chunks = -(-T // chunk)
-    rows = min(B, max(1, SEGMENT // (M * chunk * chunks)))
-    return rows, min(chunks, max(1, SEGMENT // (M * chunk * rows)))
+    chunks, size = -(-T // chunk), at_once(SEGMENT, q)
+    rows = min(B, max(1, size // (M * chunk * chunks)))
+    return rows, min(chunks, max(1, size // (M * chunk * rows)))
 
 
 def pieces(q, M, chunk):

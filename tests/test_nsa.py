@@ -139,7 +139,7 @@ def test_continuing_a_sequence(T, past):
 @pytest.mark.parametrize("scores, pairs", [(1, 1), (3000, 500), (20_000, 500)])
 def test_several_segments(scores, pairs, monkeypatch):
     """Borders between segments, also inside a block and between batch rows."""
-    monkeypatch.setattr(K, "SCORES", dict(cpu=scores, cuda=scores))
+    monkeypatch.setattr(K, "SCORES", scores)
     monkeypatch.setattr(K, "PAIRS", pairs)
     monkeypatch.setattr(K, "FILL", 0)
     compare_compressed(draw_compressed(3, 75, 4, 2, 8), SIZES)
