@@ -38,7 +38,7 @@ import formats
 import memory
 import weights
 from config import ConfigError, key, printable
-from data import Batches, DataError, Dataset, scoring, windows
+from data import Batches, DataError, Dataset, make_bar, scoring, windows
 from data.scoring import compare_with_teacher, describe_comparison, estimate_loss, evaluate, print_scores
 from kernels.divergence import kl_divergence
 from model import GPT, GPTConfig, cross_entropy, param_groups, stored_config
@@ -390,10 +390,9 @@ def full_evaluation(model, dataset, cfg, runtime, world, teacher=None):
 
 def progress_bar(total, label, unit, world, initial=0):
     """A bar on a terminal; nothing elsewhere."""
-    from tqdm import tqdm
-
     shown = world.master and sys.stderr.isatty()
-    return tqdm(total=total, desc=label, unit=unit, initial=initial, disable=not shown, dynamic_ncols=True, leave=False)
+    options = dict(initial=initial, disable=not shown, dynamic_ncols=True, leave=False)
+    return make_bar(total=total, desc=label, unit=unit, **options)
 
 
 def git_commit():

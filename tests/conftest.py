@@ -39,7 +39,7 @@ def oracle(name):
     return pytest.importorskip(name)
 
 
-def run_two_processes(arguments, script=os.path.join(ROOT, "train.py")):
+def run_two_processes(arguments, script=f"{ROOT}/train.py"):
     """train.py, or a script of its arguments, under torchrun, two processes on the CPU."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     launch += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(script)]
