@@ -1,7 +1,6 @@
 """What a step will need, from shapes alone: parameters, memory, operations. Nothing is allocated."""
 
 import contextlib
-import sys
 from collections import Counter
 
 import torch
@@ -10,12 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import config
 from model import param_groups, turns
 
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
-
 MEMORY = ("weights", "gradients", "optimizer state", "activations")
+OLD = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")  # files and a name of cgroups of version 1
 
 
 def needs(model_config, make, batch=None):
@@ -51,12 +46,10 @@ def measure(model_config, make, batch):
         objective, optimizers = make(model_config)
         model = objective.model
         count = {name: sum(p.numel() for _, p in members) for name, members in param_groups(model).items()}
-        moved = [
-            (optimizer, p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
-        ]
-        state = sum(p.numel() * (1 if isinstance(optimizer, torch.optim.Muon) else 2) for optimizer, p in moved)
-        bytes_of = (sum(count.values()), sum(p.numel() for _, p in moved), state)
-        figures = count | {name: 4 * n for name, n in zip(MEMORY, bytes_of)}
+        moved = [(o, p.numel()) for o in optimizers for group in o.param_groups for p in group["params"]]
+        state = sum(n * (1 if isinstance(o, torch.optim.Muon) else 2) for o, n in moved)
+        numbers = (sum(count.values()), sum(n for _, n in moved), state)
+        figures = count | {name: 4 * n for name, n in zip(MEMORY, numbers)}
         if batch is None:
             return figures
         own = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -118,21 +111,6 @@ def refusal(model_config, make, cfg, length, runtime, micro_steps, made=False):
     )
 
 
-# -----------------------------------------------------------------------------
-# what is there, and what is free
-
-
-def peak(device_type):
-    """{"rss_mb"}: peak resident memory of the process, but on Windows; with CUDA {"cuda_mb"}: of its tensors there."""
-    entry = {}
-    if resource is not None:
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-        entry["rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
-    if device_type == "cuda":
-        entry["cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
-    return entry
-
-
 def free_memory(device):
     """Bytes that a process may still take; None where this is unknown: on a Mac, on Windows."""
     if device.startswith("cuda"):
@@ -149,10 +127,9 @@ def cgroup_rooms(root="/sys/fs/cgroup", of="/proc/self/cgroup"):
     for _, controllers, path in (line.split(":", 2) for line in read(of).splitlines()):
         if controllers and "memory" not in controllers.split(","):
             continue
-        folder, limit, used, cached = (root, "memory.max", "memory.current", "file")
+        folder, limit, used, cached = root, "memory.max", "memory.current", "file"
         if controllers:
-            folder, limit, used = f"{root}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cached = "total_cache"
+            folder, limit, used, cached = f"{root}/memory", *OLD
         parts = path.strip("/").split("/")
         for place in ("/".join([folder, *parts[:n]]) for n in range(len(parts) + 1)):
             most, now = (read(f"{place}/{name}").strip() for name in (limit, used))

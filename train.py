@@ -43,7 +43,7 @@ from data.scoring import compare_with_teacher, describe_comparison, estimate_los
 from kernels.divergence import kl_divergence
 from model import GPT, GPTConfig, cross_entropy, param_groups, stored_config
 from parallel import processes
-from weights import ModelError, TrainError, read_checkpoint, save_checkpoint
+from weights import ModelError, TrainError, read_checkpoint
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row that end a run
 SPIKE_WINDOW, SPIKE_LEAST, SPIKE_ROW = 100, 20, 5  # see SpikeGuard
@@ -419,6 +419,9 @@ class Run:
         self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == "float16")
         self.progress = Progress()
         self.guard = SpikeGuard([])
+        self.writer = weights.Writer(
+            beside=runtime.device_type == "cuda"
+        )  # on a CPU a thread would take from the steps
         self.is_new = stored is None  # until its first checkpoint
         self.log_size = None
         if stored is not None:
@@ -626,7 +629,7 @@ class Run:
             self.progress.best_val_loss = math.inf if as_converted or grows else score
             if self.world.master:
                 extra = dict(iter_num=self.progress.iter_num, best_val_loss=score)
-                save_checkpoint(os.path.join(self.folder, "best.pt"), self.model, **extra)
+                self.writer.save(os.path.join(self.folder, "best.pt"), self.model, **extra)
 
     @torch.no_grad()
     def check_weights(self):
@@ -664,8 +667,9 @@ class Run:
                 extra["muon"] = self.optimizers[1].state_dict()
             extra |= {"config": dataclasses.asdict(self.cfg), "data": self.dataset.checksums()}
             extra["log_size"] = self.log.size()
-            save_checkpoint(os.path.join(self.folder, "ckpt.pt"), self.model, **extra)
+            self.writer.save(os.path.join(self.folder, "ckpt.pt"), self.model, **extra)
             if self.is_new:
+                self.writer.wait()
                 weights.place_new_run(self.cfg.out_dir)
                 self.log.folder = self.cfg.out_dir
         self.is_new = False
@@ -711,6 +715,7 @@ class Run:
                     self.save()
                 if progress.iter_num % cfg.eval_interval == 0:
                     since, steps = time.perf_counter(), 0
+        self.writer.wait()
         if self.bad_steps:
             raise TrainError(f"the last {self.bad_steps} steps were not finite and were skipped; lower learning_rate")
         if stop > 0:
@@ -724,7 +729,7 @@ class Run:
             return
         rate, lr = tokens_per_step / ms * 1000, self.optimizers[0].param_groups[0]["lr"]
         entry = dict(lr=lr, ms=ms, tokens_per_s=rate, tokens=self.progress.tokens, cpu_s=time.process_time())
-        entry |= dict(wall_s=self.progress.seconds, **memory.peak(self.runtime.device_type))
+        entry |= dict(wall_s=self.progress.seconds, **weights.peak_memory(self.runtime.device_type))
         entry |= {"skipped": self.guard.skipped} if self.cfg.spike_guard else {}
         self.log.write(iter=self.progress.iter_num, **terms, **entry)
         parts = {k: v for k, v in terms.items() if k not in ("loss", "grad_norm") and (v or k != "penalty")}
@@ -853,6 +858,7 @@ def work(model_config, cfg, given, world, runtime, dataset):
     finally:
         if run.log is not None:
             run.log.close(status)
+        run.writer.wait()
     if cfg.export and world.master and status == 0:
         formats.export(cfg.export, model, cfg.out_dir, dataset.codec)
     return status

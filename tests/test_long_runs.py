@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +15,9 @@ from test_train import ENV, read_log, snapshot, weights_equal
 
 import config
 import train
+import weights
 from train import SPIKE_LEAST, SPIKE_ROW, SPIKE_WINDOW, Objective, SpikeGuard
-from weights import ModelError, read_checkpoint
+from weights import ModelError, TrainError, read_checkpoint
 
 GUARDED = dict(spike_guard=5.0, max_iters=40, lr_decay_iters=40, eval_interval=40)
 
@@ -214,6 +217,75 @@ def test_the_clock_ends_a_run_within_a_step_and_a_save(tiny, tmp_path, monkeypat
     train.main(tiny(max_seconds=60.0, max_iters=1000, eval_interval=10, init_from="resume"))
     stored = read_checkpoint(folder, "ckpt.pt")
     assert 20 - 1 <= clock.now - begin <= 20 + 1 + 3 and 60 <= stored["clock"] <= 61
+
+
+# checkpoints beside the steps, as on CUDA
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    writer = weights.Writer
+    monkeypatch.setattr(weights, "Writer", lambda beside: writer(True))
+
+
+def test_checkpoints_beside_the_steps_are_the_same(tiny, tmp_path, monkeypatch, beside):
+    """Bit by bit, and no larger; resumed exactly."""
+    train.main(tiny(out_dir=str(tmp_path / "parts"), max_iters=10, attention_type="adaptive_span"))
+    train.main(tiny(out_dir=str(tmp_path / "parts"), init_from="resume", attention_type="adaptive_span"))
+    monkeypatch.undo()
+    train.main(tiny(out_dir=str(tmp_path / "whole"), attention_type="adaptive_span"))
+    for name in ("ckpt.pt", "best.pt"):
+        assert weights_equal(tmp_path / "whole", tmp_path / "parts", name)
+        sizes = [(tmp_path / folder / name).stat().st_size for folder in ("whole", "parts")]
+        assert abs(sizes[0] - sizes[1]) < 8000, sizes  # a tied head is one tensor, of 32 kB
+    assert read_log(tmp_path / "whole") == read_log(tmp_path / "parts")
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(tiny, tmp_path, monkeypatch, beside):
+    """The file has the weights of its own iteration, and the one after it waits."""
+    write, gate, order = weights.write_atomically, threading.Event(), []
+    step, folder = train.Run.step, str(tmp_path / "run")
+
+    def slow(path, content):
+        if path == os.path.join(folder, "ckpt.pt"):
+            assert gate.wait(60)
+            order.append("written")
+        write(path, content)
+
+    def stepped(self):
+        if self.progress.iter_num == 15:
+            assert read_checkpoint(folder, "ckpt.pt")["iter_num"] == 0
+            gate.set()
+            self.writer.wait()
+            assert read_checkpoint(folder, "ckpt.pt")["iter_num"] == 10
+            order.append("step 16")
+        return step(self)
+
+    monkeypatch.setattr(weights, "write_atomically", slow)
+    monkeypatch.setattr(train.Run, "step", stepped)
+    assert train.main(tiny(out_dir=folder)) == 0
+    assert order == ["written", "step 16", "written"]
+    assert train.main(tiny(out_dir=str(tmp_path / "short"), max_iters=10)) == 0
+    monkeypatch.undo()
+    train.main(tiny(out_dir=str(tmp_path / "plain")))
+    assert weights_equal(folder, tmp_path / "plain")
+
+
+def test_what_the_thread_cannot_write_ends_the_run(tiny, tmp_path, monkeypatch, beside):
+    """At the next checkpoint, and the one before stays."""
+    write, folder, broken = weights.write_atomically, str(tmp_path / "run"), []
+
+    def full(path, content):
+        if path == os.path.join(folder, "ckpt.pt"):
+            broken.append(path)
+            raise TrainError(f"cannot write {path}: No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(weights, "write_atomically", full)
+    with pytest.raises(TrainError, match="No space left"):
+        train.main(tiny(out_dir=folder, max_iters=35, checkpoint_interval=10))
+    assert len(broken) == 1 and read_checkpoint(folder, "ckpt.pt")["iter_num"] == 0
+    assert max(e["iter"] for e in read_log(folder, "iter")) == 20
 
 
 # memory
