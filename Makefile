@@ -1,9 +1,9 @@
 # make help lists the targets. Everything is installed into $(VENV) from the two requirements files.
 PYTHON ?= python3
 VENV ?= .venv
-# To take torch from another index than pip's own, for example the CPU wheels:
-#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
-TORCH_INDEX ?=
+# The index to take torch from; empty: pip's own. auto: on Linux, whose usual torch brings gigabytes of CUDA, the CPU
+# build where no NVIDIA driver is found and its index answers within 5 seconds; elsewhere pip's own.
+TORCH_INDEX ?= auto
 
 BIN = $(VENV)/bin
 PY = $(BIN)/python
@@ -16,10 +16,24 @@ SOURCES = *.py benchmarks config data docs kernels tests .ci
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
+CPU_INDEX = https://download.pytorch.org/whl/cpu
+TORCH = $$(grep '^torch==' requirements.txt)
+SYSTEM = $(shell uname -s)
+DRIVER = command -v nvidia-smi || test -e /proc/driver/nvidia/version
+ANSWERS = $(PY) -c 'import signal, urllib.request as u; signal.alarm(5); u.urlopen("$(CPU_INDEX)/torch/")'
+
 $(VENV)/run.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),$(PY) -m pip install -q $$(grep '^torch==' requirements.txt) --index-url $(TORCH_INDEX))
+	@index="$(TORCH_INDEX)" why="as asked"; \
+	if [ "$$index" = auto ]; then index=; \
+	  if [ "$(SYSTEM)" != Linux ]; then why="on $(SYSTEM)"; \
+	  elif ($(DRIVER)) >/dev/null 2>&1; then why="an NVIDIA driver is here"; \
+	  elif ($(ANSWERS)) >/dev/null 2>&1; then index=$(CPU_INDEX); why="its CPU build: no NVIDIA driver is here"; \
+	  else why="no NVIDIA driver is here, but the index of CPU builds does not answer"; fi; fi; \
+	echo "torch: from $${index:-the index of pip} ($$why)"; \
+	if [ -n "$$index" ]; then $(PY) -m pip install -q $(TORCH) --index-url $$index || \
+	  { [ "$(TORCH_INDEX)" = auto ] && echo "torch: that failed; from the index of pip"; }; fi
 	$(PY) -m pip install -q -r requirements.txt
 	@touch $@
 

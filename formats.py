@@ -147,7 +147,12 @@ PLACES = {
 
 
 def check_export(form, model, codec):
-    """ConfigError, before a run, where export=hf could not write its model and tokenizer at the end."""
+    """ConfigError, before a run, where it could not write its model, or with export=hf a tokenizer, at its end."""
+    try:
+        import safetensors  # noqa: F401
+    except ImportError:
+        if form:
+            raise ConfigError("export: the package is missing; pip install safetensors, or --export=False") from None
     if form == "hf":
         hf_config(model)
         hf_tokenizer(codec)

@@ -13,12 +13,14 @@ moves the files of an earlier one to out_dir/previous/, once it has a checkpoint
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -33,21 +35,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 import config
 import formats
+import memory
 import weights
 from config import ConfigError, key, printable
-from data import Batches, DataError, Dataset, scoring, windows
+from data import Batches, DataError, Dataset, make_bar, scoring, windows
 from data.scoring import compare_with_teacher, describe_comparison, estimate_loss, evaluate, print_scores
 from kernels.divergence import kl_divergence
 from model import GPT, GPTConfig, cross_entropy, param_groups, stored_config
 from parallel import processes
-from weights import ModelError, TrainError, read_checkpoint, save_checkpoint
-
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
+from weights import ModelError, TrainError, read_checkpoint
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row that end a run
+SPIKE_WINDOW, SPIKE_LEAST, SPIKE_ROW = 100, 20, 5  # see SpikeGuard
 
 
 @dataclass
@@ -60,7 +59,7 @@ class TrainConfig:
     batch_size: int = key(12, "sequences of a micro-batch, for each process", low=1)
     gradient_accumulation_steps: int = key(1, "micro-batches of a step, over all processes", low=1)
     max_iters: int = key(5000, "optimizer steps", low=0)
-    max_seconds: float = key(0.0, "training time over all resumes, evaluations excluded; 0: no limit", low=0.0)
+    max_seconds: float = key(0.0, "time over all resumes by the clock, evaluating and saving too; 0: no limit", low=0.0)
     optimizer: str = key("adamw", "muon moves the matrices of the blocks, AdamW the rest", choices=("adamw", "muon"))
     learning_rate: float = key(6e-4, "peak learning rate of AdamW", low=0.0)
     muon_learning_rate: float = key(0.02, "peak learning rate of Muon", low=0.0)
@@ -74,6 +73,7 @@ class TrainConfig:
     beta2: float = key(0.95, "AdamW", low=0.0, high=0.999999)
     grad_clip: float = key(1.0, "gradient norm to clip to; 0: off", low=0.0)
     mask_grad_clip: float = key(0.0, "gradient norm of mask parameters to clip to; 0: off", low=0.0)
+    spike_guard: float = key(0.0, "skip steps whose gradient norm is above so many times its median; 0: off", low=0.0)
     eval_interval: int = key(500, "steps between evaluations, each followed by a checkpoint", low=1)
     eval_iters: int = key(50, "fixed batches of the loss estimate during training", low=1)
     eval_only: bool = key(False, "score val and test by the full pass, then stop")
@@ -111,6 +111,8 @@ class TrainConfig:
             raise ValueError(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}")
         if self.eval_stride > scoring.context_sizes(self.eval_context)[0] > 0:
             raise ValueError(f"eval_stride={self.eval_stride} would skip tokens: eval_context is {self.eval_context}")
+        if 0 < self.spike_guard <= 1:
+            raise ValueError(f"spike_guard={self.spike_guard:g} would skip every second step: write more than 1, or 0")
         if (self.distill == "none") != (not self.teacher):
             raise ValueError("distill=kl or distill=attention needs teacher=FOLDER, and a teacher needs one of them")
         if self.distill == "attention" and self.train_only == "all":
@@ -176,8 +178,30 @@ class Progress:
     iter_num: int = 0
     best_val_loss: float = math.inf
     tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # in steps
+    clock: float = 0.0  # since the run began, without the time between two processes
+    evaluation: float = 0.0  # the last one's seconds
     wandb_id: str = ""
+
+
+@dataclass
+class SpikeGuard:
+    """Which gradient norms are spikes: those of more than `factor` times the median of the last SPIKE_WINDOW norms that
+    were none, from SPIKE_LEAST on. More than SPIKE_ROW in a row are a new level: the median begins anew."""
+
+    norms: list
+    skipped: int = 0
+    row: int = 0
+
+    def is_spike(self, norm, factor):
+        if len(self.norms) >= SPIKE_LEAST and norm > factor * statistics.median(self.norms):
+            self.row += 1
+            if self.row <= SPIKE_ROW:
+                self.skipped += 1
+                return True
+            self.norms = []
+        self.row, self.norms = 0, [*self.norms, norm][-SPIKE_WINDOW:]
+        return False
 
 
 # -----------------------------------------------------------------------------
@@ -366,21 +390,9 @@ def full_evaluation(model, dataset, cfg, runtime, world, teacher=None):
 
 def progress_bar(total, label, unit, world, initial=0):
     """A bar on a terminal; nothing elsewhere."""
-    from tqdm import tqdm
-
     shown = world.master and sys.stderr.isatty()
-    return tqdm(total=total, desc=label, unit=unit, initial=initial, disable=not shown, dynamic_ncols=True, leave=False)
-
-
-def memory(device_type):
-    """Peak resident memory of the process, but on Windows, and peak CUDA memory, in MB."""
-    entry = {}
-    if resource is not None:
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-        entry["rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
-    if device_type == "cuda":
-        entry["cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
-    return entry
+    options = dict(initial=initial, disable=not shown, dynamic_ncols=True, leave=False)
+    return make_bar(total=total, desc=label, unit=unit, **options)
 
 
 def git_commit():
@@ -406,10 +418,15 @@ class Run:
         self.masks, self.weights = groups["mask"], groups["matrix"] + groups["vector"]
         self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == "float16")
         self.progress = Progress()
+        self.guard = SpikeGuard([])
+        self.writer = weights.Writer(
+            beside=runtime.device_type == "cuda"
+        )  # on a CPU a thread would take from the steps
         self.is_new = stored is None  # until its first checkpoint
         self.log_size = None
         if stored is not None:
             self.restore(stored)
+        self.began = time.perf_counter() - self.progress.clock
         self.signal = 0
         self.bad_steps = 0
         self.penalty = 0.0  # of the last step
@@ -450,6 +467,9 @@ class Run:
             print("the checkpoint has no generator state: batches and dropout start afresh")
             return
         self.scaler.load_state_dict(stored["scaler"])
+        if spikes := stored.get("spikes"):
+            norms = [float(norm) for norm in spikes["norms"]]
+            self.guard = SpikeGuard(norms, int(spikes["skipped"]), int(spikes["row"]))
         self.batches.load_state_dict(stored["batches"])
         self.log_size = max(0, int(stored["log_size"]))
         if len(stored["rng"]) == self.world.size:
@@ -521,7 +541,8 @@ class Run:
             self.scaler.unscale_(optimizer)
         norm = self.clip().item()
         means = torch.stack(terms).cpu().double().mean(0)  # read once a step: each reading waits for a GPU
-        means = [t / self.world.size for t in self.world.sum(means.tolist())]
+        sums = self.world.sum([*means.tolist(), norm])  # of the norm too: all processes judge the same number
+        *means, norm = (t / self.world.size for t in sums)
         self.update(means[0], norm)
         terms = dict(zip(("loss", *parts), means)) | {"grad_norm": norm}
         self.penalty = terms["penalty"]
@@ -552,28 +573,30 @@ class Run:
         return torch.stack([n.to(norms[0].device) for n in norms]).norm() if self.masks else norms[0]
 
     def update(self, loss, norm):
-        """Move the parameters unless something is not finite; a few such steps in a row end the run."""
+        """Move the parameters unless something is not finite, or the norm is a spike; a few steps in a row that are not
+        finite end the run."""
         overflow = self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() > 1
         finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite or overflow:  # the scaler skips an overflowing step itself, and lowers its scale
+        number = self.progress.iter_num + 1
+        if finite and self.cfg.spike_guard and self.guard.is_spike(norm, self.cfg.spike_guard):
+            median = statistics.median(self.guard.norms)
+            self.say(f"iteration {number}: gradient norm {norm:.4g}, the median is {median:.4g}: a spike, step skipped")
+        elif finite or overflow:  # the scaler skips an overflowing step itself, and lowers its scale
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
-            self.bad_steps = 0
-        else:
-            self.bad_steps += 1
+        self.bad_steps = 0 if finite or overflow else self.bad_steps + 1
         if self.scaler.is_enabled():
             self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        if not finite and not overflow:
-            number = self.progress.iter_num + 1
+        if self.bad_steps:
             self.say(f"iteration {number}: loss {loss}, gradient norm {norm}: step skipped ({self.bad_steps} in a row)")
             if self.bad_steps >= MAX_BAD_STEPS:
                 self.fail(f"{MAX_BAD_STEPS} non-finite steps in a row up to iteration {number}")
 
     def evaluate(self):
         """The cheap estimate, logged, and what the masks are; best.pt."""
-        right = {}
+        start, right = time.perf_counter(), {}
         losses = estimate_loss(self.model, self.batches, self.cfg.eval_iters, self.runtime, self.world, right)
         found = [f"{k} {what} {v:.4f}" for what, d in (("loss", losses), ("accuracy", right)) for k, v in d.items()]
         self.say(f"iteration {self.progress.iter_num}: {', '.join(found)}")
@@ -594,6 +617,7 @@ class Run:
         stats = {f"{i}.{name}": value.tolist() for i, layer in stats.items() for name, value in layer.items()}
         if stats and self.log:  # what the masks are, from parameters alone
             self.log.write(iter=self.progress.iter_num, stats=stats)
+        self.progress.evaluation = time.perf_counter() - start
 
     def keep_best(self, score, as_converted):
         """Write best.pt where `score` is the lowest of the run: the validation loss, or of a student its divergence and
@@ -605,7 +629,7 @@ class Run:
             self.progress.best_val_loss = math.inf if as_converted or grows else score
             if self.world.master:
                 extra = dict(iter_num=self.progress.iter_num, best_val_loss=score)
-                save_checkpoint(os.path.join(self.folder, "best.pt"), self.model, **extra)
+                self.writer.save(os.path.join(self.folder, "best.pt"), self.model, **extra)
 
     @torch.no_grad()
     def check_weights(self):
@@ -634,22 +658,26 @@ class Run:
         if self.runtime.device_type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state()
         rng = self.world.gather(rng)
+        self.progress.clock = time.perf_counter() - self.began
         if self.world.master:
             extra = dataclasses.asdict(self.progress) | {"rng": rng, "batches": self.batches.state_dict()}
+            extra["spikes"] = dataclasses.asdict(self.guard)
             extra |= {"optimizer": self.optimizers[0].state_dict(), "scaler": self.scaler.state_dict()}
             if len(self.optimizers) > 1:
                 extra["muon"] = self.optimizers[1].state_dict()
             extra |= {"config": dataclasses.asdict(self.cfg), "data": self.dataset.checksums()}
             extra["log_size"] = self.log.size()
-            save_checkpoint(os.path.join(self.folder, "ckpt.pt"), self.model, **extra)
+            self.writer.save(os.path.join(self.folder, "ckpt.pt"), self.model, **extra)
             if self.is_new:
+                self.writer.wait()
                 weights.place_new_run(self.cfg.out_dir)
                 self.log.folder = self.cfg.out_dir
         self.is_new = False
 
     def stop_reason(self):
-        """0, or the signal that all processes have seen, or -1 when the time is used up."""
-        out_of_time = 0 < self.cfg.max_seconds <= self.progress.seconds
+        """0, or the signal that all processes have seen, or -1 when the time is used up, but for a last evaluation."""
+        clock = time.perf_counter() - self.began
+        out_of_time = 0 < self.cfg.max_seconds <= clock + self.progress.evaluation
         number, late = self.world.max([self.signal, int(out_of_time)])
         return int(number) or (-1 if late else 0)
 
@@ -687,6 +715,7 @@ class Run:
                     self.save()
                 if progress.iter_num % cfg.eval_interval == 0:
                     since, steps = time.perf_counter(), 0
+        self.writer.wait()
         if self.bad_steps:
             raise TrainError(f"the last {self.bad_steps} steps were not finite and were skipped; lower learning_rate")
         if stop > 0:
@@ -700,47 +729,37 @@ class Run:
             return
         rate, lr = tokens_per_step / ms * 1000, self.optimizers[0].param_groups[0]["lr"]
         entry = dict(lr=lr, ms=ms, tokens_per_s=rate, tokens=self.progress.tokens, cpu_s=time.process_time())
-        entry |= dict(wall_s=self.progress.seconds, **memory(self.runtime.device_type))
+        entry |= dict(wall_s=self.progress.seconds, **weights.peak_memory(self.runtime.device_type))
+        entry |= {"skipped": self.guard.skipped} if self.cfg.spike_guard else {}
         self.log.write(iter=self.progress.iter_num, **terms, **entry)
         parts = {k: v for k, v in terms.items() if k not in ("loss", "grad_norm") and (v or k != "penalty")}
         extra = f" ({', '.join(f'{k} {v:.4f}' for k, v in parts.items())})" if len(parts) > 1 else ""
         line = f"iter {self.progress.iter_num}: loss {terms['loss']:.4f}{extra}, grad norm {terms['grad_norm']:.2f}, "
         line += f"lr {lr:.2e}, {ms:.0f} ms, {rate:,.0f} tokens/s"
+        line += f", {self.guard.skipped} skipped" if self.guard.skipped else ""
         if bar.disable:
             self.say(line)
         else:
             bar.write(line)
 
 
-def dry_run(model_config, cfg, dataset):
-    """Parameters, memory and operations of a step, from shapes alone: nothing is allocated."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def outline(cfg, dataset, model_config):
+    """The objective of a run, without its teacher, and its optimizers: what memory.py adds up, from shapes alone."""
+    model = GPT(config.override(model_config, vocab_size=model_config.vocab_size or dataset.vocab_size))
+    model.activation_checkpointing = cfg.activation_checkpointing
+    freeze(model, cfg.train_only)
+    return Objective(model), make_optimizers(model, cfg, "meta")
 
-    saved = {}
 
-    def remember(tensor):
-        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with FakeTensorMode():
-        model = GPT(config.override(model_config, vocab_size=model_config.vocab_size or dataset.vocab_size))
-        model.activation_checkpointing = cfg.activation_checkpointing
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
-        length = dataset.record_len or model.config.block_size
-        idx = torch.zeros(cfg.batch_size, length, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
-            Objective(model)((idx, idx))
-    for block in model.transformer.h:  # operations follow what masks keep: their first values
-        block.attn.make_masks(model.config)
-    activations = sum(size for storage, size in saved.items() if storage not in own)
-    count = {name: sum(p.numel() for _, p in members) for name, members in param_groups(model).items()}
-    state = 4 * (4 * sum(count.values()) - (count["matrix"] if cfg.optimizer == "muon" else 0))
-    sequences = cfg.batch_size * cfg.gradient_accumulation_steps
-    nominal, executed = (3 * sequences * f for f in model.flops(length))
-    print(f"parameters: {sum(count.values()):,} (" + ", ".join(f"{k} {v:,}" for k, v in count.items()) + ")")
-    print(f"memory: {state / 1e6:,.0f} MB of weights, gradients and optimizer state, ", end="")
-    print(f"{activations / 1e6:,.0f} MB of activations in float32")
-    print(f"step: {sequences * length:,} tokens, {nominal / 1e9:,.1f} GFLOP nominal, {executed / 1e9:,.1f} executed")
+def check_memory(cfg, world, runtime, dataset, model_config, made=False):
+    """Raise TrainError, in all processes, where one of them cannot hold its run."""
+    if cfg.eval_only:
+        return
+    make, length = functools.partial(outline, cfg, dataset), dataset.record_len or model_config.block_size
+    steps = cfg.gradient_accumulation_steps // world.size
+    reason = memory.refusal(model_config, make, cfg, length, runtime, steps, made)
+    if world.max([reason is not None])[0]:
+        raise TrainError(reason or "another process of the group lacks memory")
 
 
 def default_folder(argv, attention_type):
@@ -777,7 +796,8 @@ def train(model_config, cfg, given, world, device):
             if not weights.is_training_folder(folder):
                 raise ConfigError(f"--dry_run adds up a new model or a run's: {folder} holds no checkpoint of train.py")
             model_config = stored_config(read_checkpoint(folder), **config.explicit(model_config, given))
-        dry_run(model_config, cfg, dataset)
+        make = functools.partial(outline, cfg, dataset)
+        memory.dry_run(model_config, make, cfg, dataset.record_len or model_config.block_size)
         return 0
     with contextlib.ExitStack() as stack:
         if world.master and (cfg.export or not cfg.eval_only):  # reading needs no lock
@@ -792,8 +812,13 @@ def train(model_config, cfg, given, world, device):
 
 def work(model_config, cfg, given, world, runtime, dataset):
     """Make the model, then score or train it. Returns the exit status."""
+    fits = functools.partial(check_memory, cfg, world, runtime, dataset)
+    if cfg.init_from == "scratch":
+        fits(model_config)
     torch.manual_seed(cfg.seed)
     model, stored, what = make_model(cfg, model_config, given, dataset)
+    if cfg.init_from != "scratch":
+        fits(model.config, made=True)
     if model.config.vocab_size < dataset.vocab_size:
         raise ConfigError(f"vocab_size={model.config.vocab_size} is below the {dataset.vocab_size} of {cfg.dataset}")
     formats.check_export(cfg.export, model, dataset.codec)
@@ -815,6 +840,7 @@ def work(model_config, cfg, given, world, runtime, dataset):
             formats.export(cfg.export, model, cfg.out_dir, dataset.codec)
         return 0
     run = Run(cfg, runtime, world, dataset, model, stored, teacher)
+    del stored  # its weights
     resolved = {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(run.cfg)}
     resolved |= {"data": dataset.meta, "commit": git_commit(), "torch": torch.__version__}
     if world.master:
@@ -832,6 +858,7 @@ def work(model_config, cfg, given, world, runtime, dataset):
     finally:
         if run.log is not None:
             run.log.close(status)
+        run.writer.wait()
     if cfg.export and world.master and status == 0:
         formats.export(cfg.export, model, cfg.out_dir, dataset.codec)
     return status

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import warnings
 import zipfile
 import zlib
@@ -19,6 +20,11 @@ try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 RUN_FILES = ("config.json", "log.jsonl", "best.pt", "ckpt.pt", "model.safetensors", "hf")  # of one run
 
@@ -148,6 +154,17 @@ class Log:
             self.wandb.finish(exit_code=status)
 
 
+def peak_memory(device_type):
+    """For the log: peak resident memory of the process, but on Windows, and peak CUDA memory, in MB."""
+    entry = {}
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+        entry["rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+    if device_type == "cuda":
+        entry["cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    return entry
+
+
 def start_wandb(cfg, progress, resolved):
     try:
         import wandb
@@ -214,6 +231,41 @@ def save_checkpoint(path, model, **extra):
     """Tensors and plain values only, under nanoGPT's names, so that torch.load(weights_only=True) reads it."""
     stored = {"format": 1, "model": model.state_dict(), "model_args": asdict(model.config), **extra}
     write_atomically(path, lambda f: torch.save(stored, f))
+
+
+class Writer:
+    """Saves checkpoints: at once, or `beside` the steps, in a thread that writes a copy on the CPU. A path's next
+    checkpoint waits for the one before it; an error of the thread is raised there, or by `wait`."""
+
+    def __init__(self, beside):
+        self.pool, self.jobs = ThreadPoolExecutor(1) if beside else None, {}
+
+    def save(self, path, model, **extra):
+        if self.pool is None:
+            return save_checkpoint(path, model, **extra)
+        if path in self.jobs:
+            self.jobs.pop(path).result()
+        stored = copied({"format": 1, "model": model.state_dict(), "model_args": asdict(model.config), **extra}, {})
+        self.jobs[path] = self.pool.submit(write_atomically, path, lambda f: torch.save(stored, f))
+
+    def wait(self):
+        """Return when all is written."""
+        while self.jobs:
+            self.jobs.pop(next(iter(self.jobs))).result()
+
+
+def copied(value, seen):
+    """A copy on the CPU of tensors in dicts and lists; tensors of one storage, such as a tied head, stay one."""
+    if isinstance(value, dict):
+        return {k: copied(v, seen) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(v, seen) for v in value)
+    if not torch.is_tensor(value):
+        return value
+    place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+    if value.numel() == 0 or place not in seen:
+        seen[place] = value.detach().to("cpu", copy=True)
+    return seen[place]
 
 
 def check_stored(stored, build):

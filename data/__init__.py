@@ -769,6 +769,30 @@ def deal(key):
     return "train" if share < 90 else "val" if share < 95 else "test"
 
 
+class NoBar:
+    """What stands in for tqdm's bar where it is missing."""
+
+    disable = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def update(self, n=1):
+        pass
+
+
+def make_bar(**options):
+    """tqdm's bar; without tqdm none is shown."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return NoBar()
+    return tqdm(**options)
+
+
 def download(urls, path, sha256=None, limit=2**31):
     """Fetch one file from the first of several sources that delivers it, and return path.
 
@@ -779,8 +803,6 @@ def download(urls, path, sha256=None, limit=2**31):
     path = Path(path)
     if sha256 and path.is_file() and _sha256(path) == sha256:
         return path
-    from tqdm import tqdm
-
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     reasons = []
@@ -792,7 +814,7 @@ def download(urls, path, sha256=None, limit=2**31):
             with urllib.request.urlopen(request, timeout=30) as response, open(part, "wb") as out:
                 length = response.headers.get("Content-Length")
                 total = int(length) if length and length.isdigit() else None
-                with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, leave=False, disable=None) as bar:
+                with make_bar(total=total, unit="B", unit_scale=True, desc=path.name, leave=False, disable=None) as bar:
                     while out.tell() <= limit and (chunk := response.read(CHUNK)):
                         out.write(chunk)
                         digest.update(chunk)

@@ -39,11 +39,11 @@ def oracle(name):
     return pytest.importorskip(name)
 
 
-def run_two_processes(arguments):
-    """train.py under torchrun, two processes on the CPU."""
+def run_two_processes(arguments, script=f"{ROOT}/train.py"):
+    """train.py, or a script of its arguments, under torchrun, two processes on the CPU."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    launch += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", os.path.join(ROOT, "train.py")]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(script)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
     done = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
 
