@@ -820,15 +820,15 @@ def scan_launch(x, y, g, first, dtype, scale=1.0, gate_min=None, reverse=False, 
     return states, last
 
 
-def weigh_launch(x, g, scale, gate_min, reverse):
-    """x with its decays, and the sums of gates (B, H, chunks, K or 1)."""
-    (B, T, H, K), NT = x.shape, triton.cdiv(x.shape[1], CHUNK)
-    w, total = x.new_empty(x.shape), torch.empty(B, H, NT, g.shape[3], device=x.device)
+def weigh_launch(x, g, scale, gate_min, reverse, chunk=CHUNK, dtype=None):
+    """x with its decays, in its type or another, and the sums of gates (B, H, chunks, K or 1)."""
+    (B, T, H, K), NT = x.shape, triton.cdiv(x.shape[1], chunk)
+    w, total = x.new_empty(x.shape, dtype=dtype), torch.empty(B, H, NT, g.shape[3], device=x.device)
 
     def programs(meta):
         return (triton.cdiv(K, meta["BK"]) * NT * B * H,)
 
-    flags = dict(scale=scale, gate_min=floor(gate_min), C=CHUNK, HEAD=is_head(g), REVERSE=reverse)
+    flags = dict(scale=scale, gate_min=floor(gate_min), C=chunk, HEAD=is_head(g), REVERSE=reverse)
     KERNELS["weigh"].launch(programs, x, g, w, total, x.stride(1), T, H, K=K, **flags)
     return w, total
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import Case, at_once, check, in_autocast, in_steps, jit, leave_autocast, operator, tl, triton
-from .gla import LOG2E, compute_dtype, double_sums, tree_level
+from .gla import LOG2E, compute_dtype, double_sums, tree_level, weigh_launch
 from .launch import Kernel, choose, configurations, dot, dot_type, operand, power, split
 
 CHUNK = 64  # tokens a chunk, in every backend
@@ -375,7 +375,7 @@ def tree_scatter(b_PT, b_x, b_QT, b_y, b_g, C: tl.constexpr, BM: tl.constexpr, D
 
 @jit
 def scan_side(
-    p_x, p_w, p_g, p_h, p_first, p_last, scale, T, stride_x, stride_g, o_d, m_d, state_d, state_m,
+    p_x, p_w, p_total, p_h, p_first, p_last, T, stride_x, stride_w, o_d, m_d, state_d, state_m,
     M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, stride_h: tl.constexpr,
     DOT: tl.constexpr, FIRST: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -396,15 +396,8 @@ def scan_side(
         o_t = c * C + o_c
         m_t = o_t < T
         b_xt = load_tile(p_x, o_d, 1, m_d, o_t, stride_x, m_t)  # [BD, C]
-        b_w = load_tile(p_w, o_t, stride_g, m_t, o_m, 1, m_m).to(tl.float32)  # [C, BM]
-        b_g = load_tile(p_g, o_t, stride_g, m_t, o_m, 1, m_m).to(tl.float32) * LOG2E
-        if REVERSE:
-            b_w *= scale * tl.exp2(tl.cumsum(b_g, 0))
-        else:  # the decay from after each token to the chunk's end
-            m_next = (o_c + 1 < C) & (o_t + 1 < T)
-            b_next = load_tile(p_g, o_t + 1, stride_g, m_next, o_m, 1, m_m).to(tl.float32) * LOG2E
-            b_w *= tl.exp2(tl.cumsum(b_next, 0, reverse=True))
-        b_h = b_h * tl.exp2(tl.sum(b_g, 0))[None, :]
+        b_w = load_tile(p_w, o_t, stride_w, m_t, o_m, 1, m_m)  # [C, BM]
+        b_h *= tl.exp2(tl.load(p_total + c * M + o_m, mask=m_m, other=0.0))[None, :]
         b_h += dot(b_xt, b_w, DOT)
     store_tile(p_last, b_h, o_d, state_d, m_d, o_m, state_m, m_m)
 
@@ -413,13 +406,13 @@ def scan_side(
 def gsa_scan_kernel(
     p_xk,  # (B, T, H, K) k, or q in REVERSE
     p_xv,  # (B, T, H, V) v, or do
-    p_wk,  # (B, T, H, M) s, or dy
-    p_wv,  # (B, T, H, M) s, or p
-    p_g,  # (B, T, H, M)
+    p_wk,  # (B, T, H, M) s, or dy, with its decay
+    p_wv,  # (B, T, H, M) s, or p, with its decay
+    p_total,  # (B, H, NT, M) sums of gates
     p_h,  # (B, H, NT, K + V, M)
     p_fk, p_fv,  # (B, H, K, M), (B, H, M, V) where to start, if FIRST_K, FIRST_V
     p_lk, p_lv,  # (B, H, K, M), (B, H, M, V) what is left at the end
-    scale, T, H,
+    T, H,
     K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
     FIRST_K: tl.constexpr, FIRST_V: tl.constexpr, REVERSE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -427,15 +420,15 @@ def gsa_scan_kernel(
     i_d, i_bh = split(tl.program_id(0), tl.cdiv(K, BD) + tl.cdiv(V, BD))
     i_bh = i_bh.to(tl.int64)
     i_row = (i_bh // H) * T * H + i_bh % H
-    p_g, p_wk, p_wv = p_g + i_row * M, p_wk + i_row * M, p_wv + i_row * M
+    p_wk, p_wv, p_total = p_wk + i_row * M, p_wv + i_row * M, p_total + i_bh * tl.cdiv(T, C) * M
     p_h += i_bh * tl.cdiv(T, C) * (K + V) * M
     o_d = i_d * BD + tl.arange(0, BD)
     if i_d < tl.cdiv(K, BD):
-        scan_side(p_xk + i_row * K, p_wk, p_g, p_h, p_fk + i_bh * K * M, p_lk + i_bh * K * M, scale, T, H * K, H * M,
+        scan_side(p_xk + i_row * K, p_wk, p_total, p_h, p_fk + i_bh * K * M, p_lk + i_bh * K * M, T, H * K, H * M,
                   o_d, o_d < K, M, 1, M, BD, BM, C, (K + V) * M, DOT, FIRST_K, REVERSE)  # fmt: skip
     else:
         o_d -= tl.cdiv(K, BD) * BD
-        scan_side(p_xv + i_row * V, p_wv, p_g, p_h + K * M, p_fv + i_bh * M * V, p_lv + i_bh * M * V, 1.0, T, H * V,
+        scan_side(p_xv + i_row * V, p_wv, p_total, p_h + K * M, p_fv + i_bh * M * V, p_lv + i_bh * M * V, T, H * V,
                   H * M, o_d, o_d < V, 1, V, M, BD, BM, C, (K + V) * M, DOT, FIRST_V, REVERSE)  # fmt: skip
 
 
@@ -666,7 +659,11 @@ def chunk(M):
 
 
 def scan_launch(xk, xv, wk, wv, g, dtype, first_k, first_v, scale, sizes, reverse=False):
-    """States (B * H, NT, K + V, M) on arrival at each chunk, and the two last ones."""
+    """States (B * H, NT, K + V, M) on arrival at each chunk, and the two last ones. wk counts `scale` times."""
+    options = dict(reverse=reverse, chunk=sizes["C"], dtype=xk.dtype)
+    same = wv is wk  # then scale is 1
+    wk, total = weigh_launch(wk, g, scale, None, **options)
+    wv = wk if same else weigh_launch(wv, g, 1.0, None, **options)[0]
     (B, T, H, K), V, M, C = xk.shape, xv.shape[-1], g.shape[-1], sizes["C"]
     h = xk.new_empty(B * H, -(-T // C), K + V, M, dtype=dtype)
     last = xk.new_empty(B, H, K, M, dtype=torch.float32), xk.new_empty(B, H, M, V, dtype=torch.float32)
@@ -676,7 +673,7 @@ def scan_launch(xk, xv, wk, wv, g, dtype, first_k, first_v, scale, sizes, revers
     def programs(meta):
         return ((triton.cdiv(K, meta["BD"]) + triton.cdiv(V, meta["BD"])) * B * H,)
 
-    KERNELS["scan"].launch(programs, xk, xv, wk, wv, g, h, *firsts, *last, scale, T, H, **sizes, **given)
+    KERNELS["scan"].launch(programs, xk, xv, wk, wv, total, h, *firsts, *last, T, H, **sizes, **given)
     return h, *last
 
 
@@ -728,7 +725,7 @@ def aot_specs():
         ("gsa_write", "write", {}),
         ("gsa_input", "input", {}),
     ]
-    low = {"p_q", "p_k", "p_v", "p_o", "p_do", "p_xk", "p_xv", "p_dq", "p_dk", "p_dv"}
+    low = {"p_q", "p_k", "p_v", "p_o", "p_do", "p_xk", "p_xv", "p_wk", "p_wv", "p_dq", "p_dk", "p_dv"}
     specs = []
     for title, name, flags in forms:
         kernel = KERNELS[name].function
