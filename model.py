@@ -1520,6 +1520,10 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[pos : pos + T]
         return self.transformer.drop(x)
 
+    def attend(self, entries):
+        """Each layer's attention of its own entry (B, T, C), as [(y, penalty)]."""
+        return [block.attn(x) for block, x in zip(self.transformer.h, entries)]
+
     def redraw(self, step):
         """Before training step `step`: new random features where they are due."""
         for block in self.transformer.h:
