@@ -327,7 +327,7 @@ PICKLED = {  # what the .metadata of a checkpoint is made of
     f"{LIBRARY}.metadata": "Metadata MetadataIndex StorageMeta TensorStorageMetadata TensorProperties "
     "ChunkStorageMetadata _MEM_FORMAT_ENCODING",
     f"{LIBRARY}.filesystem": "_StorageInfo",
-    "torch": "Size device",
+    "torch": "Size float64 float32 float16 bfloat16 int64 int32 uint8 bool",
     "torch.serialization": "_get_layout",
     "pathlib": "PosixPath WindowsPath",
 }
