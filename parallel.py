@@ -82,11 +82,34 @@ def start_world(device, timeout):
         torch.cuda.set_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=end_with_launcher, args=(os.getppid(),), daemon=True).start()
+    options = {"timeout": datetime.timedelta(seconds=timeout)}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        options |= dict(store=meeting_place(world, timeout), rank=world.rank, world_size=world.size)
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout))
+        dist.init_process_group("nccl" if cuda else "gloo", **options)
     except ValueError as error:  # an address is missing
         raise ConfigError(f"RANK is set, but not all that torchrun sets: {error}") from None
     return world, device
+
+
+def meeting_place(world, timeout):
+    """A store where processes find each other, of this start alone: torchrun's own still holds the addresses of those
+    that a restart has replaced. There the first process says where this one is; what it said before a restart leads
+    nowhere."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    known = dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=timeout))
+    if world.master:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        known.set("meeting_place", str(store.port))
+        return store
+    give_up = time.monotonic() + timeout
+    while True:
+        port = int(known.get("meeting_place"))
+        try:
+            return dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=2))
+        except RuntimeError as error:
+            if time.monotonic() > give_up:
+                raise TrainError(f"the first process was not found: {str(error).splitlines()[0]}") from None
 
 
 @contextlib.contextmanager
