@@ -1548,7 +1548,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def step(self, idx, state):
-        """idx (B, t): the next tokens -> logits (B, t, V), and the state after them; learned positions end with it."""
+        """idx (B, t), the next tokens -> logits (B, t, V), and the state: of block_size learned positions at most."""
         x = self.embed(idx, state.pos)
         for i, block in enumerate(self.transformer.h):
             x, state.layers[i] = block.step(x, state.layers[i])

@@ -232,7 +232,7 @@ def stats(block):
 
 @torch.no_grad()
 def whole(model, world, make):
-    """The model, or of one in shards a whole copy in host memory, made by make(config). None but on the first process."""
+    """The model, or of one in shards a copy in host memory, from make(config); None but on the first process."""
     if not hasattr(model, "unshard"):
         return model if world.master else None
     found, gathered = {}, {}

@@ -407,7 +407,9 @@ def launch(tiny):
 
 def our_lines(error):
     """Of what torchrun and its processes printed, the lines of train.py."""
-    found = [line for line in error.splitlines() if line.startswith(("train.py:", "[rank")) or 'train.py", line' in line]
+    found = [
+        line for line in error.splitlines() if line.startswith(("train.py:", "[rank")) or 'train.py", line' in line
+    ]
     return [line for line in found if "SIGTERM" not in line]
 
 
