@@ -192,30 +192,20 @@ def shard(model, device, matching):
 
 def orthogonal(matrix, *options, of_whole=torch.optim._muon._zeropower_via_newtonschulz):
     """Muon's update of a matrix. One of shards is gathered, and each process keeps its rows of the update."""
-    return share(matrix, of_whole(matrix.full_tensor(), *options)) if is_part(matrix) else of_whole(matrix, *options)
-
-
-def is_part(tensor):
-    return hasattr(tensor, "full_tensor")
-
-
-def share(part, whole):
-    """This process's rows of a tensor, as it has them of a parameter."""
-    from torch.distributed.tensor import distribute_tensor
-
-    placed = distribute_tensor(whole.to(part.device), part.device_mesh, part.placements, src_data_rank=None)
-    return torch.empty_like(part, dtype=whole.dtype).copy_(placed)  # not a view that keeps all of it
+    if not weights.is_part(matrix):
+        return of_whole(matrix, *options)
+    return weights.share(matrix, of_whole(matrix.full_tensor(), *options))
 
 
 def whole_norm(norm):
-    return norm.full_tensor() if is_part(norm) else norm
+    return norm.full_tensor() if weights.is_part(norm) else norm
 
 
 def own_weights(model):
     """What this process holds of each parameter."""
     if hasattr(model, "reshard"):
         model.reshard()
-    parts = [p.to_local() if is_part(p) else p for p in model.parameters()]
+    parts = [p.to_local() if weights.is_part(p) else p for p in model.parameters()]
     return [p for p in parts if p.numel()]
 
 
@@ -270,23 +260,6 @@ def shards(cfg, world):
     if not is_sharded(cfg):
         return None
     return weights.Shards(world, dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=cfg.peer_timeout)))
-
-
-def load_moments(optimizer, stored, kind):
-    """The moments of a checkpoint into an optimizer of whole parameters or of shards; errors as of
-    weights.load_optimizer."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if not is_part(params[0]):
-        return weights.load_optimizer(optimizer, stored.get(kind))
-    if not stored[kind]["state"] and os.path.isdir(stored["path"]):  # each process reads its rows
-
-        def part(of, name, empty):
-            p = params[int(name.partition("/")[0])] if of == kind else None
-            return p if p is None else torch.zeros_like(p) if empty().shape == p.shape else empty()
-
-        state = weights.moments(weights.read_tensors(stored["path"], part), kind)
-        return weights.load_optimizer(optimizer, stored[kind] | {"state": state}, torch.is_tensor)
-    return weights.load_optimizer(optimizer, stored[kind], place=lambda i, m: share(params[i], m) if m.dim() else m)
 
 
 def main(argv):

@@ -442,7 +442,7 @@ class Run:
         self.cfg = dataclasses.replace(self.cfg, **{k: began[k] for k in ("init_from", "seed") if k in began})
         for optimizer, name in zip(self.optimizers, ("optimizer", "muon")):
             try:
-                parallel.load_moments(optimizer, stored, name)
+                weights.load_moments(optimizer, stored, name)
             except (AttributeError, KeyError, TypeError, ValueError):
                 why = f"its optimizer state is not of optimizer={self.cfg.optimizer}, train_only={self.cfg.train_only}"
                 how = "--init_from=FOLDER with another --out_dir starts from its weights alone"

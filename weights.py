@@ -422,6 +422,36 @@ def last_shards(folder):
     return next((p for p in paths if os.path.exists(os.path.join(p, ".metadata"))), None)
 
 
+def load_moments(optimizer, stored, kind):
+    """The moments of a checkpoint into an optimizer, of whole parameters or of shards; errors as of load_optimizer."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not is_part(params[0]):
+        return load_optimizer(optimizer, stored.get(kind))
+    if not stored[kind]["state"] and os.path.isdir(stored["path"]):  # each process reads its rows
+
+        def part(of, name, empty):
+            if of != kind:
+                return None
+            p = dict(enumerate(params)).get(int(name.partition("/")[0]))  # None: of other parameters, found out later
+            return empty() if p is None or empty().shape != p.shape else torch.zeros_like(p)
+
+        state = moments(read_tensors(stored["path"], part), kind)
+        return load_optimizer(optimizer, stored[kind] | {"state": state}, torch.is_tensor)
+    return load_optimizer(optimizer, stored[kind], place=lambda i, m: share(params[i], m) if m.dim() else m)
+
+
+def is_part(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
+def share(part, whole):
+    """This process's rows of a tensor, as it has them of a parameter."""
+    from torch.distributed.tensor import distribute_tensor
+
+    placed = distribute_tensor(whole.to(part.device), part.device_mesh, part.placements, src_data_rank=None)
+    return torch.empty_like(part, dtype=whole.dtype).copy_(placed)  # not a view that keeps all of it
+
+
 def read_tensors(path, wanted):
     """{(kind, name): tensor} of a checkpoint in shards: for each tensor there is, what wanted(kind, name, empty) gives
     to be filled, such as empty(), or None to leave it. ModelError where a file is damaged."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks.processes: does a run's loss depend on the number of its processes, or on what each of them holds?
+"""python -m benchmarks.processes: does a loss depend on the number of processes, or on what each of them holds?
 
     python -m benchmarks.processes                               # 1 process; 2 and 4 with DDP, and with FSDP2
     python -m benchmarks.processes --attention_type=gla --max_iters=50 --out_dir=out/processes-gla

@@ -1,4 +1,4 @@
-"""Runs of train.py one after another in one group of processes, which torchrun starts once: a JSON list of their arguments.
+"""Runs of train.py in one group of processes, which torchrun starts once: a JSON list of their arguments.
 
 torchrun --standalone --nproc_per_node=2 tests/many_runs.py RUNS.json
 """
