@@ -369,12 +369,13 @@ class Shards:
         """Wait until the last one is whole; the older ones go, and a ckpt.pt."""
         if self.pending is None:
             return
+        from torch.distributed.checkpoint import CheckpointException
+
         pending, self.pending = self.pending, None
         try:
             pending.result()
-        except Exception as error:  # of any process: all are told
-            failures = getattr(error, "failures", None) or {0: (error, None)}
-            cause = next(iter(failures.values()))[0]
+        except CheckpointException as error:  # of any process: all are told
+            cause = next(iter(error.failures.values()))[0]
             raise cannot_write(self.path, cause, "; the one before it is intact") from None
         if self.world.master:
             folder, kept = os.path.split(self.path)
@@ -455,7 +456,7 @@ def share(part, whole):
 def read_tensors(path, wanted):
     """{(kind, name): tensor} of a checkpoint in shards: for each tensor there is, what wanted(kind, name, empty) gives
     to be filled, such as empty(), or None to leave it. ModelError where a file is damaged."""
-    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint import CheckpointException, FileSystemReader, load
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args, **options):  # theirs would run what code a foreign file names
@@ -472,7 +473,7 @@ def read_tensors(path, wanted):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no group is asked: each process reads for itself
             load(found, storage_reader=reader, no_dist=True)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         if isinstance(error, OSError) and error.filename:
             raise
         raise ModelError(f"{path}: not a readable checkpoint (damaged, or not of this repository)") from None

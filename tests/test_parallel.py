@@ -1,9 +1,10 @@
 """Several processes: each attention type learns as in one, whatever a process holds; checkpoints in shards."""
 
-import functools
+import contextlib
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -28,7 +29,6 @@ from weights import ModelError, TrainError, read_checkpoint
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 MEASURED = ("iter", "loss", "ce", "kl", "attention_error", "penalty", "grad_norm", "val_loss", "train_loss")
-STUDENT = dict(attention_type="gla", distill_ce=0.5)
 
 
 def many_runs(folder, runs, processes):
@@ -64,15 +64,16 @@ def arguments(tiny, tmp_path):
 # the same run
 
 
+STUDENT = dict(attention_type="gla", distill_ce=0.5)
 QUICK = {
     "span": dict(attention_type="adaptive_span", span_reg=0.01, penalty_warmup=4, activation_checkpointing=True),
-    "performer": dict(attention_type="performer", performer_redraw_interval=3, embedding="untied"),
     "kl": STUDENT | dict(distill="kl", distill_attention_iters=5),
-    "attention": dict(distill="attention", train_only="attention", attention_type="gla"),
-    "masks": dict(attention_type="mask_mix", train_only="masks"),
 }
 LONG = {name: dict(attention_type=name) for name in ATTENTION} | {
+    "performer drawn": dict(attention_type="performer", performer_redraw_interval=3, embedding="untied"),
     "plain kl": STUDENT | dict(distill="kl"),
+    "attention": dict(distill="attention", train_only="attention", attention_type="gla"),
+    "masks": dict(attention_type="mask_mix", train_only="masks"),
     "frozen": dict(train_only="attention", embedding="onehot", n_embd=256, n_layer=1),
     "mixed": dict(attention_type="softmax,gla", pos_emb="none", norm="rmsnorm", mlp="swiglu", bias=True),
 }
@@ -147,9 +148,8 @@ def test_a_run_goes_on_in_any_number_of_processes(arguments, tmp_path, capsys):
     assert all(torch.equal(w, stored["model"][name]) for name, w in exported.state_dict().items())
     assert stored.keys() == read_checkpoint(str(tmp_path / "one"), "ckpt.pt").keys()
     # one process resumes from shards, and from what is made of them
-    assert train.main(arguments("to one", init_from="resume", max_iters=15)) == 0
-    assert not (tmp_path / "to one" / "shards").exists()
     assert train.main(arguments("to one", init_from="resume")) == 0
+    assert not (tmp_path / "to one" / "shards").exists()
     same_run(tmp_path / "one", tmp_path / "to one")
     (tmp_path / "whole" / "best.pt").unlink()
     sample.main([f"--out_dir={tmp_path / 'whole'}", "--max_new_tokens=5", "--device=cpu"])
@@ -165,10 +165,9 @@ def test_a_run_goes_on_in_more_and_in_fewer_processes(arguments, tmp_path):
         keys = dict(parallel=kind, max_iters=5 * i + 5, lr_decay_iters=25, init_from="resume" if i else "scratch")
         muon = dict(optimizer="muon", parallel=kind, max_iters=min(20, 5 * i + 5), init_from=keys["init_from"])
         many_runs(tmp_path, [arguments("all", **keys), arguments("muon all", **muon)], processes)
-    same_losses = functools.partial(read_log, names=())
     for a, b, tolerance in (("one", "all", 1e-5), ("muon one", "muon all", 3e-4)):
         losses = [[e["loss"] for e in read_log(tmp_path / name) if "loss" in e] for name in (a, b)]
-        assert losses[0] == pytest.approx(losses[1], abs=tolerance, rel=0), same_losses
+        assert losses[0] == pytest.approx(losses[1], abs=tolerance, rel=0)
 
 
 @pytest.fixture
@@ -286,8 +285,9 @@ def test_a_group_killed_while_it_saves_loses_nothing(tiny, tmp_path, fresh_rng):
         group = Launched(tiny(out_dir=folder, checkpoint_interval=1, **keys))
         time.sleep(fresh_rng.uniform(0, 2))
         for pid in (group.launcher.pid, *group.workers):
-            with pytest.MonkeyPatch.context():
-                killed += not os.kill(pid, 9)
+            with contextlib.suppress(ProcessLookupError):  # it was done
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
         group.end(60)
         done = weights.read_last(str(folder))["iter_num"]
         many_runs(tmp_path, [tiny(out_dir=str(folder), init_from="resume", checkpoint_interval=1, **keys)], 2)
