@@ -106,7 +106,8 @@ def test_muon_sees_whole_matrices(arguments, tmp_path):
     train.main(arguments("one", optimizer="muon"))
     many_runs(tmp_path, [arguments(kind, optimizer="muon", parallel=kind) for kind in ("ddp", "fsdp")], 2)
     for kind in ("ddp", "fsdp"):
-        same_run(tmp_path / "one", tmp_path / kind, 3e-4)
+        ours, theirs = ([e["loss"] for e in read_log(tmp_path / name) if "loss" in e] for name in ("one", kind))
+        assert len(ours) == 20 and ours == pytest.approx(theirs, abs=3e-4, rel=0)
 
 
 def test_muon_of_shards(group, fresh_rng):
