@@ -255,10 +255,10 @@ def exchange(objective, last):
         objective.model.set_requires_gradient_sync(last)
 
 
-def shards(cfg, world):
-    """What writes the run's checkpoints in shards, or None."""
+def saver(cfg, world):
+    """What writes the checkpoints of a run."""
     if not is_sharded(cfg):
-        return None
+        return weights.OneFile(world)
     return weights.Shards(world, dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=cfg.peer_timeout)))
 
 

@@ -243,7 +243,7 @@ def freeze(model, train_only):
 def resume_model(cfg, explicit, given):
     folders = [os.path.join(cfg.out_dir, name) for name in (".new", ".placing", "")]  # the first two after a kill
     folder = next((f for f in folders if weights.has_saved(f)), cfg.out_dir)
-    stored = weights.read_last(folder, parallel.is_sharded(cfg))
+    stored = weights.read_last(folder, cfg.eval_only or parallel.is_sharded(cfg))
     model_config = stored_config(stored)
     weights.check_stored(stored, lambda: GPT(model_config))
     for name, value in explicit.items():
@@ -418,7 +418,7 @@ class Run:
         answers = scoring.answer_ids(dataset, model)
         self.objective = Objective(model, teacher, cfg.distill_temperature, cfg.distill_ce, answers)
         self.micro_steps = cfg.gradient_accumulation_steps // world.size
-        self.shards = parallel.shards(cfg, world)
+        self.saver = parallel.saver(cfg, world)
 
     def restore(self, stored):
         """All that a step depends on, so that a resumed run is the same run. nanoGPT's files have no generators."""
@@ -622,7 +622,7 @@ class Run:
             self.fail(f"iteration {self.progress.iter_num} left {what}")
 
     def fail(self, what):
-        path = os.path.join(self.cfg.out_dir, "shards" if self.shards else "ckpt.pt")
+        path = os.path.join(self.cfg.out_dir, self.saver.name)
         last = "nothing was saved" if self.is_new else f"the last good checkpoint is {path}"
         raise TrainError(f"{what}; {last}; lower learning_rate")
 
@@ -638,23 +638,13 @@ class Run:
         extra |= {"scaler": self.scaler.state_dict(), "config": dataclasses.asdict(self.cfg)}
         extra |= {"data": self.dataset.checksums(), "log_size": self.log.size() if self.log else 0}
         optimizers = dict(zip(("optimizer", "muon"), self.optimizers))
-        if self.shards:
-            self.shards.save(self.folder, self.model, optimizers, extra)
-            if self.is_new:
-                self.shards.finish()
-        elif self.world.master:
-            extra |= {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-            save_checkpoint(os.path.join(self.folder, "ckpt.pt"), self.model, **extra)
-            shutil.rmtree(os.path.join(self.folder, "shards"), ignore_errors=True)  # of the run in more processes
+        self.saver.save(self.folder, self.model, optimizers, extra)
+        if self.is_new:
+            self.saver.finish()
         if self.is_new and self.world.master:
             weights.place_new_run(self.cfg.out_dir)
             self.log.folder = self.cfg.out_dir
         self.is_new = False
-
-    def finish(self):
-        """Wait for a checkpoint that is being written."""
-        if self.shards:
-            self.shards.finish()
 
     def stop_reason(self):
         """0, or the signal that all processes have seen, or -1 when the time is used up."""
@@ -842,9 +832,9 @@ def work(model_config, cfg, given, world, runtime, dataset, launch=()):
     status = 1
     try:
         status = run.train()
-        run.finish()
+        run.saver.finish()
     except TrainError:
-        run.finish()
+        run.saver.finish()
         raise
     finally:
         if run.log is not None:

@@ -333,8 +333,29 @@ PICKLED = {  # what the .metadata of a checkpoint is made of
 }
 
 
+class OneFile:
+    """Writes checkpoints as ckpt.pt."""
+
+    name = "ckpt.pt"
+
+    def __init__(self, world):
+        self.world = world
+
+    def save(self, folder, model, optimizers, extra):
+        """The model, the optimizers {name: optimizer}, and what else there is."""
+        if self.world.master:
+            extra = extra | {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+            save_checkpoint(os.path.join(folder, "ckpt.pt"), model, **extra)
+            shutil.rmtree(os.path.join(folder, "shards"), ignore_errors=True)  # from when each process held a share
+
+    def finish(self):
+        """Nothing is under way."""
+
+
 class Shards:
-    """Writes them. One at a time is under way; the one before it goes when it is whole."""
+    """Writes checkpoints in shards. One at a time is under way; the one before it goes when it is whole."""
+
+    name = "shards"
 
     def __init__(self, world, group):
         """group: processes joined by gloo, for this alone: it works beside the exchanges of the steps."""
@@ -394,7 +415,6 @@ def read_last(folder, in_shards=False):
         return read_checkpoint(folder, "ckpt.pt")
     stored = read_checkpoint(path, "run.pt")
     stored["path"] = path
-    kinds = ("model",) if in_shards else ("model", "optimizer", "muon")
     kinds = ("model",) if in_shards else ("model", "optimizer", "muon")
     tensors = read_tensors(path, lambda kind, name, empty: empty() if kind in kinds else None)
     stored["model"] = {name: w for (kind, name), w in tensors.items() if kind == "model"}
