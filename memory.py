@@ -79,8 +79,9 @@ def dry_run(model_config, make, cfg, length):
     print(f"step: {sequences * length:,} tokens, {nominal:,.1f} GFLOP nominal, {executed:,.1f} executed")
 
 
-def refusal(model_config, make, cfg, length, runtime, micro_steps, made=False):
+def refusal(model_config, make, cfg, length, runtime, micro_steps, made=False, shares=1):
     """Why a run cannot fit this machine, or None: it may, or nothing is known. made: the weights are there already.
+    shares: processes among which gradients and optimizer state are divided.
 
     What is compared is less than a step takes: weights and optimizer state with what stands beside them at once. Of
     activations only those that eager code keeps on a CPU, half of them under autocast; a GPU says itself, in one line,
@@ -98,6 +99,7 @@ def refusal(model_config, make, cfg, length, runtime, micro_steps, made=False):
             found = needs(model_config, make, (cfg.batch_size, length))
     except (RuntimeError, OverflowError) as error:  # sizes beyond any; or a type of a plugin that needs its numbers
         return f"no machine has the memory: {str(error).splitlines()[0]}" if "overflow" in str(error) else None
+    found |= {name: found[name] // shares for name in ("gradients", "optimizer state")}
     kept = found.get("activations", 0) // (1 if runtime.dtype == "float32" else 2)
     beside = (found["gradients"], kept)  # of one micro-batch, the gradients come while the activations go
     least = found["optimizer state"] + (max(beside) if micro_steps == 1 else sum(beside))

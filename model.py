@@ -1513,8 +1513,11 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[pos : pos + T]
         return self.transformer.drop(x)
 
+    def attend(self, entries):
+        """Each layer's attention of its own entry (B, T, C), as [(y, penalty)]."""
+        return [block.attn(x) for block, x in zip(self.transformer.h, entries)]
+
     def redraw(self, step):
-        """Before training step `step`: new random features where they are due."""
         for block in self.transformer.h:
             block.attn.redraw(step)
 
@@ -1538,8 +1541,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def step(self, idx, state):
-        """idx (B, t): the next t tokens -> logits (B, t, V) and the state after them. With learned positions at most
-        block_size tokens fit a state."""
+        """idx (B, t), the next tokens -> logits (B, t, V), and the state: of block_size learned positions at most."""
         x = self.embed(idx, state.pos)
         for i, block in enumerate(self.transformer.h):
             x, state.layers[i] = block.step(x, state.layers[i])

@@ -31,18 +31,17 @@ if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of their
 
 import torch
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
 
 import config
 import formats
 import memory
+import parallel
 import weights
 from config import ConfigError, key, printable
 from data import Batches, DataError, Dataset, make_bar, scoring, windows
 from data.scoring import compare_with_teacher, describe_comparison, estimate_loss, evaluate, print_scores
 from kernels.divergence import kl_divergence
 from model import GPT, GPTConfig, cross_entropy, param_groups, stored_config
-from parallel import processes
 from weights import ModelError, TrainError, read_checkpoint
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row that end a run
@@ -102,6 +101,8 @@ class TrainConfig:
     seed: int = key(1337, "seed of weights, batches and dropout", low=0, high=2**31 - 1)
     device: str = key("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = key("auto", "autocast precision", choices=("auto", "float32", "bfloat16", "float16"))
+    parallel: str = key("ddp", "the whole model in each process of torchrun, or a share", choices=("ddp", "fsdp"))
+    peer_timeout: int = key(600, "seconds that a process waits for another before the run ends", low=1)
     compile: bool | None = key(None, "torch.compile; None: on CUDA only")
     activation_checkpointing: bool = key(False, "recompute blocks in the backward pass: less memory, a third slower")
     dry_run: bool = key(False, "print parameters, memory and operations of a step, then stop")
@@ -164,8 +165,8 @@ class Objective(nn.Module):
     def attention_error(self, idx):
         """Mean over the layers of |y - y_teacher|^2 / |y_teacher|^2, y the attention's output; and the penalties."""
         error, penalty = 0.0, 0.0
-        for block, (x, wanted) in zip(self.model.transformer.h, self.teacher.trace(idx)):
-            y, p = block.attn(x)
+        entries, outputs = zip(*self.teacher.trace(idx))
+        for (y, p), wanted in zip(self.model.attend(entries), outputs):
             error = error + (y - wanted).float().square().sum() / wanted.float().square().sum()
             penalty = penalty + p
         return error / len(self.model.transformer.h), penalty
@@ -265,8 +266,8 @@ def freeze(model, train_only):
 
 def resume_model(cfg, explicit, given):
     folders = [os.path.join(cfg.out_dir, name) for name in (".new", ".placing", "")]  # the first two after a kill
-    folder = next((f for f in folders if os.path.exists(os.path.join(f, "ckpt.pt"))), cfg.out_dir)
-    stored = read_checkpoint(folder, "ckpt.pt")
+    folder = next((f for f in folders if weights.has_saved(f)), cfg.out_dir)
+    stored = weights.read_last(folder, cfg.eval_only or parallel.is_sharded(cfg))
     model_config = stored_config(stored)
     weights.check_stored(stored, lambda: GPT(model_config))
     for name, value in explicit.items():
@@ -372,8 +373,7 @@ def full_evaluation(model, dataset, cfg, runtime, world, teacher=None):
             print_scores(rows[-1], printable(dataset.meta["label"]), time.perf_counter() - start)
         if teacher is not None:
             passes = windows(split, context, stride, cfg.eval_batch_size)
-            mine = (w for i, w in enumerate(passes) if i % world.size == world.rank)
-            scored = ((x, y.masked_fill(~s, -1)) for x, y, s in mine)
+            scored = ((x, y.masked_fill(~s, -1)) for x, y, s in scoring.share_of(passes, *share))
             comparison = compare_with_teacher(model, teacher, scored, runtime, world.sum)
             if world.master:
                 print(f"  {describe_comparison(comparison)}")
@@ -419,9 +419,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == "float16")
         self.progress = Progress()
         self.guard = SpikeGuard([])
-        self.writer = weights.Writer(
-            beside=runtime.device_type == "cuda"
-        )  # on a CPU a thread would take from the steps
+        self.writer = weights.Writer(beside=runtime.device_type == "cuda")  # on a CPU it would take from the steps
+        self.saver = parallel.saver(cfg, world, self.writer)
         self.is_new = stored is None  # until its first checkpoint
         self.log_size = None
         if stored is not None:
@@ -456,9 +455,9 @@ class Run:
         self.compare(stored, began)
         # what is on record is where the run began, not that it was resumed
         self.cfg = dataclasses.replace(self.cfg, **{k: began[k] for k in ("init_from", "seed") if k in began})
-        for optimizer, state in zip(self.optimizers, (stored.get("optimizer"), stored.get("muon"))):
+        for optimizer, name in zip(self.optimizers, ("optimizer", "muon")):
             try:
-                weights.load_optimizer(optimizer, state)
+                weights.load_moments(optimizer, stored, name)
             except (AttributeError, KeyError, TypeError, ValueError):
                 why = f"its optimizer state is not of optimizer={self.cfg.optimizer}, train_only={self.cfg.train_only}"
                 how = "--init_from=FOLDER with another --out_dir starts from its weights alone"
@@ -507,9 +506,8 @@ class Run:
             self.objective, note = compile_objective(self.objective, batch, self.runtime)
             self.say(note)
         if self.world.size > 1:
-            ids = [self.runtime.device] if self.runtime.device_type == "cuda" else None
             unused = bool(self.cfg.distill_attention_iters)  # matching reaches the attention only
-            self.objective = DistributedDataParallel(self.objective, device_ids=ids, find_unused_parameters=unused)
+            self.objective = parallel.wrap(self.objective, self.runtime.device, unused)
         self.log = None
         if self.world.master:
             self.log = weights.Log(self.cfg, self.folder, self.progress, self.log_size, resolved)
@@ -531,8 +529,7 @@ class Run:
         terms = []
         for micro, (batch, weight) in enumerate(self.micro_batches()):
             batch = tuple(t.to(self.runtime.device, non_blocking=True) for t in batch)
-            if self.world.size > 1:  # gradients are exchanged once, with the last micro-batch
-                self.objective.require_backward_grad_sync = micro == self.micro_steps - 1
+            parallel.exchange(self.objective, last=micro == self.micro_steps - 1)
             with self.runtime.autocast():
                 loss, parts = self.objective(batch, matching, share, weight)
             self.scaler.scale(loss / self.micro_steps).backward()
@@ -566,7 +563,7 @@ class Run:
         """Clip weights and masks apart; returns the norm of all gradients before."""
         norms = []
         for params, limit in ((self.weights, self.cfg.grad_clip), (self.masks, self.cfg.mask_grad_clip)):
-            norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+            norm = parallel.whole_norm(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
             if limit:
                 nn.utils.clip_grads_with_norm_(params, limit, norm)
             norms.append(norm)
@@ -613,8 +610,8 @@ class Run:
             entry |= {f"{split}_accuracy": right[split]} if split in right else {}
             entry |= comparison if split == "val" else {}
             self.log.write(**entry, wall_s=self.progress.seconds)
-        stats = {f"h.{i}": block.attn.stats() for i, block in enumerate(self.model.transformer.h)}
-        stats = {f"{i}.{name}": value.tolist() for i, layer in stats.items() for name, value in layer.items()}
+        stats = {f"h.{i}": parallel.stats(block) for i, block in enumerate(self.model.transformer.h)}
+        stats = {f"{i}.{name}": value for i, layer in stats.items() for name, value in layer.items()}
         if stats and self.log:  # what the masks are, from parameters alone
             self.log.write(iter=self.progress.iter_num, stats=stats)
         self.progress.evaluation = time.perf_counter() - start
@@ -627,9 +624,10 @@ class Run:
         grows = penalty_share(self.cfg, max(0, self.progress.iter_num - 1)) < 1  # in the last step
         if as_converted or grows or score < self.progress.best_val_loss:
             self.progress.best_val_loss = math.inf if as_converted or grows else score
+            model = parallel.whole(self.model, self.world, GPT)
             if self.world.master:
                 extra = dict(iter_num=self.progress.iter_num, best_val_loss=score)
-                self.writer.save(os.path.join(self.folder, "best.pt"), self.model, **extra)
+                self.writer.save(os.path.join(self.folder, "best.pt"), model, **extra)
 
     @torch.no_grad()
     def check_weights(self):
@@ -640,18 +638,18 @@ class Run:
             loss = self.model(*(t.to(self.runtime.device) for t in self.batches.batch("train")))[1].item()
         self.model.train()
         self.batches.load_state_dict(position)
-        largest = nn.utils.get_total_norm([*self.model.parameters()], math.inf).item()
+        largest = nn.utils.get_total_norm(parallel.own_weights(self.model), math.inf).item()
         what = f"a loss of {loss}" if math.isfinite(largest) else "weights that are not finite"
         if self.world.max([not math.isfinite(loss + largest)])[0]:
             self.fail(f"iteration {self.progress.iter_num} left {what}")
 
     def fail(self, what):
-        path = os.path.join(self.cfg.out_dir, "ckpt.pt")
+        path = os.path.join(self.cfg.out_dir, self.saver.name)
         last = "nothing was saved" if self.is_new else f"the last good checkpoint is {path}"
         raise TrainError(f"{what}; {last}; lower learning_rate")
 
     def save(self):
-        """ckpt.pt: all that `restore` reads."""
+        """ckpt.pt, or shards: all that `restore` reads."""
         if self.bad_steps:  # the weights may be what made the steps bad: the checkpoint before stays
             return
         rng = {"cpu": torch.get_rng_state()}
@@ -659,19 +657,17 @@ class Run:
             rng["cuda"] = torch.cuda.get_rng_state()
         rng = self.world.gather(rng)
         self.progress.clock = time.perf_counter() - self.began
-        if self.world.master:
-            extra = dataclasses.asdict(self.progress) | {"rng": rng, "batches": self.batches.state_dict()}
-            extra["spikes"] = dataclasses.asdict(self.guard)
-            extra |= {"optimizer": self.optimizers[0].state_dict(), "scaler": self.scaler.state_dict()}
-            if len(self.optimizers) > 1:
-                extra["muon"] = self.optimizers[1].state_dict()
-            extra |= {"config": dataclasses.asdict(self.cfg), "data": self.dataset.checksums()}
-            extra["log_size"] = self.log.size()
-            self.writer.save(os.path.join(self.folder, "ckpt.pt"), self.model, **extra)
-            if self.is_new:
-                self.writer.wait()
-                weights.place_new_run(self.cfg.out_dir)
-                self.log.folder = self.cfg.out_dir
+        extra = dataclasses.asdict(self.progress) | {"rng": rng, "batches": self.batches.state_dict()}
+        extra |= {"spikes": dataclasses.asdict(self.guard), "scaler": self.scaler.state_dict()}
+        extra |= {"config": dataclasses.asdict(self.cfg), "data": self.dataset.checksums()}
+        extra["log_size"] = self.log.size() if self.log else 0
+        optimizers = dict(zip(("optimizer", "muon"), self.optimizers))
+        self.saver.save(self.folder, self.model, optimizers, extra)
+        if self.is_new:
+            self.saver.finish()
+        if self.is_new and self.world.master:
+            weights.place_new_run(self.cfg.out_dir)
+            self.log.folder = self.cfg.out_dir
         self.is_new = False
 
     def stop_reason(self):
@@ -757,7 +753,8 @@ def check_memory(cfg, world, runtime, dataset, model_config, made=False):
         return
     make, length = functools.partial(outline, cfg, dataset), dataset.record_len or model_config.block_size
     steps = cfg.gradient_accumulation_steps // world.size
-    reason = memory.refusal(model_config, make, cfg, length, runtime, steps, made)
+    shares = world.size if parallel.is_sharded(cfg) else 1
+    reason = memory.refusal(model_config, make, cfg, length, runtime, steps, made, shares)
     if world.max([reason is not None])[0]:
         raise TrainError(reason or "another process of the group lacks memory")
 
@@ -773,7 +770,7 @@ def main(argv):
     model_config, cfg, given = config.load(argv, GPTConfig, TrainConfig)
     if not cfg.out_dir:
         cfg = config.override(cfg, out_dir=default_folder(argv, model_config.attention_type))
-    with processes(cfg.device) as (world, device):
+    with parallel.processes(cfg.device, cfg.peer_timeout) as (world, device):
         return train(model_config, cfg, given, world, device)
 
 
@@ -807,10 +804,12 @@ def train(model_config, cfg, given, world, device):
                 stack.enter_context(weights.lock_folder(cfg.out_dir))
                 weights.place_new_run(cfg.out_dir)
         world.max([0])  # the other processes read what is in order now
-        return work(model_config, cfg, given, world, runtime, dataset)
+        launch = parallel.launchers(world)
+        cfg = parallel.restarted(cfg, world, launch)
+        return work(model_config, cfg, given, world, runtime, dataset, launch)
 
 
-def work(model_config, cfg, given, world, runtime, dataset):
+def work(model_config, cfg, given, world, runtime, dataset, launch=()):
     """Make the model, then score or train it. Returns the exit status."""
     fits = functools.partial(check_memory, cfg, world, runtime, dataset)
     if cfg.init_from == "scratch":
@@ -824,8 +823,10 @@ def work(model_config, cfg, given, world, runtime, dataset):
     formats.check_export(cfg.export, model, dataset.codec)
     runtime = config.as_it_began(runtime, cfg, stored)
     cfg = config.override(cfg, dtype=runtime.dtype)  # on record
-    model.to(runtime.device)
     freeze(model, cfg.train_only)
+    if parallel.is_sharded(cfg):
+        parallel.shard(model, runtime.device, cfg.distill == "attention" or cfg.distill_attention_iters)
+    model.to(runtime.device)
     teacher = load_teacher(cfg, model).to(runtime.device) if cfg.teacher else None
     torch.manual_seed(cfg.seed + 1 + world.rank)  # dropout differs between processes, initial weights do not
     if world.master:
@@ -836,13 +837,13 @@ def work(model_config, cfg, given, world, runtime, dataset):
             print(f"note: {advice}", flush=True)
     if cfg.eval_only:
         full_evaluation(model, dataset, cfg, runtime, world, teacher)
-        if cfg.export and world.master:
-            formats.export(cfg.export, model, cfg.out_dir, dataset.codec)
+        export(model, cfg, world, dataset)
         return 0
     run = Run(cfg, runtime, world, dataset, model, stored, teacher)
     del stored  # its weights
     resolved = {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(run.cfg)}
     resolved |= {"data": dataset.meta, "commit": git_commit(), "torch": torch.__version__}
+    resolved |= {"launch": launch} if launch else {}
     if world.master:
         if run.is_new:
             shutil.rmtree(run.folder, ignore_errors=True)
@@ -855,13 +856,23 @@ def work(model_config, cfg, given, world, runtime, dataset):
     status = 1
     try:
         status = run.train()
+        run.saver.finish()
+    except TrainError:
+        run.saver.finish()
+        raise
     finally:
         if run.log is not None:
             run.log.close(status)
         run.writer.wait()
-    if cfg.export and world.master and status == 0:
-        formats.export(cfg.export, model, cfg.out_dir, dataset.codec)
+    if status == 0:
+        export(model, cfg, world, dataset)
     return status
+
+
+def export(model, cfg, world, dataset):
+    model = parallel.whole(model, world, GPT) if cfg.export else None
+    if model is not None:
+        formats.export(cfg.export, model, cfg.out_dir, dataset.codec)
 
 
 if __name__ == "__main__":

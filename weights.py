@@ -1,11 +1,14 @@
 """What a run keeps: its folder, its log, its weights; one model copied into another."""
 
 import contextlib
+import functools
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
+import types
 import warnings
 import zipfile
 import zlib
@@ -26,7 +29,7 @@ try:
 except ImportError:  # on Windows
     resource = None
 
-RUN_FILES = ("config.json", "log.jsonl", "best.pt", "ckpt.pt", "model.safetensors", "hf")  # of one run
+RUN_FILES = ("config.json", "log.jsonl", "best.pt", "ckpt.pt", "shards", "model.safetensors", "hf")  # of one run
 
 
 class ModelError(ValueError):
@@ -79,13 +82,17 @@ def lock_folder(out_dir):
         raise TrainError(f"{out_dir}: another run is writing there; take another --out_dir") from None
 
 
+def has_saved(folder):
+    return os.path.exists(os.path.join(folder, "ckpt.pt")) or last_shards(folder) is not None
+
+
 def place_new_run(out_dir):
     """Put a new run in the earlier one's place, once it has saved. A start and a save call this. What a kill leaves:
 
-    .new/ without ckpt.pt   the earlier run is whole; the new one has saved nothing
-    .new/ with ckpt.pt      the new run is whole; the earlier one's files are on their way to previous/
-    .placing/               the earlier run is whole in previous/; the new one's files are on their way to out_dir
-    none of them            the run in out_dir is whole
+    .new/ without a checkpoint   the earlier run is whole; the new one has saved nothing
+    .new/ with one               the new run is whole; the earlier one's files are on their way to previous/
+    .placing/                    the earlier run is whole in previous/; the new one's are on their way to out_dir
+    none of them                 the run in out_dir is whole
     """
 
     def move(source, target):
@@ -94,7 +101,7 @@ def place_new_run(out_dir):
                 os.replace(os.path.join(source, name), os.path.join(target, name))
 
     new, placing, previous = (os.path.join(out_dir, name) for name in (".new", ".placing", "previous"))
-    if os.path.exists(os.path.join(new, "ckpt.pt")):
+    if has_saved(new):
         aside = os.path.join(new, "previous")
         os.makedirs(aside, exist_ok=True)
         move(out_dir, aside)
@@ -203,7 +210,10 @@ def read_checkpoint(out_dir, name=None):
     names = [name] if name else ["best.pt", "ckpt.pt", "model.safetensors"]
     path = next((p for p in (os.path.join(out_dir, n) for n in names) if os.path.exists(p)), None)
     if path is None:
-        raise ModelError(f"no checkpoint in {out_dir}: looked for {', '.join(names)}; train one with train.py")
+        how = f"python parallel.py {out_dir} makes ckpt.pt of its shards" if last_shards(out_dir) else ""
+        raise ModelError(
+            f"no checkpoint in {out_dir}: looked for {', '.join(names)}; {how or 'train one with train.py'}"
+        )
     try:
         if path.endswith(".safetensors"):
             stored = _read_export(path)
@@ -289,14 +299,21 @@ def check_stored(stored, build):
         raise ModelError(f"{stored['path']}: the checkpoint lacks {', '.join(missing[:4])}{more}")
 
 
-def load_optimizer(optimizer, state):
+def is_dense(value):
+    return torch.is_tensor(value) and value.layout == torch.strided and value.is_cpu and not value.is_quantized
+
+
+def load_optimizer(optimizer, state, is_moment=is_dense, place=None):
     """The moments of a checkpoint into an AdamW or a Muon; its rates and decay stay as they are. KeyError or another
-    error where they are not those of its parameters."""
+    error where they are not those of its parameters. place(i, moment): what to keep of one, of parameter i."""
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     needed = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"exp_avg", "exp_avg_sq", "step"}
     for moments in state["state"].values():
-        if needed - moments.keys() or not all(is_dense(m) and m.is_floating_point() for m in moments.values()):
+        if needed - moments.keys() or not all(is_moment(m) and m.is_floating_point() for m in moments.values()):
             raise KeyError("of another kind")
+    if place is not None:
+        placed = {i: {k: place(i, m) for k, m in moments.items()} for i, moments in state["state"].items()}
+        state = state | {"state": placed}
     optimizer.load_state_dict(state)
     for group, ours in zip(optimizer.param_groups, options):
         group.update(ours)
@@ -329,10 +346,6 @@ def check_archive(path):
                     raise ValueError("a checksum does not fit")
 
 
-def is_dense(value):
-    return torch.is_tensor(value) and value.layout == torch.strided and value.is_cpu and not value.is_quantized
-
-
 def checksum(weights, text):
     """Of tensors by name and of a text. safetensors files have none of their own."""
     crc = zlib.crc32(text.encode())
@@ -353,6 +366,211 @@ def _read_export(path):
         return {"model": weights, "model_args": json.loads(metadata["model_args"])}
     with open(os.path.join(os.path.dirname(path), "config.json"), encoding="utf-8") as f:  # another program's, or older
         return {"model": weights, "model_args": json.load(f)["model"]}
+
+
+# -----------------------------------------------------------------------------
+# checkpoints in shards: OUT_DIR/shards/ITERATION/ of a run whose processes each hold a share (parallel.py)
+#
+#   run.pt          what else a checkpoint holds: one without tensors
+#   __R_0.distcp    the tensors of process R, in the format of torch.distributed.checkpoint
+#   .metadata       where each tensor is; written last, and so the mark of a whole checkpoint
+
+
+LIBRARY = "torch.distributed.checkpoint"
+PICKLED = {  # what the .metadata of a checkpoint is made of
+    f"{LIBRARY}.metadata": "Metadata MetadataIndex StorageMeta TensorStorageMetadata TensorProperties "
+    "ChunkStorageMetadata _MEM_FORMAT_ENCODING",
+    f"{LIBRARY}.filesystem": "_StorageInfo",
+    "torch": "Size float64 float32 float16 bfloat16 int64 int32 uint8 bool",
+    "torch.serialization": "_get_layout",
+    "pathlib": "PosixPath WindowsPath",
+}
+
+
+class OneFile:
+    """Writes checkpoints as ckpt.pt."""
+
+    name = "ckpt.pt"
+
+    def __init__(self, world, writer):
+        self.world, self.writer = world, writer
+
+    def save(self, folder, model, optimizers, extra):
+        """The model, the optimizers {name: optimizer}, and what else there is."""
+        if self.world.master:
+            extra = extra | {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+            self.writer.save(os.path.join(folder, "ckpt.pt"), model, **extra)
+            if os.path.isdir(os.path.join(folder, "shards")):  # from when each process held a share
+                self.writer.wait()
+                shutil.rmtree(os.path.join(folder, "shards"), ignore_errors=True)
+
+    def finish(self):
+        """Wait until the last one is written."""
+        self.writer.wait()
+
+
+class Shards:
+    """Writes checkpoints in shards. One at a time is under way; the one before it goes when it is whole."""
+
+    name = "shards"
+
+    def __init__(self, world, group):
+        """group: processes joined by gloo, for this alone: it works beside the exchanges of the steps."""
+        self.world, self.group, self.pending, self.path = world, group, None, None
+
+    def save(self, folder, model, optimizers, extra):
+        """Copy the tensors of the model and of the optimizers {name: optimizer}, and go on while they are written."""
+        self.finish()
+        self.path = os.path.join(folder, "shards", str(extra["iter_num"]))
+        tensors, names, tied = {}, {}, {}
+        for name, w in model.state_dict(keep_vars=True).items():
+            if names.setdefault(id(w), name) == name:
+                tensors[f"model/{name}"] = w.detach()
+            else:
+                tied[name] = names[id(w)]
+        for kind, optimizer in optimizers.items():
+            state = optimizer.state_dict()
+            extra = extra | {kind: {"state": {}, "param_groups": state["param_groups"]}}
+            for i, moments in state["state"].items():
+                tensors |= {f"{kind}/{i}/{name}": m for name, m in moments.items()}
+        if self.world.master:
+            shutil.rmtree(self.path, ignore_errors=True)  # of a save that was killed
+            os.makedirs(self.path, exist_ok=True)
+            empty = types.SimpleNamespace(config=model.config, state_dict=dict)
+            save_checkpoint(os.path.join(self.path, "run.pt"), empty, tied=tied, **extra)
+        self.world.max([0])
+        from torch.distributed.checkpoint import async_save
+
+        self.pending = async_save(tensors, checkpoint_id=self.path, process_group=self.group)
+
+    def finish(self):
+        """Wait until the last one is whole; the older ones go, and a ckpt.pt."""
+        if self.pending is None:
+            return
+        from torch.distributed.checkpoint import CheckpointException
+
+        pending, self.pending = self.pending, None
+        try:
+            pending.result()
+        except CheckpointException as error:  # of any process: all are told
+            cause = next(iter(error.failures.values()))[0]
+            raise cannot_write(self.path, cause, "; the one before it is intact") from None
+        if self.world.master:
+            folder, kept = os.path.split(self.path)
+            for name in os.listdir(folder):
+                if name != kept:
+                    shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(os.path.dirname(folder), "ckpt.pt"))
+
+
+def read_last(folder, in_shards=False):
+    """The last checkpoint of a run, as read_checkpoint gives it. in_shards: the moments stay in their files, for
+    `load_moments`."""
+    path, file = last_shards(folder), os.path.join(folder, "ckpt.pt")
+    if path is None or (os.path.exists(file) and iteration(file) > int(os.path.basename(path))):
+        return read_checkpoint(folder, "ckpt.pt")
+    stored = read_checkpoint(path, "run.pt")
+    stored["path"] = path
+    kinds = ("model",) if in_shards else ("model", "optimizer", "muon")
+    tensors = read_tensors(path, lambda kind, name, empty: empty() if kind in kinds else None)
+    stored["model"] = {name: w for (kind, name), w in tensors.items() if kind == "model"}
+    stored["model"] |= {name: stored["model"][other] for name, other in stored.pop("tied").items()}
+    for kind in {kind for kind, _ in tensors} - {"model"}:
+        stored[kind]["state"] = moments(tensors, kind)
+    return stored
+
+
+def moments(tensors, kind):
+    """{parameter's number: {name: tensor}} of an optimizer."""
+    state = {}
+    for (of, name), tensor in tensors.items():
+        if of == kind:
+            i, _, name = name.partition("/")
+            state.setdefault(int(i), {})[name] = tensor
+    return state
+
+
+def last_shards(folder):
+    """The folder of the newest whole checkpoint in shards (parallel.py), folder/shards/ITERATION, or None."""
+    numbers = []
+    with contextlib.suppress(OSError):
+        numbers = [int(name) for name in os.listdir(os.path.join(folder, "shards")) if name.isdecimal()]
+    paths = [os.path.join(folder, "shards", str(n)) for n in sorted(numbers, reverse=True)]
+    return next((p for p in paths if os.path.exists(os.path.join(p, ".metadata"))), None)
+
+
+def load_moments(optimizer, stored, kind):
+    """The moments of a checkpoint into an optimizer, of whole parameters or of shards; errors as of load_optimizer."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not is_part(params[0]):
+        return load_optimizer(optimizer, stored.get(kind))
+    if not stored[kind]["state"] and os.path.isdir(stored["path"]):  # each process reads its rows
+
+        def part(of, name, empty):
+            if of != kind:
+                return None
+            p = dict(enumerate(params)).get(int(name.partition("/")[0]))  # None: of other parameters, found out later
+            return empty() if p is None or empty().shape != p.shape else torch.zeros_like(p)
+
+        state = moments(read_tensors(stored["path"], part), kind)
+        return load_optimizer(optimizer, stored[kind] | {"state": state}, torch.is_tensor)
+    return load_optimizer(optimizer, stored[kind], place=lambda i, m: share(params[i], m) if m.dim() else m)
+
+
+def is_part(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
+def share(part, whole):
+    """This process's rows of a tensor, as it has them of a parameter."""
+    from torch.distributed.tensor import distribute_tensor
+
+    placed = distribute_tensor(whole.to(part.device), part.device_mesh, part.placements, src_data_rank=None)
+    return torch.empty_like(part, dtype=whole.dtype).copy_(placed)  # not a view that keeps all of it
+
+
+def read_tensors(path, wanted):
+    """{(kind, name): tensor} of a checkpoint in shards: for each tensor there is, what wanted(kind, name, empty) gives
+    to be filled, such as empty(), or None to leave it. ModelError where a file is damaged."""
+    from torch.distributed.checkpoint import CheckpointException, FileSystemReader, load
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args, **options):  # theirs would run what code a foreign file names
+            with open(os.path.join(path, ".metadata"), "rb") as f:
+                return Unpickler(f).load()
+
+    try:
+        reader, found = Reader(path), {}
+        for key, entry in reader.read_metadata().state_dict_metadata.items():
+            make = functools.partial(torch.empty, entry.size, dtype=entry.properties.dtype)
+            tensor = wanted(*key.split("/", 1), make)
+            if tensor is not None:
+                found[key] = tensor
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no group is asked: each process reads for itself
+            load(found, storage_reader=reader, no_dist=True)
+    except (Exception, CheckpointException) as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise ModelError(f"{path}: not a readable checkpoint (damaged, or not of this repository)") from None
+    return {tuple(key.split("/", 1)): tensor for key, tensor in found.items()}
+
+
+class Unpickler(pickle.Unpickler):
+    """Reads where the tensors are, and nothing else."""
+
+    def find_class(self, module, name):
+        if name not in PICKLED.get(module, "").split():
+            raise pickle.UnpicklingError(f"{module}.{name} in .metadata")
+        return super().find_class(module, name)
+
+
+def iteration(file):
+    """That of a ckpt.pt, whose tensors stay on disk; -1 where it cannot be read."""
+    with contextlib.suppress(Exception):
+        return int(torch.load(file, weights_only=True, mmap=True)["iter_num"])
+    return -1
 
 
 # -----------------------------------------------------------------------------

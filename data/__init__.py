@@ -545,14 +545,16 @@ class Batches:
 
     def fixed(self, split, n):
         """Yield this process's share of n batches, every world_size-th one. The n are the same at every call and for
-        any number of processes; the training generator does not move."""
+        any number of processes; the training generator does not move. Each process gets as many: beyond the n one
+        whose targets are not scored."""
         split = self._split(split)
         # Another seed than the training generator's, which would give the very batches that training starts with.
         generator = torch.Generator().manual_seed((self.seed + 0x9E3779B97F4A7C15) % 2**63)
-        for i in range(n):
+        for i in range(-(-n // self.world_size) * self.world_size):
             starts = self._starts(split, self.batch_size, generator)
             if i % self.world_size == self.rank:
-                yield split.pairs(starts, split.record_len or self.length)
+                x, y = split.pairs(starts, split.record_len or self.length)
+                yield x, (y if i < n else torch.full_like(y, -1))
 
     def state_dict(self):
         """{"generator": uint8 tensor, "seed": int}: it suits any number of processes and any batch size."""

@@ -84,6 +84,19 @@ def accuracy(logits, targets, among):
     return right.sum() / (targets >= 0).sum().clamp(min=1)
 
 
+def share_of(passes, rank, size, progress=None):
+    """This process's share of the windows (x, y, scored) of a pass, every size-th one. All get as many: processes that
+    hold shares of a model meet in each forward pass. In one that is left over nothing is scored."""
+    i = -1
+    for i, (x, y, scored) in enumerate(passes):
+        if i % size == rank:
+            yield x, y, scored
+        if progress is not None:
+            progress.update(int(scored.sum()))
+    if 0 <= i % size < rank and i >= 0:
+        yield x, y, torch.zeros_like(scored)
+
+
 @torch.no_grad()
 def evaluate(model, split, context, stride, batch_size, runtime, share=(0, 1), reduce=None, progress=None, each=None):
     """Score the targets of a split once each, in eval mode: sum of nats over count.
@@ -100,24 +113,21 @@ def evaluate(model, split, context, stride, batch_size, runtime, share=(0, 1), r
     nats, count, right = 0.0, 0, 0
     ids = torch.tensor(list(split.labels.values()), device=runtime.device) if split.labels else None
     confusion = torch.zeros(len(ids), len(ids), dtype=torch.long) if split.labels else None
-    for i, (x, y, scored) in enumerate(windows(split, context, stride, batch_size)):
-        if i % size == rank:
-            likeliest = None if split.record_len is None else []
-            y = y.to(runtime.device)
-            single = None if each is None else []
-            nats += token_nats(model, x.to(runtime.device), y, scored, runtime, likeliest, ids, single)
-            if single:
-                each.append((scored, torch.cat(single).cpu()))
-            count += int(scored.sum())
-            if likeliest:
-                true, likeliest = y[scored.to(y.device)], torch.cat(likeliest)
-                right += int((true == likeliest).sum())
-                if ids is not None:
-                    rows, columns = ((t[:, None] == ids).long().argmax(1) for t in (true, likeliest))
-                    pairs = torch.bincount(rows * len(ids) + columns, minlength=len(ids) ** 2)
-                    confusion += pairs.view(len(ids), len(ids)).cpu()
-        if progress is not None:
-            progress.update(int(scored.sum()))
+    for x, y, scored in share_of(windows(split, context, stride, batch_size), rank, size, progress):
+        likeliest = None if split.record_len is None else []
+        y = y.to(runtime.device)
+        single = None if each is None else []
+        nats += token_nats(model, x.to(runtime.device), y, scored, runtime, likeliest, ids, single)
+        if single:
+            each.append((scored, torch.cat(single).cpu()))
+        count += int(scored.sum())
+        if likeliest:
+            true, likeliest = y[scored.to(y.device)], torch.cat(likeliest)
+            right += int((true == likeliest).sum())
+            if ids is not None:
+                rows, columns = ((t[:, None] == ids).long().argmax(1) for t in (true, likeliest))
+                pairs = torch.bincount(rows * len(ids) + columns, minlength=len(ids) ** 2)
+                confusion += pairs.view(len(ids), len(ids)).cpu()
     model.train(was_training)
     nats, count, right = reduce([nats, count, right])
     scores = {"split": split.name, "loss": nats / count, "token_perplexity": perplexity(nats, count)}

@@ -377,13 +377,13 @@ def test_a_rank_without_an_address_is_one_line(tiny, monkeypatch):
 
 
 class Launched:
-    """torchrun with two processes that train until they are stopped."""
+    """torchrun with two processes, which have made three steps."""
 
-    def __init__(self, arguments):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    def __init__(self, arguments, *options):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", *options]
         launch += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", os.path.join(ROOT, "train.py"), *arguments]
-        options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
-        self.launcher = subprocess.Popen(launch, **options)
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+        self.launcher = subprocess.Popen(launch, **pipes)
         next(line for line in self.launcher.stdout if line.startswith("iter 3:"))
         children = Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children").read_text()
         self.workers = [int(pid) for pid in children.split()]
@@ -402,21 +402,82 @@ class Launched:
 @pytest.fixture
 def launch(tiny):
     keys = dict(max_iters=10**6, lr_decay_iters=20, eval_interval=10**6, gradient_accumulation_steps=2)
-    return lambda: Launched(tiny(**keys))
+    return lambda *options, **more: Launched(tiny(**keys | more), *options)
+
+
+def our_lines(error):
+    """Of what torchrun and its processes printed, the lines of train.py."""
+    found = [
+        line for line in error.splitlines() if line.startswith(("train.py:", "[rank")) or 'train.py", line' in line
+    ]
+    return [line for line in found if "SIGTERM" not in line]
 
 
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in /proc")
 
 
+both = pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+
+
+def last_saved(folder):
+    return weights.read_last(str(folder))["iter_num"]
+
+
 @needs_proc
 @pytest.mark.slow
+@both
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_lost_peer_is_one_line(launch, victim):
-    group = launch()
+def test_a_lost_peer_is_one_line(launch, victim, parallel):
+    group = launch(parallel=parallel)
     os.kill(group.workers[victim], signal.SIGKILL)
-    error = group.end(60)[1]
-    ours = [line for line in error.splitlines() if line.startswith(("train.py:", "[rank")) or 'train.py", line' in line]
-    assert len(ours) == 1 and ours[0].startswith("train.py: a process of the group was lost: "), error
+    (line,) = our_lines(group.end(60)[1])
+    assert line.startswith("train.py: a process of the group was lost: ")
+
+
+@needs_proc
+@pytest.mark.slow
+@both
+def test_a_peer_that_stops_is_one_line_after_its_timeout(launch, parallel):
+    group = launch(parallel=parallel, peer_timeout=5)
+    os.kill(group.workers[1], signal.SIGSTOP)
+    (line,) = our_lines(group.end(120)[1])  # torchrun gives the stopped one 30 seconds
+    assert line.startswith("train.py: a process of the group was lost: ") and "5000ms" in line
+
+
+@needs_proc
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_torchrun_restarts_a_run_from_its_last_checkpoint(launch, tiny, tmp_path, parallel, number):
+    """By the command of the first start, over an earlier run of the folder. It ends like one that was not killed."""
+    keys = dict(max_iters=200, lr_decay_iters=200, checkpoint_interval=5, eval_interval=100, parallel=parallel)
+    train.main(tiny(seed=7, max_iters=2))
+    group = launch("--max_restarts=1", **keys, peer_timeout=5)
+    os.kill(group.workers[1], number)
+    out, error = group.end(180)
+    assert group.launcher.returncode == 0, error
+    assert f"resumed from {tmp_path / 'run'}" in out and out.count("a new model of") == 0  # printed before iter 3
+    entries = read_log(tmp_path / "run")
+    assert [e["iter"] for e in entries if "loss" in e] == list(range(1, 201))
+    whole = launch(**keys, out_dir=tmp_path / "whole")
+    assert whole.end(180) and whole.launcher.returncode == 0
+    assert read_log(tmp_path / "whole") == entries
+    assert last_saved(tmp_path / "run" / "previous") == 2
+
+
+@needs_proc
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("victims", [[0], [1], [0, 1], "launcher"])
+def test_a_terminated_group_saves_its_step(launch, tmp_path, parallel, victims):
+    """SIGTERM to one process, to all, and to torchrun."""
+    group = launch(parallel=parallel)
+    for pid in [group.launcher.pid] if victims == "launcher" else [group.workers[i] for i in victims]:
+        os.kill(pid, signal.SIGTERM)
+    out, error = group.end(90)
+    assert "SIGTERM: stopped after iteration" in out and not our_lines(error)
+    done = last_saved(tmp_path / "run")
+    assert [e["iter"] for e in read_log(tmp_path / "run") if "loss" in e] == list(range(1, done + 1))
 
 
 @needs_proc

@@ -749,7 +749,11 @@ def test_a_new_run_moves_the_earlier_one_aside(tiny, tmp_path, capsys):
             assert f"the earlier run of {folder} is in {previous} now" in capsys.readouterr().out
             assert {path.name: path.read_bytes() for path in previous.iterdir()} == before
         (folder / "notes.txt").touch()
-    assert {*os.listdir(folder)} == {*RUN_FILES, ".lock", "notes.txt", "previous"} - {"model.safetensors", "hf"}
+    assert {*os.listdir(folder)} == {*RUN_FILES, ".lock", "notes.txt", "previous"} - {
+        "model.safetensors",
+        "hf",
+        "shards",
+    }
 
 
 def test_init_from_a_folder_with_another_attention(tiny, tmp_path, capsys):
