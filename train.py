@@ -137,14 +137,15 @@ class Objective(nn.Module):
     def forward(self, batch, matching=False, share=1.0, weight=1.0):
         """`share` of the penalty counts, and the means over scored targets `weight` times: numbers, or tensors where
         they change from call to call."""
-        idx, targets = batch  # (B, T) each
+        idx, targets, *places = batch  # (B, T) each; of records (B, n), the positions that need logits
         if matching:
             error, penalty = self.attention_error(idx)
             penalty = share * penalty
             return error + penalty, {"attention_error": error, "penalty": penalty}
+        targets = scoring.at(targets, *places)
         x, penalty = self.model.hidden(idx)
         penalty = share * penalty
-        logits = self.model.lm_head(x)
+        logits = self.model.lm_head(scoring.at(x, *places))
         ce = weight * cross_entropy(logits, targets)
         parts = {"ce": ce, "penalty": penalty}
         if self.answers is not None:
@@ -152,7 +153,7 @@ class Objective(nn.Module):
         if self.teacher is None:
             return ce + penalty, parts
         with torch.no_grad():
-            wanted = self.teacher.lm_head(self.teacher.hidden(idx)[0])
+            wanted = self.teacher.lm_head(scoring.at(self.teacher.hidden(idx)[0], *places))
         kl = weight * kl_divergence(wanted, logits, targets, self.temperature)
         loss = self.temperature**2 * kl + penalty
         if self.ce_weight:  # else its backward pass would be one of zeros
@@ -482,8 +483,8 @@ class Run:
     def prepare(self, resolved):
         """Compile, wrap, open the log."""
         if self.runtime.compile:
-            x, y = next(iter(self.batches.fixed("train", 1)))
-            batch = (x.to(self.runtime.device), y.to(self.runtime.device))
+            batch = scoring.with_places(self.dataset, *next(iter(self.batches.fixed("train", 1))))
+            batch = tuple(t.to(self.runtime.device) for t in batch)
             self.objective, note = compile_objective(self.objective, batch, self.runtime)
             self.say(note)
         if self.world.size > 1:
@@ -515,6 +516,7 @@ class Run:
                 self.objective.require_backward_grad_sync = micro == self.micro_steps - 1
             with self.runtime.autocast():
                 loss, parts = self.objective(batch, matching, share, weight)
+            self.progress.tokens += batch[0].numel() * self.world.size
             self.scaler.scale(loss / self.micro_steps).backward()
             terms.append(torch.stack((loss, *parts.values())).detach())
         for optimizer in self.optimizers:
@@ -539,6 +541,7 @@ class Run:
         (total,) = self.world.sum([sum(counts)])
         average = total / (self.micro_steps * self.world.size)
         for batch, count in zip(batches, counts):
+            batch = scoring.with_places(self.dataset, *batch)
             yield batch, torch.tensor(count / average, device=self.runtime.device)  # compiled code keeps numbers
 
     def clip(self):
@@ -612,8 +615,8 @@ class Run:
         """Raise TrainError unless the weights are finite, and their loss on the next batch: no others are saved."""
         position = self.batches.state_dict()
         self.model.eval()  # no dropout: random numbers stay as they are
-        with self.runtime.autocast():
-            loss = self.model(*(t.to(self.runtime.device) for t in self.batches.batch("train")))[1].item()
+        x, y = (t.to(self.runtime.device) for t in self.batches.batch("train"))
+        loss = scoring.token_nats(self.model, x, y, y >= 0, self.runtime)
         self.model.train()
         self.batches.load_state_dict(position)
         largest = nn.utils.get_total_norm([*self.model.parameters()], math.inf).item()
@@ -656,7 +659,6 @@ class Run:
     def train(self):
         """Steps until max_iters, max_seconds or a signal; returns the exit status."""
         cfg, progress, stop = self.cfg, self.progress, 0
-        tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * self.batches.length
         self.model.train()
         if self.is_new:
             self.check_weights()
@@ -665,19 +667,18 @@ class Run:
         if progress.iter_num >= cfg.max_iters > 0:
             self.say(f"already at iteration {progress.iter_num}: a larger --max_iters would train on")
         with progress_bar(cfg.max_iters, "train", "it", self.world, progress.iter_num) as bar:
-            since, steps = time.perf_counter(), 0
+            since, steps, before = time.perf_counter(), 0, progress.tokens
             while progress.iter_num < cfg.max_iters and not stop:
                 start = time.perf_counter()
                 terms = self.step()
                 progress.seconds += time.perf_counter() - start
                 progress.iter_num, steps = progress.iter_num + 1, steps + 1
-                progress.tokens += tokens_per_step
                 bar.update()
                 stop = self.stop_reason()
                 if progress.iter_num % cfg.log_interval == 0 or progress.iter_num == cfg.max_iters:
                     ms = 1000 * (time.perf_counter() - since) / steps
-                    self.log_step(terms, ms, tokens_per_step, bar)
-                    since, steps = time.perf_counter(), 0
+                    self.log_step(terms, ms, (progress.tokens - before) / steps, bar)
+                    since, steps, before = time.perf_counter(), 0, progress.tokens
                 at_end = progress.iter_num == cfg.max_iters or stop == -1
                 evaluates = progress.iter_num % cfg.eval_interval == 0 or at_end
                 if evaluates or stop or (cfg.checkpoint_interval and progress.iter_num % cfg.checkpoint_interval == 0):
@@ -686,7 +687,7 @@ class Run:
                         self.evaluate()
                     self.save()
                 if progress.iter_num % cfg.eval_interval == 0:
-                    since, steps = time.perf_counter(), 0
+                    since, steps, before = time.perf_counter(), 0, progress.tokens
         if self.bad_steps:
             raise TrainError(f"the last {self.bad_steps} steps were not finite and were skipped; lower learning_rate")
         if stop > 0:
@@ -729,7 +730,9 @@ def dry_run(model_config, cfg, dataset):
         length = dataset.record_len or model.config.block_size
         idx = torch.zeros(cfg.batch_size, length, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
-            Objective(model)((idx, idx))
+            train = dataset.meta["splits"].get("train", {})
+            scored = -(-train["scored"] * length // train["tokens"]) if "scored" in train else length  # of a record
+            Objective(model)((idx, idx) if scored == length else (idx, idx, idx[:, :scored]))
     for block in model.transformer.h:  # operations follow what masks keep: their first values
         block.attn.make_masks(model.config)
     activations = sum(size for storage, size in saved.items() if storage not in own)

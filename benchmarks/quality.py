@@ -77,10 +77,10 @@ def score_checkpoint(folder, model, dataset, bench, runtime, table, curves, cost
         split, each = dataset.split(part.strip()), []
         s = evaluate(model, split, context, stride, bench.eval_batch_size, runtime, each=each)
         row = (folder, model.config.attention_type, model.num_params(), dataset.meta["label"], split.name)
-        nats = torch.cat([nats for _, nats in each])
-        seen = torch.cat([torch.arange(1, scored.size(1) + 1).expand_as(scored)[scored] for scored, _ in each])
+        nats = torch.cat([nats for _, nats, *_ in each])
+        seen = torch.cat([torch.arange(1, scored.size(1) + 1).expand_as(scored)[scored] for scored, *_ in each])
         curves[folder, split.name] = loss_by_context(nats, seen)
-        lengths = torch.cat([scored.sum(1) for scored, _ in each]) if split.record_len else max(1024, context)
+        lengths = torch.cat([scored.sum(1) for scored, *_ in each]) if split.record_len else max(1024, context)
         text = (s["loss"], standard_error(nats, lengths), s.get("bits_per_byte"))
         text += (s["token_perplexity"], s.get("word_perplexity"))
         classes = (s.get(key) for key in ("accuracy", "majority", "precision", "recall", "f1"))
