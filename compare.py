@@ -181,7 +181,7 @@ def train_all(runs, jobs, threads, score):
         while waiting or running:
             for run in waiting[: jobs - len(running)]:  # one that an earlier command left running keeps its place
                 if output := run.claim():
-                    if comparison.code(run.plugins) != run.recipe["code"]:
+                    if run.recipe.get("code", code := comparison.code(run.plugins)) != code:
                         raise TrainError("the code changed since the first run began: give the command again")
                     waiting.remove(run)
                     running[run.start(threads, output)] = run
