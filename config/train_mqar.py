@@ -3,7 +3,7 @@
 dataset = "mqar"  # data/mqar/prepare.py
 
 n_layer = 2
-n_head = 1  # with two heads softmax stays at 1/N for thousands of steps
+n_head = 1
 n_embd = 64
 block_size = 256  # the longest records of test; those to train on have 64 tokens
 pos_emb = "rope"  # of those that take them: with learned ones softmax does not find it at this rate

@@ -94,6 +94,43 @@ def test_the_script_refuses(tmp_path, options, part):
     assert not (tmp_path / "meta.json").exists()
 
 
+def test_the_script_writes_induction(tmp_path, fresh_rng):
+    vocabulary, seed = int(fresh_rng.integers(3, 20)), str(fresh_rng.integers(1000))
+    options = ["--vocabulary", str(vocabulary), "--seed", seed, "--length", "9", "--test", "5,30,4"]
+    options += ["--train_records", "200", "--val_records", "20", "--test_records", "40"]
+    run = prepare("induction", *options, "--out_dir", tmp_path / "a", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    dataset = data.Dataset(tmp_path / "a")
+    assert [part[1:3] for part in dataset.split("test").parts] == [(4, 40), (5, 40), (30, 40)]
+    places = set()
+    for name in ("train", "val", "test"):
+        split = dataset.split(name)
+        tokens, targets = split.tokens.tolist(), split.targets.tolist()
+        for _, length, count, first in split.parts:
+            for at in range(first, first + length * count, length):
+                row, wanted = tokens[at : at + length], targets[at : at + length]
+                (place, last) = [i for i, token in enumerate(row) if token == vocabulary - 1]
+                assert last == length - 1 and wanted == [-1] * last + [row[place + 1]]
+                places.add((length, place))
+    assert {place for length, place in places if length == 9} == set(range(7)) and dataset.vocab_size == vocabulary
+
+
+@pytest.mark.parametrize(
+    "options, part",
+    [
+        ("--vocabulary=2", "--vocabulary must be 3"),
+        ("--length=2", "lengths at least 3"),
+        ("--test=5,a", "write lengths"),
+        ("--val_records=0", "--val_records must be at least 1"),
+        ("--train_records=1000000000", "at most 100000000 tokens"),
+    ],
+)
+def test_the_script_of_induction_refuses(tmp_path, options, part):
+    with pytest.raises(data.DataError) as error:
+        script("induction").main([*options.split(), "--out_dir", str(tmp_path)])
+    one_line(error, part)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mqar")
