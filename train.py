@@ -509,21 +509,23 @@ class Run:
         share = 1.0
         if self.cfg.penalty_start or self.cfg.penalty_warmup:  # a tensor: compiled code takes a number for a constant
             share = torch.tensor(penalty_share(self.cfg, self.progress.iter_num), device=self.runtime.device)
-        terms = []
+        terms, tokens = [], 0
         for micro, (batch, weight) in enumerate(self.micro_batches()):
             batch = tuple(t.to(self.runtime.device, non_blocking=True) for t in batch)
             if self.world.size > 1:  # gradients are exchanged once, with the last micro-batch
                 self.objective.require_backward_grad_sync = micro == self.micro_steps - 1
             with self.runtime.autocast():
                 loss, parts = self.objective(batch, matching, share, weight)
-            self.progress.tokens += batch[0].numel() * self.world.size
+            tokens += batch[0].numel()
             self.scaler.scale(loss / self.micro_steps).backward()
             terms.append(torch.stack((loss, *parts.values())).detach())
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = self.clip().item()
         means = torch.stack(terms).cpu().double().mean(0)  # read once a step: each reading waits for a GPU
-        means = [t / self.world.size for t in self.world.sum(means.tolist())]
+        *sums, tokens = self.world.sum([*means.tolist(), tokens])
+        means = [t / self.world.size for t in sums]
+        self.progress.tokens += int(tokens)
         self.update(means[0], norm)
         terms = dict(zip(("loss", *parts), means)) | {"grad_norm": norm}
         self.penalty = terms["penalty"]

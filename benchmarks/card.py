@@ -204,17 +204,18 @@ def table(card):
 
 
 def draw(card, path):
-    """A panel for each question, in all of which better is further right; recall is a small curve for each type."""
+    """A panel for each question: a dot is the mean, a mark a seed, and better is further right. Recall is a small curve
+    for each type."""
     columns = {heading: rest for _, heading, *rest in card.columns()}
     names = order(card.columns())[::-1]
     shown = {
         "enwik8 (bits/byte)": "Language\nbits per byte",
-        "recall": "Recall\nright answers against pairs",
+        "recall": "Recall\nshare right, by pairs (full: all)",
         "parity": "State\nparity at 41 to 256 symbols",
         "8 times (bits/byte more)": "Length\nbits per byte more at 8 times",
         "time at 8,192 (softmax's)": "Cost\ntime at 8,192, of softmax's",
     }
-    size = (14, 0.8 + 0.36 * len(names))
+    size = (14, 1.2 + 0.36 * len(names))
     figure, panels = pyplot().subplots(1, len(shown), figsize=size, layout="constrained", sharey=True)
     for panel, (heading, title) in zip(panels, shown.items()):
         panel.set_title(title, fontsize=SMALL)
@@ -223,10 +224,10 @@ def draw(card, path):
             continue
         which, _, scores = columns[heading]
         for y, name in enumerate(names):
-            mean, deviation = mean_and_deviation(scores[name])
-            if mean is not None and (name != "none" or "time" not in heading):
-                panel.errorbar(mean, y, xerr=deviation, color=colour(name), marker="o", markersize=6, capsize=3)
-        if "time" in heading:
+            if scores[name] and (name != "none" or "time at" not in heading):
+                panel.plot(scores[name], [y] * len(scores[name]), "|", color=colour(name), alpha=0.6, markersize=10)
+                panel.plot(statistics.mean(scores[name]), y, "o", color=colour(name), markersize=6)
+        if "time at" in heading:
             panel.set_xscale("log")
             panel.set_xticks((0.1, 0.2, 0.5, 1, 2), ("0.1", "0.2", "0.5", "1", "2"))
             panel.minorticks_off()
@@ -234,18 +235,20 @@ def draw(card, path):
             panel.invert_xaxis()
     name_rows(panels[0], names, [colour(name) for name in names])
     panels[0].set_ylim(-0.7, len(names) - 0.3)
-    figure.supxlabel("further right is better", fontsize=SMALL)
+    figure.supxlabel("further right is better; in recall, fuller", fontsize=SMALL)
     save_figure(figure, path)
 
 
 def draw_recall(panel, card, names):
     """Accuracy from 0 to 1 within each row, against the number of pairs."""
     for y, name in enumerate(names):
-        panel.axhline(y - 0.4, color="grey", linewidth=0.5, alpha=0.4)
+        for edge in (y - 0.4, y + 0.4):
+            panel.axhline(edge, color="grey", linewidth=0.5, alpha=0.4)
         curves = [card.scores("recall", "recall", name, lambda s, at=at: s["by part"][at]) for at in PAIRS.values()]
         if all(curves):
             heights = [y - 0.4 + 0.8 * statistics.mean(scores) for scores in curves]
-            panel.plot(range(len(PAIRS)), heights, color=colour(name), marker="o", markersize=4)
+            panel.fill_between(range(len(PAIRS)), y - 0.4, heights, color=colour(name), alpha=0.35, linewidth=0)
+            panel.plot(range(len(PAIRS)), heights, color=colour(name))
     panel.set_xticks(range(len(PAIRS)), PAIRS)
     panel.grid(axis="y", visible=False)
 

@@ -568,8 +568,8 @@ class Batches:
     def batch(self, split):
         """(x, y), int64 CPU tensors (batch_size, length); y is x shifted by one, or a record's targets."""
         split, n = self._split(split), self.batch_size
-        starts, length = self._starts(split, self.world_size * n, self.generator)
-        return split.pairs(starts[self.rank * n : (self.rank + 1) * n], length)
+        drawn = [self._starts(split, n, self.generator) for _ in range(self.world_size)]
+        return split.pairs(*drawn[self.rank])
 
     def fixed(self, split, n):
         """Yield this process's share of n batches, every world_size-th one. The n are the same at every call and for
