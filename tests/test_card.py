@@ -178,9 +178,13 @@ def test_cells_of_one_place_replace_each_other(tmp_path):
     assert statistics.mean(c["score"]["bits/byte"] for c in found) == pytest.approx(2.5) and len(found) == 2
 
 
+def test_cost_is_nothing_to_run(tmp_path, capsys):
+    assert card.main(["--part=cost", "--types=", f"--folder={tmp_path}", f"--out_dir={tmp_path}"]) == 0
+    assert "docs/bench.json" in capsys.readouterr().out and not any(tmp_path.iterdir())
+
+
 def test_mistakes_are_one_line(tmp_path):
     for argv, part in (
-        (["--part=cost"], "docs/bench.json"),
         (["--part=state", "--types=glaa"], "--types: glaa is none of softmax"),
         (["--part=languages"], "language"),
     ):
