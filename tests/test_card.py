@@ -73,6 +73,7 @@ def test_a_part_is_run_once(text_dataset, tmp_path, monkeypatch, started, capsys
     assert len(started) == 6 and len(read(tmp_path / "json")) == len(found), "new cells stand in place of the old ones"
 
 
+@pytest.mark.slow
 def test_a_cut_part_goes_on_to_the_same_digits(text_dataset, tmp_path, monkeypatch, started, capsys):
     monkeypatch.setattr(card, "PARTS", {"language": stages(text_dataset)["language"][:1]})
     whole, cut = ([f"--folder={tmp_path / name}", f"--out_dir={tmp_path / name / 'out'}"] for name in ("whole", "cut"))
