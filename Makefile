@@ -10,8 +10,8 @@ PY = $(BIN)/python
 SOURCES = *.py benchmarks config data docs kernels tests .ci
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all format check-format bench bench-step bench-ops compare kernel-report gpu \
-  gpu-table gpu-wheels clean
+.PHONY: help install demo test test-all format check-format bench bench-step bench-ops compare card card-table \
+  kernel-report gpu gpu-table gpu-wheels clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -88,6 +88,15 @@ list = $(subst $(space),$(comma),$(strip $(1)))
 compare: $(VENV)/run.stamp  ## train TYPES alike over SEEDS, then their validation loss, mean and standard deviation
 	$(PY) compare.py $(CONFIG) --attention_type=$(call list,$(subst $(comma),+,$(TYPES))) --seed=$(call list,$(SEEDS)) \
 	  $(OPTIONS)
+
+# make card PART=recall CELLS=gla,gdn BUDGET=3600; a part goes on where it ended, also in another clone
+CELLS =
+BUDGET = 0
+card: $(VENV)/run.stamp  ## one PART of the card: language, long, recall, state or length; CELLS=types, BUDGET=seconds
+	$(PY) -m benchmarks.card --part=$(if $(filter command%,$(origin PART)),$(PART),language) --types=$(CELLS) --budget=$(BUDGET)
+
+card-table: $(VENV)/run.stamp  ## the card's table, and docs/card.png, from docs/card
+	$(PY) -m benchmarks.card
 
 kernel-report: $(VENV)/run.stamp  ## registers, spills, shared memory and tensor-core instructions of each Triton kernel
 	$(PY) -m kernels.report

@@ -9,7 +9,8 @@
     python bench.py --what=quality --out_dir=out/a,out/b --eval_context=512,1024,2048   # beyond the trained context
     python bench.py --what=curves --out_dir=out/a,out/b    # loss against steps and time, as a PNG
     python bench.py --what=inspect --out_dir=out/a         # what masks keep, what that costs, and pictures of it
-    python bench.py --what=heads --out_dir=out/a           # gates, and the weight on the first token, by layer
+    python bench.py --what=heads --out_dir=out/a           # gates, decays and states of heads, by layer
+    python bench.py --what=maps --out_dir=out/a --text="def main("   # attention maps, of any type that has one
     python bench.py --what=superposition --out_dir=out/a   # which head of a toy carries which skip trigram
     python bench.py --what=gpu --part=1                    # on a GPU: right, fast, learning; see benchmarks/gpu.py
     python bench.py --what=all                             # all that needs no run; with --out_dir, quality and curves
@@ -30,7 +31,6 @@ keys that a token must read. Every table goes into --json as well, after each pa
     notes     lines printed under the tables
 """
 
-import os
 import signal
 from dataclasses import dataclass
 
@@ -40,13 +40,14 @@ if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of their
 import torch
 
 import config
-from benchmarks import curves, decoding, gpu, layers, masks, operators, quality, steps, superposition, tables
+from benchmarks import curves, decoding, gpu, heads, layers, maps, masks, operators, quality, steps, style
+from benchmarks import superposition, tables
 from config import ConfigError, key
 from data import DataError
 from model import ATTENTION, GPTConfig
 from weights import ModelError
 
-WHATS = ("overview", "step", "ops", "decode", "quality", "curves", "inspect", "heads", "superposition", "gpu", "all")
+WHATS = ("overview", "step", "ops", "decode", "quality", "curves", "inspect", "heads", "maps", "superposition", "gpu", "all")
 
 
 @dataclass
@@ -76,7 +77,7 @@ class BenchConfig:
     out_dir: str = key("", "folders of runs, comma-separated (all but overview, ops and decode)")
     prune: float = key(0.02, "the loss without candidates below this share of the largest (inspect)", low=0.0, high=1.0)
     inspect_batch_size: int = key(4, "sequences of the timed attention (inspect)", low=1)
-    text: str = key("", "text of the attention maps; empty: from the validation split (inspect)")
+    text: str = key("", "text of the attention maps; empty: from the validation split (inspect, maps)")
     dataset: str = key("", "data set (quality); empty: the one that a checkpoint was trained on")
     split: str = key("val,test", "splits (quality)")
     eval_context: int | str = key(
@@ -84,7 +85,7 @@ class BenchConfig:
     )
     eval_stride: int = key(0, "step between its windows; 0: its context", low=0)
     eval_batch_size: int = key(16, "windows at once", low=1)
-    png: str = key("", "picture to write; empty: one of out/, as out/bench.png")
+    png: str = key("", "picture to write, .png, .pdf or .svg; empty: one of out/ or of the run's folder")
     compare: str = key("", "instead of measuring, compare two files that --json wrote: A.json,B.json")
     fail_below: float = key(0.0, "exit status 1 where the speed of B is below this share of A's (compare)", low=0.0)
     json: str = key("out/bench.json", "file to write the tables to; empty: none")
@@ -113,7 +114,8 @@ def measure(what, explicit, bench, runtime, report):
         parts = dict(ops=operators.bench_operators, quality=quality.bench_quality, curves=curves.plot_curves)
         parts |= dict(
             inspect=masks.inspect,
-            heads=masks.bench_heads,
+            heads=heads.bench_heads,
+            maps=maps.draw_all,
             superposition=superposition.bench_superposition,
             gpu=gpu.bench_gpu,
         )
@@ -122,8 +124,7 @@ def measure(what, explicit, bench, runtime, report):
 
 def main(argv):
     model_config, bench, given = config.load(argv, GPTConfig, BenchConfig)
-    if bench.png and not os.path.basename(bench.png)[1:].endswith(".png"):
-        raise ConfigError(f"--png={bench.png}: the name must end in .png")
+    style.check_name(bench.png)
     if bench.what == "all" and bench.png:
         raise ConfigError("--png names one picture: without it --what=all writes one for each kind")
     runtime = config.resolve_device(bench.device, bench.dtype, bench.compile)

@@ -36,8 +36,9 @@ if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of their
 import torch
 
 import config
-from benchmarks import comparison
-from benchmarks.quality import decides, quality_table
+from benchmarks import comparison, style
+from benchmarks.quality import quality_table
+from benchmarks.runs import decides
 from benchmarks.tables import Report
 from config import ConfigError, key, printable
 from data import DataError, Dataset
@@ -64,7 +65,7 @@ class CompareConfig:
     checkpoint: str = key("last", "which one of each run is scored", choices=(*comparison.CHECKPOINTS,))
     split: str = key("val", "split that is scored", choices=("val", "test"))
     json: str = key("", "file to write the tables to; empty: OUT_DIR/compare.json")
-    png: str = key("", "picture to write; empty: OUT_DIR/compare.png")
+    png: str = key("", "picture to write, .png, .pdf or .svg; empty: OUT_DIR/compare.png")
 
 
 class Run:
@@ -180,7 +181,7 @@ def train_all(runs, jobs, threads, score):
         while waiting or running:
             for run in waiting[: jobs - len(running)]:  # one that an earlier command left running keeps its place
                 if output := run.claim():
-                    if comparison.code(run.plugins) != run.recipe["code"]:
+                    if run.recipe.get("code", code := comparison.code(run.plugins)) != code:
                         raise TrainError("the code changed since the first run began: give the command again")
                     waiting.remove(run)
                     running[run.start(threads, output)] = run
@@ -216,8 +217,7 @@ def finish(run, status, runs, score):
 def main(argv):
     compare, runs, folder = plan(argv)
     first, threads = runs[0], max(1, torch.get_num_threads() // min(compare.jobs, len(runs)))
-    if compare.png and not os.path.basename(compare.png)[1:].endswith(".png"):
-        raise ConfigError(f"--png={printable(compare.png)}: the name must end in .png")
+    style.check_name(compare.png)
     dataset = Dataset(first.cfg.dataset)
     dataset.split(compare.split)
     alike = len({run.cfg.dtype for run in runs}) == 1

@@ -15,8 +15,8 @@ OLD = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")  # files
 
 def needs(model_config, make, batch=None):
     """Figures of a step by name: parameters of each group, bytes (MEMORY), operations of a sequence's forward pass.
-    `make(model_config)` gives the objective and its optimizers. batch: (sequences, tokens of each); None leaves out
-    activations and operations.
+    `make(model_config)` gives the objective and its optimizers. batch: (sequences, tokens of each), and where only some
+    tokens are scored, how many; None leaves out activations and operations.
 
     Layers of a type are alike: one of each, and another of it, say what any number of them adds up to."""
     layers = Counter(model_config.types()[: model_config.n_layer])
@@ -53,10 +53,11 @@ def measure(model_config, make, batch):
         if batch is None:
             return figures
         own = {p.untyped_storage()._cdata for p in model.parameters()}
-        tokens, targets = (torch.zeros(batch, dtype=torch.long) for _ in range(2))
+        tokens, targets = (torch.zeros(batch[:2], dtype=torch.long) for _ in range(2))
+        places = (tokens[:, :n] for n in batch[2:])
         try:
             with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
-                objective((tokens, targets))
+                objective((tokens, targets, *places))
         finally:
             turns.cache_clear()  # of tensors that hold nothing
     for block in model.transformer.h:  # operations follow what masks keep: their first values
@@ -66,9 +67,9 @@ def measure(model_config, make, batch):
     return figures | {"activations": activations, "nominal": nominal, "executed": executed}
 
 
-def dry_run(model_config, make, cfg, length):
-    """Print the figures of a step over sequences of `length` tokens."""
-    found = needs(model_config, make, (cfg.batch_size, length))
+def dry_run(model_config, make, cfg, length, *scored):
+    """Print the figures of a step over sequences of `length` tokens, all of them `scored` or so many."""
+    found = needs(model_config, make, (cfg.batch_size, length, *scored))
     count = {name: found[name] for name in ("matrix", "vector", "mask")}
     state = sum(found[name] for name in MEMORY[:3])
     sequences = cfg.batch_size * cfg.gradient_accumulation_steps
@@ -79,7 +80,7 @@ def dry_run(model_config, make, cfg, length):
     print(f"step: {sequences * length:,} tokens, {nominal:,.1f} GFLOP nominal, {executed:,.1f} executed")
 
 
-def refusal(model_config, make, cfg, length, runtime, micro_steps, made=False, shares=1):
+def refusal(model_config, make, cfg, length, runtime, micro_steps, made=False, shares=1, scored=()):
     """Why a run cannot fit this machine, or None: it may, or nothing is known. made: the weights are there already.
     shares: processes among which gradients and optimizer state are divided.
 
@@ -96,7 +97,7 @@ def refusal(model_config, make, cfg, length, runtime, micro_steps, made=False, s
         found = needs(model_config, make)
         state = sum(found[name] for name in MEMORY[:3])
         if counted and 2 * (state + rough) > free:
-            found = needs(model_config, make, (cfg.batch_size, length))
+            found = needs(model_config, make, (cfg.batch_size, length, *scored))
     except (RuntimeError, OverflowError) as error:  # sizes beyond any; or a type of a plugin that needs its numbers
         return f"no machine has the memory: {str(error).splitlines()[0]}" if "overflow" in str(error) else None
     found |= {name: found[name] // shares for name in ("gradients", "optimizer state")}

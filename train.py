@@ -140,14 +140,15 @@ class Objective(nn.Module):
     def forward(self, batch, matching=False, share=1.0, weight=1.0):
         """`share` of the penalty counts, and the means over scored targets `weight` times: numbers, or tensors where
         they change from call to call."""
-        idx, targets = batch  # (B, T) each
+        idx, targets, *places = batch  # (B, T) each; of records (B, n), the positions that need logits
         if matching:
             error, penalty = self.attention_error(idx)
             penalty = share * penalty
             return error + penalty, {"attention_error": error, "penalty": penalty}
+        targets = scoring.at(targets, *places)
         x, penalty = self.model.hidden(idx)
         penalty = share * penalty
-        logits = self.model.lm_head(x)
+        logits = self.model.lm_head(scoring.at(x, *places))
         ce = weight * cross_entropy(logits, targets)
         parts = {"ce": ce, "penalty": penalty}
         if self.answers is not None:
@@ -155,7 +156,7 @@ class Objective(nn.Module):
         if self.teacher is None:
             return ce + penalty, parts
         with torch.no_grad():
-            wanted = self.teacher.lm_head(self.teacher.hidden(idx)[0])
+            wanted = self.teacher.lm_head(scoring.at(self.teacher.hidden(idx)[0], *places))
         kl = weight * kl_divergence(wanted, logits, targets, self.temperature)
         loss = self.temperature**2 * kl + penalty
         if self.ce_weight:  # else its backward pass would be one of zeros
@@ -373,7 +374,7 @@ def full_evaluation(model, dataset, cfg, runtime, world, teacher=None):
             print_scores(rows[-1], printable(dataset.meta["label"]), time.perf_counter() - start)
         if teacher is not None:
             passes = windows(split, context, stride, cfg.eval_batch_size)
-            scored = ((x, y.masked_fill(~s, -1)) for x, y, s in scoring.share_of(passes, *share))
+            scored = ((x, y.masked_fill(~s, -1)) for _, x, y, s in scoring.share_of(passes, *share))
             comparison = compare_with_teacher(model, teacher, scored, runtime, world.sum)
             if world.master:
                 print(f"  {describe_comparison(comparison)}")
@@ -501,8 +502,8 @@ class Run:
     def prepare(self, resolved):
         """Compile, wrap, open the log."""
         if self.runtime.compile:
-            x, y = next(iter(self.batches.fixed("train", 1)))
-            batch = (x.to(self.runtime.device), y.to(self.runtime.device))
+            batch = scoring.with_places(self.dataset, *next(iter(self.batches.fixed("train", 1))))
+            batch = tuple(t.to(self.runtime.device) for t in batch)
             self.objective, note = compile_objective(self.objective, batch, self.runtime)
             self.say(note)
         if self.world.size > 1:
@@ -526,20 +527,22 @@ class Run:
         share = 1.0
         if self.cfg.penalty_start or self.cfg.penalty_warmup:  # a tensor: compiled code takes a number for a constant
             share = torch.tensor(penalty_share(self.cfg, self.progress.iter_num), device=self.runtime.device)
-        terms = []
+        terms, tokens = [], 0
         for micro, (batch, weight) in enumerate(self.micro_batches()):
             batch = tuple(t.to(self.runtime.device, non_blocking=True) for t in batch)
             parallel.exchange(self.objective, last=micro == self.micro_steps - 1)
             with self.runtime.autocast():
                 loss, parts = self.objective(batch, matching, share, weight)
+            tokens += batch[0].numel()
             self.scaler.scale(loss / self.micro_steps).backward()
             terms.append(torch.stack((loss, *parts.values())).detach())
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = self.clip().item()
         means = torch.stack(terms).cpu().double().mean(0)  # read once a step: each reading waits for a GPU
-        sums = self.world.sum([*means.tolist(), norm])  # of the norm too: all processes judge the same number
+        *sums, tokens = self.world.sum([*means.tolist(), norm, tokens])  # of the norm too: all judge the same number
         *means, norm = (t / self.world.size for t in sums)
+        self.progress.tokens += int(tokens)
         self.update(means[0], norm)
         terms = dict(zip(("loss", *parts), means)) | {"grad_norm": norm}
         self.penalty = terms["penalty"]
@@ -557,6 +560,7 @@ class Run:
         (total,) = self.world.sum([sum(counts)])
         average = total / (self.micro_steps * self.world.size)
         for batch, count in zip(batches, counts):
+            batch = scoring.with_places(self.dataset, *batch)
             yield batch, torch.tensor(count / average, device=self.runtime.device)  # compiled code keeps numbers
 
     def clip(self):
@@ -634,8 +638,8 @@ class Run:
         """Raise TrainError unless the weights are finite, and their loss on the next batch: no others are saved."""
         position = self.batches.state_dict()
         self.model.eval()  # no dropout: random numbers stay as they are
-        with self.runtime.autocast():
-            loss = self.model(*(t.to(self.runtime.device) for t in self.batches.batch("train")))[1].item()
+        x, y = (t.to(self.runtime.device) for t in self.batches.batch("train"))
+        loss = scoring.token_nats(self.model, x, y, y >= 0, self.runtime)
         self.model.train()
         self.batches.load_state_dict(position)
         largest = nn.utils.get_total_norm(parallel.own_weights(self.model), math.inf).item()
@@ -680,7 +684,6 @@ class Run:
     def train(self):
         """Steps until max_iters, max_seconds or a signal; returns the exit status."""
         cfg, progress, stop = self.cfg, self.progress, 0
-        tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * self.batches.length
         self.model.train()
         if self.is_new:
             self.check_weights()
@@ -689,19 +692,18 @@ class Run:
         if progress.iter_num >= cfg.max_iters > 0:
             self.say(f"already at iteration {progress.iter_num}: a larger --max_iters would train on")
         with progress_bar(cfg.max_iters, "train", "it", self.world, progress.iter_num) as bar:
-            since, steps = time.perf_counter(), 0
+            since, steps, before = time.perf_counter(), 0, progress.tokens
             while progress.iter_num < cfg.max_iters and not stop:
                 start = time.perf_counter()
                 terms = self.step()
                 progress.seconds += time.perf_counter() - start
                 progress.iter_num, steps = progress.iter_num + 1, steps + 1
-                progress.tokens += tokens_per_step
                 bar.update()
                 stop = self.stop_reason()
                 if progress.iter_num % cfg.log_interval == 0 or progress.iter_num == cfg.max_iters:
                     ms = 1000 * (time.perf_counter() - since) / steps
-                    self.log_step(terms, ms, tokens_per_step, bar)
-                    since, steps = time.perf_counter(), 0
+                    self.log_step(terms, ms, (progress.tokens - before) / steps, bar)
+                    since, steps, before = time.perf_counter(), 0, progress.tokens
                 at_end = progress.iter_num == cfg.max_iters or stop == -1
                 evaluates = progress.iter_num % cfg.eval_interval == 0 or at_end
                 if evaluates or stop or (cfg.checkpoint_interval and progress.iter_num % cfg.checkpoint_interval == 0):
@@ -710,7 +712,7 @@ class Run:
                         self.evaluate()
                     self.save()
                 if progress.iter_num % cfg.eval_interval == 0:
-                    since, steps = time.perf_counter(), 0
+                    since, steps, before = time.perf_counter(), 0, progress.tokens
         self.writer.wait()
         if self.bad_steps:
             raise TrainError(f"the last {self.bad_steps} steps were not finite and were skipped; lower learning_rate")
@@ -751,10 +753,10 @@ def check_memory(cfg, world, runtime, dataset, model_config, made=False):
     """Raise TrainError, in all processes, where one of them cannot hold its run."""
     if cfg.eval_only:
         return
-    make, length = functools.partial(outline, cfg, dataset), dataset.record_len or model_config.block_size
+    make, (length, *scored) = functools.partial(outline, cfg, dataset), dataset.lengths(model_config.block_size)
     steps = cfg.gradient_accumulation_steps // world.size
     shares = world.size if parallel.is_sharded(cfg) else 1
-    reason = memory.refusal(model_config, make, cfg, length, runtime, steps, made, shares)
+    reason = memory.refusal(model_config, make, cfg, length, runtime, steps, made, shares, scored)
     if world.max([reason is not None])[0]:
         raise TrainError(reason or "another process of the group lacks memory")
 
@@ -794,7 +796,7 @@ def train(model_config, cfg, given, world, device):
                 raise ConfigError(f"--dry_run adds up a new model or a run's: {folder} holds no checkpoint of train.py")
             model_config = stored_config(read_checkpoint(folder), **config.explicit(model_config, given))
         make = functools.partial(outline, cfg, dataset)
-        memory.dry_run(model_config, make, cfg, dataset.record_len or model_config.block_size)
+        memory.dry_run(model_config, make, cfg, *dataset.lengths(model_config.block_size))
         return 0
     with contextlib.ExitStack() as stack:
         if world.master and (cfg.export or not cfg.eval_only):  # reading needs no lock

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import torch
 
 import config
+from benchmarks import style
 from benchmarks.quality import mean_and_deviation, score_checkpoint
-from benchmarks.runs import read_log
-from benchmarks.tables import LINES, pyplot, save_figure
+from benchmarks.runs import after_start, read_log
 from config import ConfigError, printable
 from model import ATTENTION, GPT
 from plugins import import_plugins, registered, split
@@ -165,20 +165,23 @@ def rank(members, measure):
 
 
 def draw(groups, measure, path):
-    """Validation loss in training, the mean over seeds, and the score of each run; of records the accuracy too."""
+    """Validation loss in training, and the score of each group of runs, with the mean and the spread over its seeds; of
+    records the accuracy too."""
     measures = [measure] + ["accuracy (share)"] * any(run.score["accuracy (share)"] for g in groups for run in g)
-    size = (5.5 * (1 + len(measures)), 1.8 + 0.35 * max(8, len(groups)))
-    figure, (curves, *panels) = pyplot().subplots(1, 1 + len(measures), figsize=size, layout="constrained")
-    for i, members in enumerate(groups):
-        line, losses = LINES[i % len(LINES)], {}
-        for e in (e for run in members for e in read_log(run.folder)[1] if e["split"] == "val" and e["iter"]):
-            losses.setdefault(e["iter"], []).append(math.nan if e["val_loss"] is None else e["val_loss"])
-        curves.plot(list(losses), [statistics.mean(values) for values in losses.values()], **line)
-        for panel, name in zip(panels, measures):
-            panel.plot([run.score[name] for run in members], [i] * len(members), **line | {"linestyle": ""})
-    curves.set(xlabel="optimizer steps", ylabel="validation loss (nats per token)")
-    for panel, name in zip(panels, measures):
-        panel.set(xlabel=f"{name}, a mark for each run", yticks=range(len(groups)))
-        panel.set_yticklabels([members[0].group for members in groups] if panel is panels[0] else [])
-        panel.invert_yaxis()
-    save_figure(figure, path)
+    width, names = 5.2 + 0.05 * max(len(members[0].group) for members in groups), [g[0].group for g in groups]
+    figure, panels = style.grid(1 + len(measures), width, max(3.7, 1.2 + 0.26 * len(groups)), columns=3)
+    drawn, ends = style.lines([members[0].model.attention_type for members in groups]), []
+    for members, line in zip(groups, drawn):
+        logs = [read_log(run.folder)[1] for run in members]
+        losses = [after_start([e for e in log if e["split"] == "val"], "val_loss") for log in logs]
+        end = style.band(panels[0], losses, line)
+        ends += [(members[0].group, line["color"], *end)] if end else []
+    panels[0].set(xlabel="optimizer steps", ylabel="validation loss (nats per token)")
+    panels[0].locator_params(axis="x", nbins=5)
+    style.label_ends(panels[0], ends)
+    for panel, name in zip(panels[1:], measures):
+        rows = [(group, line, [run.score[name] for run in g]) for group, line, g in zip(names, drawn, groups)]
+        style.dots(panel, rows, name, best="low" if name == measure else "high")
+    if any(len(members) > 1 for members in groups):
+        figure.supxlabel("mean over seeds, bars and bands: ± one standard deviation", fontsize=style.SMALL)
+    style.save_figure(figure, path)

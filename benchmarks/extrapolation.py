@@ -2,8 +2,9 @@
 
 import os
 
-from benchmarks.runs import runs
-from benchmarks.tables import LINES, Table, pyplot, save_figure
+from benchmarks import style
+from benchmarks.runs import groups, runs
+from benchmarks.tables import Table
 from data.scoring import context_sizes, eval_window, evaluate, within_positions
 
 TITLE = "full pass over whole splits, by the size of the context (bits/byte)"
@@ -48,19 +49,19 @@ def add_row(table, sizes, folder, model, split, rows):
 
 
 def draw(rows, sizes, path):
-    """Bits per byte against the size of the context, of the first split; a dotted line where training ended."""
-    figure, axis = pyplot().subplots(figsize=(7.2, 4.6), layout="constrained")
-    rows = [row for row in rows if row["split"] == rows[0]["split"]]
-    for i, row in enumerate(rows):
-        points = [(n, row[f"{n} (bits/byte)"]) for n in sizes if row[f"{n} (bits/byte)"] is not None]
-        name = os.path.basename(os.path.normpath(row["folder"]))
-        if points:
-            axis.plot(*zip(*points), label=name, **LINES[i % len(LINES)])
-    for n in {row["trained in (tokens)"] for row in rows}:
-        axis.axvline(n, color="grey", linestyle=":", zorder=0)
-    label = "context (tokens; dotted: the one in training)"
-    axis.set(xlabel=label, ylabel=f"{rows[0]['split']} bits per byte")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
-    axis.legend(frameon=False, fontsize=10)
-    save_figure(figure, path)
+    """Bits per byte against the size of the context, of the first split, a line for each group of runs that differ in
+    their seed alone; a dotted line where training ended."""
+    figure, (panel,) = style.grid(1, 7.2, 4.6)
+    split, ends = rows[0]["split"], []
+    rows = {row["folder"]: row for row in rows if row["split"] == split}
+    for group in groups(list(rows)):
+        cells = [{n: rows[folder][f"{n} (bits/byte)"] for n in sizes} for folder in group.folders]
+        curves = [{n: bits for n, bits in own.items() if bits is not None} for own in cells]
+        end = style.band(panel, curves, group.line)
+        ends += [(group.name, group.line["color"], *end)] if end else []
+    for n in {row["trained in (tokens)"] for row in rows.values()}:
+        panel.axvline(n, color="grey", linestyle=":", zorder=0)
+    panel.set(xlabel="context (tokens; dotted: the one in training)", ylabel=f"{split} bits per byte")
+    style.tokens_axis(panel, sizes)
+    style.label_ends(panel, ends)
+    style.save_figure(figure, path)

@@ -10,8 +10,9 @@ import torch
 import torch.nn as nn
 
 import config
+from benchmarks import style
 from benchmarks.clocks import accept, first_calls, fresh, interleaved, peak_memory, state_bytes, tolerance
-from benchmarks.tables import LINES, Table, numbers, pyplot, save_figure
+from benchmarks.tables import Table, numbers
 from config import ConfigError
 from model import ATTENTION, GPTConfig, matrices, own_keys
 
@@ -170,32 +171,58 @@ def crossover(lengths, ratios):
     return low if low == high else f"uncertain: {low} to {high}"
 
 
+PANELS = {  # column: (label, what is drawn of a cell that is for n tokens)
+    "forward + backward (ms)": ("forward + backward (µs/token)", lambda y, n: 1e3 * y / n),
+    "peak memory (MiB)": ("peak memory (KiB/token)", lambda y, n: 1024 * y / n),
+    "decoding (tokens/s)": ("decoding (µs/token)", lambda y, n: 1e6 / y),
+}
+
+
 def plot_overview(sweep, path):
-    """Time, memory and decoding against length, a line for each type that computes something."""
-    panels = {  # column: (label, what is drawn of a cell that is for n tokens)
-        "forward + backward (ms)": ("forward + backward (µs/token)", lambda y, n: 1e3 * y / n),
-        "peak memory (MiB)": ("peak memory (KiB/token)", lambda y, n: 1024 * y / n),
-        "decoding (tokens/s)": ("decoding (µs/token)", lambda y, n: 1e6 / y),
-    }
+    """Time, memory and decoding against length, a line for each type that computes something; of a single length a row
+    for each of them, and a line at softmax's."""
     types = list(dict.fromkeys(row["attention"] for row in sweep.rows if row["executed (MFLOP)"]))
-    plt = pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(8.4, 7.4), layout="constrained")
-    for axis, (column, (label, drawn)) in zip(axes.flat, panels.items()):
-        for i, name in enumerate(types):
-            rows = [row for row in sweep.rows if row["attention"] == name and row[column] is not None]
-            cells = [row[column] if isinstance(row[column], list) else [row[column]] for row in rows]
-            lengths = [row["T (tokens)"] for row in rows]
-            ys = [[drawn(y, r["batch (sequences)"] * T) for y in cell] for r, T, cell in zip(rows, lengths, cells)]
-            style = LINES[i % len(LINES)] if i else dict(color="black", linewidth=2.5)
-            axis.plot(lengths, [statistics.median(y) for y in ys], label=name, **style)
-            axis.fill_between(lengths, [min(y) for y in ys], [max(y) for y in ys], color=style["color"], alpha=0.15)
-        axis.set(xscale="log", yscale="log", xlabel="T (tokens)", ylabel=label)
-        axis.set_xticks(lengths, [f"{T:,}" for T in lengths], rotation=45)
-        axis.xaxis.set_minor_locator(plt.NullLocator())
-        axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"{y:,g}"))
-        axis.yaxis.set_minor_locator(plt.NullLocator())
-    axes[1, 1].set_axis_off()
-    handles = axes[0, 0].get_legend_handles_labels()
-    axes[1, 1].legend(*handles, loc="center", frameon=False, ncols=1 + len(types) // 9, fontsize=11, handlelength=1.5)
-    save_figure(figure, path)
+    lengths = sorted({row["T (tokens)"] for row in sweep.rows})
+    figure, axes = style.grid(len(PANELS), 5.0, 4.6 if len(lengths) > 1 else max(2.6, 1.3 + 0.28 * len(types)), 3)
+    for axis, (column, (label, drawn)) in zip(axes, PANELS.items()):
+        found = {}
+        for row in sweep.rows:
+            if row["attention"] in types and row[column] is not None:
+                cell = row[column] if isinstance(row[column], list) else [row[column]]
+                tokens = row["batch (sequences)"] * row["T (tokens)"]
+                found.setdefault(row["attention"], {})[row["T (tokens)"]] = [drawn(y, tokens) for y in cell]
+        if not found:  # memory that nobody can measure here
+            axis.remove()
+        elif len(lengths) > 1:
+            draw_lengths(axis, found, lengths, label)
+        else:
+            draw_single(axis, found, lengths[0], label)
+    style.save_figure(figure, path)
+
+
+def draw_lengths(axis, found, lengths, label):
+    """found: {attention: {T: [a number for each round]}}. The median, and a band from the lowest to the highest."""
+    ends = []
+    for (name, cells), line in zip(found.items(), style.lines([*found])):
+        middle = [statistics.median(cell) for cell in cells.values()]
+        line |= dict(linewidth=2.6, zorder=3) if name == "softmax" else {}
+        axis.plot([*cells], middle, **line)
+        low, high = ([pick(cell) for cell in cells.values()] for pick in (min, max))
+        axis.fill_between([*cells], low, high, color=line["color"], alpha=0.12, linewidth=0)
+        ends.append((name, line["color"], max(cells), middle[-1]))
+    axis.set(yscale="log", xlabel="T (tokens)", ylabel=label)
+    style.tokens_axis(axis, lengths)
+    style.log_ticks(axis.yaxis)
+    style.label_ends(axis, ends)
+
+
+def draw_single(axis, found, T, label):
+    """The medians of one length, the least at the top; bars from the lowest to the highest."""
+    order = sorted(found, key=lambda name: statistics.median(found[name][T]), reverse=True)
+    for y, name in enumerate(order):
+        low, middle, high = (pick(found[name][T]) for pick in (min, statistics.median, max))
+        axis.plot((low, high), (y, y), color=style.colour(name), linewidth=2)
+        axis.plot(middle, y, "o", color=style.colour(name))
+    axis.axvline(statistics.median(found["softmax"][T]), color=style.colour("softmax"), linestyle=":", zorder=0)
+    axis.set(xlabel=f"{label} at T {T:,}; dotted: softmax", xlim=(0, None), ylim=(-0.7, len(order) - 0.3))
+    style.name_rows(axis, order, [style.colour(name) for name in order])

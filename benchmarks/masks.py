@@ -1,17 +1,16 @@
-"""python bench.py --what=inspect --out_dir=out/a: what do masks keep and save? --what=heads: how open are gates?"""
+"""python bench.py --what=inspect --out_dir=out/a: what do masks keep and save?"""
 
 import functools
 import itertools
 import math
-import os
-import statistics
 
 import torch
 
+from benchmarks import maps
 from benchmarks.clocks import interleaved
 from benchmarks.operators import operator_step, sdpa
-from benchmarks.runs import runs
-from benchmarks.tables import heat_map, pyplot, save_figure
+from benchmarks.runs import run_folders, runs
+from benchmarks.style import colour, heat_map, pale, place, pyplot, save_figure
 from config import ConfigError
 from data import windows
 from data.scoring import token_nats
@@ -100,25 +99,26 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
     stats = {i: attn.stats() for i, attn in layers.items()}
     names = [f"{i}.{h}" for i in layers for h in range(H)]
 
-    def save(figure, name):
-        save_figure(figure, os.path.join(folder, name))
+    several = len(run_folders(bench)) > 1
+    path = functools.partial(place, bench.png, folder, several=several)
 
+    code = colour(model.config.types()[min(layers)])
     figure, axes = plt.subplots(figsize=(max(5, 0.35 * len(names)), 3.6), layout="constrained")
-    axes.bar(range(len(names)), torch.cat([s["kept"] for s in stats.values()]).cpu(), color="#56B4E9", label="kept")
+    axes.bar(range(len(names)), torch.cat([s["kept"] for s in stats.values()]).cpu(), color=pale(code, 0.6), label="kept")
     if all("span" in s for s in stats.values()):
         spans = torch.cat([s["span"] for s in stats.values()]).cpu()
-        axes.plot(range(len(names)), spans, "o", color="#D55E00", label="span, without its ramp")
+        axes.plot(range(len(names)), spans, "o", color=code, label="span, without its ramp")
     axes.set(xlabel="layer.head", ylabel="distances (tokens)", xticks=range(len(names)))
     axes.set_xticklabels(names, rotation=90, fontsize=9)
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    save(figure, "spans.png")
+    save_figure(figure, path("spans"))
 
     masks = torch.cat([attn.log_mask(T)[0].detach().expand(H, -1) for attn in layers.values()]).exp().cpu()
     reach = int((masks > 0).nonzero()[:, 1].max()) + 1
     kept = masks[:, :reach].masked_fill(masks[:, :reach] == 0, math.nan)
     options = dict(xlabel="distance (tokens); white: dropped", ylabel="layer.head")
     size = 9, 1.2 + 0.22 * len(names)
-    save(heat_map(kept, names, size, "mask (factor of a weight)", vmax=None, **options)[0], "kept.png")
+    save_figure(heat_map(kept, names, size, "mask (factor of a weight)", vmax=None, **options)[0], path("kept"))
 
     mixed = {i: s["weight"].cpu() for i, s in stats.items() if "weight" in s}
     if mixed:
@@ -128,38 +128,6 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
         options = dict(xlabel="mask", ylabel="layer" if len(rows) == len(mixed) else "layer.head")
         figure, axes = heat_map(weights, rows, size, "weight (sigmoid of alpha)", **options)
         axes.set_xticks(range(len(candidates)), [c.strip() for c in candidates], rotation=45, ha="right")
-        save(figure, "weights.png")
+        save_figure(figure, path("weights"))
 
-    ids = dataset.codec.encode(bench.text)[:T] if bench.text else dataset.split("val").tokens[: min(T, 64)]
-    idx = torch.tensor([int(i) for i in ids], device=runtime.device)[None]
-    entries = model.trace(idx)
-    figure, axes = plt.subplots(L, H, figsize=(2.1 * H, 2.1 * L + 0.4), layout="constrained", squeeze=False)
-    for row, (i, attn) in zip(axes, layers.items()):
-        for h, (panel, p) in enumerate(zip(row, attn.stats(entries[i][0])["attention_map"].float().cpu())):
-            image = panel.imshow(p.sqrt(), interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
-            panel.set(title=f"{i}.{h}", xticks=[], yticks=[])
-            panel.grid(False)
-    figure.supxlabel("key (tokens; a panel for each layer.head)")
-    figure.supylabel("query (tokens)")
-    figure.colorbar(image, ax=axes, label="square root of the weight", fraction=0.05, aspect=40)
-    save(figure, "attention.png")
-
-
-def bench_heads(bench, runtime, report):
-    """Over the first windows of the validation split, by layer: the weight on the first token, the mean gate of pairs,
-    the share of them that is 0, heads whose gates are all 0, and the mean gate of the output."""
-    names = {"first_token": "on the first token (weight)", "gate": "of pairs (mean gate)"}
-    names |= {"gate_zero": "gates of 0 (share)", "output_gate": "of the output (mean gate)"}
-    for folder, model, dataset in runs(bench, runtime):
-        split, context = dataset.split("val"), model.config.block_size
-        x = next(windows(split, context, context, bench.eval_batch_size))[0].to(runtime.device)
-        found = [b.attn.stats(entry) for b, (entry, _) in zip(model.transformer.h, model.trace(x))]
-        title = f"{folder}: {model.config.attention_type}, {x.numel():,} tokens"
-        head = ", ".join(["layer", *names.values(), "dead heads (count)"])
-        with report.table(f"heads of {folder}", title, head) as out:
-            dead = [int(stats["dead"].sum()) if "dead" in stats else None for stats in found]
-            means = [[float(s[name].float().mean()) if name in s else None for s in found] for name in names]
-            for i, row in enumerate(zip(*means, dead)):
-                out.add(str(i), *row)
-            *means, dead = ([x for x in column if x is not None] for column in (*means, dead))
-            out.add("all", *(statistics.fmean(c) if c else None for c in means), sum(dead) if dead else None)
+    maps.draw_maps(model, layers, *maps.words(bench.text, model, dataset, runtime), path("attention"))

@@ -1,25 +1,17 @@
 """python bench.py --what=quality --out_dir=out/a,out/b: how good are checkpoints, and what did training them cost?"""
 
-import json
+import functools
 import os
 import statistics
-from dataclasses import asdict
 
 import numpy as np
 import torch
 
-from benchmarks import extrapolation
-from benchmarks.runs import read_config, read_log, runs
-from benchmarks.tables import LINES, pyplot, save_figure
+from benchmarks import extrapolation, style
+from benchmarks.runs import after_start, groups, places, read_config, read_log, recipe, runs
+from benchmarks.style import save_figure
 from data.scoring import context_sizes, eval_window, evaluate
-from model import GPTConfig
-from train import TrainConfig
 from weights import read_checkpoint
-
-# Keys that change no figure of a run, beside those of W&B: what it writes, and how it is scored afterwards.
-IDLE = ("out_dir", "export", "checkpoint_interval", "log_interval")
-IDLE += ("eval_only", "eval_context", "eval_stride", "eval_batch_size")
-
 
 def bench_quality(bench, runtime, report):
     """The full pass over the splits for each checkpoint folder, the loss by position in the context, and what a model
@@ -43,7 +35,7 @@ def bench_quality(bench, runtime, report):
             names = [row[name] for name in ("folder", "attention", "split", "parameters (count)")]
             scaling.add(*names, *costs[row["folder"]], row["nats/token"])
     over_seeds(table.rows, report)
-    rows = [row | {"accuracy (share)": s["accuracy (share)"]} for row, s in zip(scaling.rows, table.rows)]
+    rows = [row | cost for row, cost in zip(table.rows, scaling.rows)]
     plot_quality(curves, rows, bench.png or "out/quality.png")
     for folder, scores in labelled:
         names = [row["label"] for row in scores["labels"]]
@@ -77,10 +69,10 @@ def score_checkpoint(folder, model, dataset, bench, runtime, table, curves, cost
         split, each = dataset.split(part.strip()), []
         s = evaluate(model, split, context, stride, bench.eval_batch_size, runtime, each=each)
         row = (folder, model.config.attention_type, model.num_params(), dataset.meta["label"], split.name)
-        nats = torch.cat([nats for _, nats in each])
-        seen = torch.cat([torch.arange(1, scored.size(1) + 1).expand_as(scored)[scored] for scored, _ in each])
+        nats = torch.cat([nats for _, nats, *_ in each])
+        seen = torch.cat([torch.arange(1, scored.size(1) + 1).expand_as(scored)[scored] for scored, *_ in each])
         curves[folder, split.name] = loss_by_context(nats, seen)
-        lengths = torch.cat([scored.sum(1) for scored, _ in each]) if split.record_len else max(1024, context)
+        lengths = torch.cat([scored.sum(1) for scored, *_ in each]) if split.record_len else max(1024, context)
         text = (s["loss"], standard_error(nats, lengths), s.get("bits_per_byte"))
         text += (s["token_perplexity"], s.get("word_perplexity"))
         classes = (s.get(key) for key in ("accuracy", "majority", "precision", "recall", "f1"))
@@ -114,24 +106,6 @@ def mean_and_deviation(scores):
     """(mean, standard deviation with n - 1) of runs' scores; None where there are too few, or a run has none."""
     known = scores and None not in scores
     return statistics.mean(scores) if known else None, statistics.stdev(scores) if known and scores[1:] else None
-
-
-def decides(name):
-    """Whether a key of TrainConfig can change what a run learns, or which weights are its best."""
-    return name not in IDLE and not name.startswith("wandb")
-
-
-def recipe(folder):
-    """What a run was, but for its folder and keys that leave its figures alone, and its seed; of a folder that does not
-    say, the folder and None."""
-    try:
-        stored = read_config(folder)
-        model, cfg = asdict(GPTConfig()) | stored["model"], asdict(TrainConfig()) | stored["train"]
-        seed = cfg.pop("seed")
-        cfg = {k: v for k, v in cfg.items() if decides(k) and k not in ("device", "compile")}
-        return json.dumps([model, cfg, stored["data"]["label"]], sort_keys=True), seed
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return folder, None
 
 
 def standard_error(nats, lengths):
@@ -172,29 +146,82 @@ def training_cost(folder, model, name=None):
 
 
 def plot_quality(curves, rows, path):
-    """The loss by context, and against parameters, tokens and operations, of the first split; of records the accuracy
-    against parameters and tokens too."""
-    split, plt = rows[0]["split"], pyplot()
-    rows = [row for row in rows if row["split"] == split]
-    types = list(dict.fromkeys(row["attention"] for row in rows))
-    columns = "parameters (count)", "trained on (tokens)", "executed in training (GFLOP)"
-    panels = [(column, "loss (nats/token)") for column in columns]
-    if any(row["accuracy (share)"] is not None for row in rows):
-        panels += [(column, "accuracy (share)") for column in columns[:2]]
-    n = -(-(1 + len(panels)) // 2)
-    figure, axes = plt.subplots(n, 2, figsize=(8.4, 3.7 * n), layout="constrained")
-    for i, row in enumerate(rows):
-        curve = curves[row["folder"], split]
-        name = os.path.basename(os.path.normpath(row["folder"]))
-        axes[0, 0].plot(list(curve), list(curve.values()), label=name, **LINES[i % len(LINES)])
-    axes[0, 0].set(xscale="log", xlabel="context (tokens)", ylabel=f"{split} loss (nats per token)")
-    axes[0, 0].legend(frameon=False, fontsize=10)
-    for axis, (column, measure) in zip(axes.flat[1:], panels):
-        for i, name in enumerate(types):
-            own = [row for row in rows if row["attention"] == name and row[column] and row[measure] is not None]
-            if own:
-                points = sorted((row[column], row[measure]) for row in own)
-                axis.plot(*zip(*points), label=name, **LINES[i % len(LINES)])
-        axis.set(xscale="log", xlabel=column, ylabel=f"{split} {measure}")
-    axes[0, 1].legend(frameon=False, fontsize=10)
+    """Of the first split, for each group of runs that differ in their seed alone: the score, with its mean and spread;
+    the validation loss against tokens; the loss by context; and the score against what is not equal of parameters,
+    tokens and operations. Of records the accuracy too."""
+    split = rows[0]["split"]
+    rows = {row["folder"]: row for row in rows if row["split"] == split}
+    found = [(group, [rows[folder] for folder in group.folders]) for group in groups(list(rows))]
+    bits = all(row["bits/byte"] is not None for row in rows.values())
+    measures = {"bits/byte": "bits per byte"} if bits else {"nats/token": "loss (nats per token)"}
+    if all(row["accuracy (share)"] is not None for row in rows.values()):
+        measures |= {"accuracy (share)": "accuracy (share)"}
+    costs = ("parameters (count)", "trained on (tokens)", "executed in training (GFLOP)")
+    costs = [cost for cost in costs if varies([row[cost] for row in rows.values()])]
+    logs = {group.name: read_logs(group.folders) for group, _ in found}
+    drawn = [functools.partial(draw_scores, found, name, f"{split} {label}") for name, label in measures.items()]
+    drawn += [functools.partial(draw_losses, found, logs)] if any(logs.values()) else []
+    drawn += [functools.partial(draw_context, found, curves, split)]
+    drawn += [functools.partial(draw_cost, found, c, m, f"{split} {measures[m]}") for m in measures for c in costs]
+    figure, panels = style.grid(len(drawn))
+    for draw, panel in zip(drawn, panels):
+        draw(panel)
+    if any(len(group.folders) > 1 for group, _ in found):
+        figure.supxlabel("mean over seeds, bars and bands: ± one standard deviation", fontsize=style.SMALL)
     save_figure(figure, path)
+
+
+def varies(costs):
+    """Whether runs differ in a cost, by more than equal budgets leave."""
+    return None not in costs and max(costs) > 1.05 * min(costs)
+
+
+def read_logs(folders):
+    """The logs of runs; [] where one has none."""
+    there = all(os.path.exists(os.path.join(folder, "log.jsonl")) for folder in folders)
+    return [read_log(folder) for folder in folders] if there else []
+
+
+def draw_scores(found, measure, label, panel):
+    rows = [(group.name, group.line, [row[measure] for row in rows]) for group, rows in found]
+    style.dots(panel, rows, label, best="high" if "accuracy" in measure else "low")
+
+
+def draw_losses(found, logs, panel):
+    ends = []
+    for group, _ in found:
+        if logs[group.name]:
+            losses = [after_start([e for e in log[1] if e["split"] == "val"], "val_loss") for log in logs[group.name]]
+            end = style.band(panel, losses, group.line, places(logs[group.name], "tokens"))
+            ends += [(group.name, group.line["color"], *end)] if end else []
+    panel.set(xlabel="trained on (tokens)", ylabel="validation loss (nats per token)")
+    panel.xaxis.set_major_formatter(style.thousands)
+    panel.locator_params(axis="x", nbins=4)
+    style.label_ends(panel, ends)
+
+
+def draw_context(found, curves, split, panel):
+    ends = []
+    for group, _ in found:
+        end = style.band(panel, [curves[folder, split] for folder in group.folders], group.line)
+        ends += [(group.name, group.line["color"], *end)] if end else []
+    style.tokens_axis(panel, {n for group, _ in found for n in curves[group.folders[0], split]})
+    panel.set(xlabel="tokens seen, up to", ylabel=f"{split} loss (nats per token)")
+    style.label_ends(panel, ends)
+
+
+def draw_cost(found, cost, measure, label, panel):
+    """A point for each group, those of one attention type joined in the order of what they cost."""
+    points, ends = {}, []
+    for group, rows in found:
+        scores, where = [row[measure] for row in rows], statistics.mean(row[cost] for row in rows)
+        mean, code = statistics.mean(scores), group.line["color"]
+        spread = statistics.stdev(scores) if scores[1:] else 0
+        panel.errorbar(where, mean, yerr=spread, color=code, marker=group.line["marker"], markersize=6, capsize=3)
+        points.setdefault(group.attention, []).append((where, mean))
+        ends.append((group.name, code, where, mean))
+    for name, own in points.items():
+        panel.plot(*zip(*sorted(own)), color=style.colour(name), linewidth=1, alpha=0.7)
+    panel.set(xlabel=cost, ylabel=label)
+    style.scale(panel, [x for own in points.values() for x, _ in own])
+    style.label_ends(panel, ends)

@@ -1,12 +1,11 @@
 """python bench.py --what=superposition --out_dir=out/a: which head of a toy carries which skip trigram?"""
 
 import itertools
-import os
 
 import torch
 
-from benchmarks.runs import runs
-from benchmarks.tables import heat_map, save_figure
+from benchmarks.runs import run_folders, runs
+from benchmarks.style import heat_map, place, save_figure
 from config import ConfigError
 from data import windows
 
@@ -82,7 +81,7 @@ def bench_superposition(bench, runtime, report):
                 heads = ", ".join(map(str, row["heads"]))
                 out.add(row["name"], row["records"], row["accuracy"], yes[0], heads, yes[1])
         report.note(f"{folder}: " + describe_heads(rows, attn.n_head))
-        draw_heads(rows, os.path.join(folder, "superposition.png"))
+        draw_heads(rows, place(bench.png, folder, "superposition", len(run_folders(bench)) > 1))
 
 
 def describe_heads(rows, n_head):

@@ -1,4 +1,4 @@
-"""python bench.py --compare=A.json,B.json: which is slower? The tables of all measurements, their file and pictures."""
+"""python bench.py --compare=A.json,B.json: which is slower? The tables of all measurements, and their file."""
 
 import json
 import math
@@ -205,43 +205,3 @@ def speed_ratio(a, b, column):
     """[lowest, middle, highest] speed of rounds b over rounds a, which are rates or times by their column's name."""
     a, b = (a, b) if column.endswith(RATES) else (b, a)
     return [min(b) / max(a), statistics.median(b) / statistics.median(a), max(b) / min(a)]
-
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # safe for colour-blind eyes
-LINES = [  # a colour and a marker together are one line's alone
-    dict(color=COLOURS[i % 6], marker=marker, linestyle="-" if i < 6 else "--", markersize=6)
-    for i, marker in enumerate("os^Dv<>ph*PX")
-]
-
-
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("pictures need matplotlib: pip install matplotlib") from None
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
-    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3})
-    return plt
-
-
-def save_figure(figure, path):
-    """On white, with a margin of its own, so that it reads the same on a dark page."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    figure.savefig(path, dpi=140, facecolor="white")
-    pyplot().close(figure)
-    print(f"wrote {path}")
-
-
-def heat_map(values, rows, size, label, vmax=1, cmap="viridis", **options):
-    """A figure and its axes: a matrix whose rows have names, and what its colours mean."""
-    figure, axes = pyplot().subplots(figsize=size, layout="constrained")
-    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", cmap=cmap, vmin=0, vmax=vmax)
-    axes.set(yticks=range(len(rows)), **options)
-    axes.set_yticklabels(rows, fontsize=9)
-    axes.grid(False)
-    figure.colorbar(image).set_label(label, fontsize=10)
-    return figure, axes

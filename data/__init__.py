@@ -14,9 +14,10 @@ the same folder if that can be written, says which states have been.
 A data set may be records instead of running text. meta.json then has "record_len": L, each split is whole records of L
 tokens, and <split>.targets.bin holds for each token, as int32, what the model is to say there: an id of the vocabulary
 (no shift is applied), or -1 where nothing is scored. A split says {"tokens": n, "scored": n, "sha256": of the .bin,
-"targets_sha256": of the .targets.bin}; with "record_len": n too its own records have that length. With "labels":
-{name: id, ...} every target is one of these classes; "stripped": true says that records are texts without the
-whitespace around them.
+"targets_sha256": of the .targets.bin}; with "record_len": n too its own records have that length, and with "parts":
+[{"name": ..., "record_len": n, "records": n}, ...] those of each part, one after the other, have theirs: a batch is of
+one part, and each part is scored by itself. With "labels": {name: id, ...} every target is one of these classes;
+"stripped": true says that records are texts without the whitespace around them.
 """
 
 import argparse
@@ -272,6 +273,12 @@ class Dataset:
     def __repr__(self):
         return f"Dataset({self._where})"
 
+    def lengths(self, block_size):
+        """(tokens of a sequence,), and of records the scored ones of one in `train`, where those are not all."""
+        length, train = self.record_len or block_size, self.meta["splits"].get("train", {})
+        scored = -(-train["scored"] * length // train["tokens"]) if "scored" in train else length
+        return (length,) if scored == length else (length, scored)
+
     def checksums(self):
         """{split: those of its files}, by which a resumed run knows its data."""
         splits = self.meta["splits"].items()
@@ -330,14 +337,30 @@ class Dataset:
             if own is not None:
                 if length is None or not _is_count(own):
                     self._foreign(f"split {name} has {reprlib.repr(own)} for a record_len")
-                if info["tokens"] % own:
+                if "parts" not in info and info["tokens"] % own:
                     self._foreign(f"split {name} has {info['tokens']} tokens, no whole records of {own}")
+            if "parts" in info:
+                self._check_parts(name, info, own)
         if labels is not None:
             ids = list(labels.values()) if isinstance(labels, dict) else []
             if length is None or len(ids) < 2 or not all(_is_count(i) and i < meta["vocab_size"] for i in ids):
                 self._foreign("labels must be names and ids of the vocabulary, two or more, of records")
             if len(set(ids)) < len(ids) or not all(name.strip() and name.isprintable() for name in labels):
                 self._foreign("labels must differ from each other, names as ids, and names be printable")
+
+    def _check_parts(self, name, info, longest):
+        parts = info["parts"] if isinstance(info["parts"], list) else []
+        sound = [
+            isinstance(part, dict)
+            and isinstance(part.get("name"), str)
+            and part["name"].isprintable()
+            and all(_is_count(part.get(key)) and part[key] for key in ("record_len", "records"))
+            for part in parts
+        ]
+        if not parts or not all(sound) or max(part["record_len"] for part in parts) != longest:
+            self._foreign(f"the parts of split {name} are not names, lengths up to {longest} and numbers of records")
+        if sum(part["record_len"] * part["records"] for part in parts) != info["tokens"]:
+            self._foreign(f"the parts of split {name} do not add up to its {info['tokens']} tokens")
 
 
 class Numbers:
@@ -346,14 +369,13 @@ class Numbers:
     It is not mapped: a process dies when a file is cut under its map, and what it has read of it stays in memory. A
     file of at most KEPT bytes is read once. What has been checked stays checked: if the file is not as it was (its
     size, times and inode), the next reading checks it again.
-    look: called with the blocks (n,) of a pass over the file, in order; raises DataError where they are not sound. A
-    block has a multiple of `whole` numbers. None where nothing can be wrong.
+    look: called with the blocks (n,) of a pass over the file, in order; raises DataError where they are not sound. None
+    where nothing can be wrong.
     """
 
-    def __init__(self, dataset, name, dtype, count, sha256, look=None, whole=1):
+    def __init__(self, dataset, name, dtype, count, sha256, look=None):
         self.path, self.where, self._hint = dataset.path / name, f"{dataset._where}/{name}", dataset._hint
-        self.dtype, self.count, self.sha256 = dtype, count, sha256
-        self._look, self._step = look, max(1, CHUNK // whole) * whole
+        self.dtype, self.count, self.sha256, self._look = dtype, count, sha256, look
         self._state, self._small = None, None
         self.check()
 
@@ -403,8 +425,8 @@ class Numbers:
         return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
     def _blocks(self, digest=None):
-        for first in range(0, self.count, self._step):
-            block = self._read(np.array([first]), min(self._step, self.count - first))[0]
+        for first in range(0, self.count, CHUNK):
+            block = self._read(np.array([first]), min(CHUNK, self.count - first))[0]
             if digest is not None:
                 digest.update(block)
             yield block
@@ -444,7 +466,8 @@ class Split:
 
     name; n_tokens; n_scored: the targets of a full pass (in running text nothing predicts token 0). Of running text:
     n_bytes; n_words (None where they are not counted); scored_bytes: the bytes of tokens 1..N-1. Of records:
-    record_len and labels (None where there are none). tokens, and of records targets: the whole split, (N,).
+    record_len, of the longest, and labels (None where there are none), and parts, a list of (name, record_len, records,
+    first token). tokens, and of records targets: the whole split, (N,).
     """
 
     def __init__(self, dataset, name):
@@ -454,6 +477,12 @@ class Split:
         self.record_len, self.labels = info.get("record_len") or dataset.record_len, dataset.labels
         self.n_tokens, self.n_bytes, self.n_words = info["tokens"], info.get("bytes"), info.get("words")
         self.n_scored = info["tokens"] - 1 if self.record_len is None else info["scored"]
+        self.parts, first = [], 0
+        if self.record_len is not None:
+            whole = {"name": name, "record_len": self.record_len, "records": info["tokens"] // self.record_len}
+            for part in info.get("parts") or [whole]:
+                self.parts.append((part["name"], part["record_len"], part["records"], first))
+                first += part["record_len"] * part["records"]
         self._vocab_size, self._codec, self._first_bytes = dataset.vocab_size, dataset.codec, info.get("first_bytes")
         dtype = DTYPES[dataset.meta["dtype"]]
         look = self._look_at_tokens if self._vocab_size <= np.iinfo(dtype).max else None
@@ -461,7 +490,7 @@ class Split:
         self._targets = None
         if self.record_len is not None:
             targets = f"{name}.targets.bin", TARGET, self.n_tokens, info.get("targets_sha256")
-            self._targets = Numbers(dataset, *targets, self._look_at_targets, self.record_len)
+            self._targets = Numbers(dataset, *targets, self._look_at_targets)
 
     @property
     def tokens(self):
@@ -494,17 +523,21 @@ class Split:
 
     def _look_at_targets(self, file, blocks):
         """Each target is -1, or an id of the vocabulary or of the labels; each record to train on scores something."""
-        known, scored = np.zeros(self._vocab_size, bool), 0
+        known, scored, at = np.zeros(self._vocab_size, bool), 0, 0
         known[list(self.labels.values()) if self.labels else slice(None)] = True
+        starts = np.concatenate([first + length * np.arange(n) for _, length, n, first in self.parts])
+        trained = np.zeros(len(starts), bool)
         for block in blocks:
             low, high = int(block.min()), int(block.max())
             if low < -1 or high >= self._vocab_size or not known[block[block >= 0]].all():
                 wrong = next(int(t) for t in block if not (t == -1 or (0 <= t < self._vocab_size and known[t])))
                 what = "one of its labels" if self.labels else f"an id below its vocabulary of {self._vocab_size}"
                 file._fail(f"holds target {wrong}, neither -1 nor {what}")
-            scored += int((block >= 0).sum())
-            if self.name == "train" and not (block.reshape(-1, self.record_len) >= 0).any(1).all():
-                file._fail("has a record without a target, nothing to train on")
+            found = np.flatnonzero(block >= 0)
+            trained[np.searchsorted(starts, at + found, side="right") - 1] = True
+            scored, at = scored + len(found), at + len(block)
+        if self.name == "train" and not trained.all():
+            file._fail("has a record without a target, nothing to train on")
         if scored != self.n_scored or scored == 0:
             file._fail(f"has {scored} targets, meta.json says {self.n_scored}")
 
@@ -513,8 +546,9 @@ class Batches:
     """Random training batches, drawn globally and sliced by rank.
 
     One generator draws the starts of all processes, so the stream of rows depends on the seed alone: one process that
-    draws twice sees what two processes see that draw once. Of records whole ones are drawn, `length` is theirs, and
-    block_size only has to hold the longest. DataError if a split is too short for block_size.
+    draws twice sees what two processes see that draw once. Of records whole ones are drawn, each time of one part, by
+    its share of all; `length` is the longest's, which block_size has to hold. DataError if a split is too short for
+    block_size.
     """
 
     def __init__(self, dataset, block_size, batch_size, seed, rank=0, world_size=1):
@@ -540,8 +574,8 @@ class Batches:
     def batch(self, split):
         """(x, y), int64 CPU tensors (batch_size, length); y is x shifted by one, or a record's targets."""
         split, n = self._split(split), self.batch_size
-        starts = self._starts(split, self.world_size * n, self.generator)
-        return split.pairs(starts[self.rank * n : (self.rank + 1) * n], split.record_len or self.length)
+        drawn = [self._starts(split, n, self.generator) for _ in range(self.world_size)]
+        return split.pairs(*drawn[self.rank])
 
     def fixed(self, split, n):
         """Yield this process's share of n batches, every world_size-th one. The n are the same at every call and for
@@ -551,9 +585,9 @@ class Batches:
         # Another seed than the training generator's, which would give the very batches that training starts with.
         generator = torch.Generator().manual_seed((self.seed + 0x9E3779B97F4A7C15) % 2**63)
         for i in range(-(-n // self.world_size) * self.world_size):
-            starts = self._starts(split, self.batch_size, generator)
+            starts, length = self._starts(split, self.batch_size, generator)
             if i % self.world_size == self.rank:
-                x, y = split.pairs(starts, split.record_len or self.length)
+                x, y = split.pairs(starts, length)
                 yield x, (y if i < n else torch.full_like(y, -1))
 
     def state_dict(self):
@@ -578,10 +612,16 @@ class Batches:
         return split
 
     def _starts(self, split, n, generator):
-        if split.record_len is not None:
-            count = split.n_tokens // split.record_len
-            return torch.randint(count, (n,), generator=generator).numpy() * split.record_len
-        return torch.randint(split.n_tokens - self.length, (n,), generator=generator).numpy()
+        """Where n rows begin, and their length."""
+        if split.record_len is None:
+            return torch.randint(split.n_tokens - self.length, (n,), generator=generator).numpy(), self.length
+        parts = split.parts
+        if len(parts) > 1:
+            ends = np.cumsum([count for _, _, count, _ in parts])
+            drawn = int(torch.randint(int(ends[-1]), (1,), generator=generator))
+            parts = parts[int(np.searchsorted(ends, drawn, side="right")) :]
+        _, length, count, first = parts[0]
+        return first + torch.randint(count, (n,), generator=generator).numpy() * length, length
 
 
 def windows(split, context, stride, batch_size=1):
@@ -590,7 +630,8 @@ def windows(split, context, stride, batch_size=1):
     x, y int64 (b, t), y is x shifted by one; scored bool (b, t), true where this window scores y. Window k starts at
     k * stride and has up to `context` inputs; it scores the targets that no earlier window has. Windows of a batch are
     equally long; the last one, if shorter, comes alone, so the pass is the same for every batch_size.
-    Of records the windows are the records, in order, whatever the stride; y are their targets, -1 where not scored.
+    Of records the windows are the records, in order, whatever the stride, and a batch is of one part; y are their
+    targets, -1 where not scored.
     DataError for a stride outside 1..context, a batch_size below 1, a split without a second token, or a context that
     does not hold a record.
     """
@@ -603,11 +644,10 @@ def windows(split, context, stride, batch_size=1):
     if split.record_len is not None:
         if context < split.record_len:
             raise DataError(f"{split.where}: a context of {context} does not hold its records of {split.record_len}")
-        step = batch_size * split.record_len
-        for first in range(0, split.n_tokens, step):
-            starts = np.arange(first, min(first + step, split.n_tokens), split.record_len)
-            x, y = split.pairs(starts, split.record_len)
-            yield x, y, y >= 0
+        for _, length, count, begin in split.parts:
+            for first in range(0, count, batch_size):
+                x, y = split.pairs(begin + length * np.arange(first, min(first + batch_size, count)), length)
+                yield x, y, y >= 0
         return
     targets = split.n_tokens - 1
     if targets < 1:
@@ -900,16 +940,21 @@ def write_split(out_dir, name, pieces, codec, digest=None, words=True, source="t
     return info
 
 
-def write_records(out_dir, name, blocks, codec, digest=None):
+def write_records(out_dir, name, blocks, codec, digest=None, named=False):
     """Write OUT_DIR/<name>.bin.part and <name>.targets.bin.part and return the split's entry for meta.json.
 
-    blocks: an iterable of (tokens, targets), arrays (records, record_len) each. digest: a hashlib object that is fed
-    both. Memory: one block. The files get their names only from write_meta, which is told record_len.
+    blocks: an iterable of (tokens, targets), arrays (records, record_len) each; named: of (these, the name of the part
+    that they belong to), a part's blocks in a row. digest: a hashlib object that is fed both. Memory: one block. The
+    files get their names only from write_meta, which is told record_len.
     """
     dtypes, shas = (DTYPES[_dtype(codec)], TARGET), (hashlib.sha256(), hashlib.sha256())
-    info = {"tokens": 0, "scored": 0}
+    info, parts = {"tokens": 0, "scored": 0}, {}
     with _writing(Path(out_dir) / f"{name}.bin", Path(out_dir) / f"{name}.targets.bin") as files:
         for block in blocks:
+            if named:
+                block, part = block
+                part = parts.setdefault(part, {"record_len": block[0].shape[1], "records": 0})
+                part["records"] += len(block[0])
             for array, dtype, out, sha in zip(block, dtypes, files, shas):
                 binary = np.ascontiguousarray(array, dtype=dtype).tobytes()
                 out.write(binary)
@@ -921,6 +966,9 @@ def write_records(out_dir, name, blocks, codec, digest=None):
         if not info["scored"]:
             raise DataError(f"nothing is scored in the {name} split: give more of it")
     info["sha256"], info["targets_sha256"] = (sha.hexdigest() for sha in shas)
+    if named:
+        info["record_len"] = max(part["record_len"] for part in parts.values())
+        info["parts"] = [{"name": name} | part for name, part in parts.items()]
     return info
 
 
@@ -963,7 +1011,8 @@ def print_summary(meta, out_dir):
     print(f"{meta['label']}: codec {meta['codec']}, vocabulary {meta['vocab_size']}, in {printable(str(out_dir))}")
     for name, info in meta["splits"].items():
         if "record_len" in meta:
-            records = info["tokens"] // (info.get("record_len") or meta["record_len"])
+            whole = info["tokens"] // (info.get("record_len") or meta["record_len"])
+            records = sum(part["records"] for part in info["parts"]) if "parts" in info else whole
             counted = f"{records:>12,} records {info['scored']:>12,} targets"
         else:
             words = "" if info["words"] is None else f"{info['words']:>12,} words"

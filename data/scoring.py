@@ -78,6 +78,20 @@ def answer_ids(dataset, model):
     return torch.tensor(ids, device=next(model.parameters()).device)
 
 
+def with_places(dataset, x, y):
+    """A batch (x, y), of records with the positions (B, n) that hold all scored ones: as many of each record as the one
+    with most needs, so that shapes follow one number. Without them where that is every position."""
+    n = x.size(1) if dataset.record_len is None else int((y >= 0).sum(1).max())
+    return (x, y) if n == x.size(1) else (x, y, (y < 0).int().argsort(dim=1, stable=True)[:, :n])
+
+
+def at(x, places=None):
+    """x (B, T, ...) at `places` (B, n), if there are any: (B, n, ...)."""
+    if places is None:
+        return x
+    return x.gather(1, places) if x.dim() == 2 else x.gather(1, places[..., None].expand(-1, -1, x.size(-1)))
+
+
 def accuracy(logits, targets, among):
     """The share of the scored targets that are the likeliest id `among` some; logits (B, T, V), targets (B, T)."""
     right = among[logits[..., among].argmax(-1)] == targets  # a target that is not scored, -1, is no id
@@ -85,16 +99,16 @@ def accuracy(logits, targets, among):
 
 
 def share_of(passes, rank, size, progress=None):
-    """This process's share of the windows (x, y, scored) of a pass, every size-th one. All get as many: processes that
-    hold shares of a model meet in each forward pass. In one that is left over nothing is scored."""
+    """This process's share of the windows (number, x, y, scored) of a pass, every size-th one. All get as many:
+    processes that hold shares of a model meet in each forward pass. In one that is left over nothing is scored."""
     i = -1
     for i, (x, y, scored) in enumerate(passes):
         if i % size == rank:
-            yield x, y, scored
+            yield i, x, y, scored
         if progress is not None:
             progress.update(int(scored.sum()))
     if 0 <= i % size < rank and i >= 0:
-        yield x, y, torch.zeros_like(scored)
+        yield i, x, y, torch.zeros_like(scored)
 
 
 @torch.no_grad()
@@ -105,15 +119,18 @@ def evaluate(model, split, context, stride, batch_size, runtime, share=(0, 1), r
     `context` tokens to look at. Independent of the batch size and of the number of processes: share is (rank, size) of
     this one, and reduce sums a list of numbers over all. runtime has the device and autocast(). Returns loss (nats a
     token), token_perplexity, what was counted, and of text bits_per_byte (over the bytes of the scored tokens) and
-    word_perplexity (None where words are not counted); of records accuracy and, with labels, `label_scores`. each: a
-    list that receives, for each batch, what it scored (B, T) and the nats there, in order, in float64."""
+    word_perplexity (None where words are not counted); of records accuracy, also of each of several parts, and, with
+    labels, `label_scores`. each: a
+    list that receives, for each batch, what it scored (B, T), the nats there, in order, in float64, and of records
+    which of them were right."""
     (rank, size), reduce = share, reduce or list
     was_training = model.training
     model.eval()
-    nats, count, right = 0.0, 0, 0
+    nats, count, right, each_part = 0.0, 0, 0, [[0, 0] for _ in split.parts]  # targets and right answers
+    of = [part for part, (_, _, n, _) in zip(each_part, split.parts) for _ in range(0, n, batch_size)]
     ids = torch.tensor(list(split.labels.values()), device=runtime.device) if split.labels else None
     confusion = torch.zeros(len(ids), len(ids), dtype=torch.long) if split.labels else None
-    for x, y, scored in share_of(windows(split, context, stride, batch_size), rank, size, progress):
+    for i, x, y, scored in share_of(windows(split, context, stride, batch_size), rank, size, progress):
         likeliest = None if split.record_len is None else []
         y = y.to(runtime.device)
         single = None if each is None else []
@@ -123,7 +140,11 @@ def evaluate(model, split, context, stride, batch_size, runtime, share=(0, 1), r
         count += int(scored.sum())
         if likeliest:
             true, likeliest = y[scored.to(y.device)], torch.cat(likeliest)
-            right += int((true == likeliest).sum())
+            hits = true == likeliest
+            right += int(hits.sum())
+            of[i][0], of[i][1] = of[i][0] + len(hits), of[i][1] + int(hits.sum())
+            if single:
+                each[-1] += (hits.cpu(),)
             if ids is not None:
                 rows, columns = ((t[:, None] == ids).long().argmax(1) for t in (true, likeliest))
                 pairs = torch.bincount(rows * len(ids) + columns, minlength=len(ids) ** 2)
@@ -138,6 +159,12 @@ def evaluate(model, split, context, stride, batch_size, runtime, share=(0, 1), r
             table = [int(n) for n in reduce(confusion.flatten().tolist())]
             table = [table[i : i + len(ids)] for i in range(0, len(table), len(ids))]
             scores |= label_scores(table, list(split.labels))
+        if len(split.parts) > 1:
+            sums = [reduce(part) for part in each_part]
+            named = zip(split.parts, sums)
+            scores["parts"] = [
+                {"part": name, "targets": int(n), "accuracy": hit / n} for (name, *_), (n, hit) in named if n
+            ]
         return scores
     return scores | {
         "bits_per_byte": nats / math.log(2) / split.scored_bytes,
@@ -210,6 +237,8 @@ def print_scores(scores, label, seconds):
             line += f" (majority class {scores['majority']:.6f}), macro precision {scores['precision']:.6f}, "
             line += f"recall {scores['recall']:.6f}, F1 {scores['f1']:.6f}"
         print(f"{line} ({scores['tokens']:,} targets in records of {scores['context']}, {seconds:.0f} s)")
+        for part in scores.get("parts", []):
+            print(f"  {part['part']}: accuracy {part['accuracy']:.6f} ({part['targets']:,} targets)")
         if "labels" in scores:
             print_labels(scores)
         return
