@@ -183,7 +183,7 @@ def plot_overview(sweep, path):
     for each of them, and a line at softmax's."""
     types = list(dict.fromkeys(row["attention"] for row in sweep.rows if row["executed (MFLOP)"]))
     lengths = sorted({row["T (tokens)"] for row in sweep.rows})
-    figure, axes = style.grid(len(PANELS), 5.0, 4.6 if len(lengths) > 1 else max(2.6, 1.3 + 0.28 * len(types)), 3)
+    figure, axes = style.grid(len(PANELS), 5.0, style.height(len(types), 4.6), 3)
     for axis, (column, (label, drawn)) in zip(axes, PANELS.items()):
         found = {}
         for row in sweep.rows:
@@ -224,5 +224,5 @@ def draw_single(axis, found, T, label):
         axis.plot((low, high), (y, y), color=style.colour(name), linewidth=2)
         axis.plot(middle, y, "o", color=style.colour(name))
     axis.axvline(statistics.median(found["softmax"][T]), color=style.colour("softmax"), linestyle=":", zorder=0)
-    axis.set(xlabel=f"{label} at T {T:,}; dotted: softmax", xlim=(0, None), ylim=(-0.7, len(order) - 0.3))
+    axis.set(xlabel=f"{label} at T {T:,}; dotted: softmax", xlim=(0, None))
     style.name_rows(axis, order, [style.colour(name) for name in order])
