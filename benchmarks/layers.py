@@ -197,6 +197,9 @@ def plot_overview(sweep, path):
             draw_lengths(axis, found, lengths, label)
         else:
             draw_single(axis, found, lengths[0], label)
+    rounds = "lowest to highest of the rounds"
+    note = f"T {lengths[0]:,}; bars: {rounds}; dotted line: softmax" if len(lengths) == 1 else f"bands: {rounds}"
+    figure.supxlabel(note, fontsize=style.SMALL)
     style.save_figure(figure, path)
 
 
@@ -224,5 +227,5 @@ def draw_single(axis, found, T, label):
         axis.plot((low, high), (y, y), color=style.colour(name), linewidth=2)
         axis.plot(middle, y, "o", color=style.colour(name))
     axis.axvline(statistics.median(found["softmax"][T]), color=style.colour("softmax"), linestyle=":", zorder=0)
-    axis.set(xlabel=f"{label} at T {T:,}; dotted: softmax", xlim=(0, None))
+    axis.set(xlabel=label, xlim=(0, None))
     style.name_rows(axis, order, [style.colour(name) for name in order])
