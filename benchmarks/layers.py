@@ -133,7 +133,7 @@ def overview(types, shape, bench, runtime, report):
     for table in summary(sweep.rows, title, further + "one sequence"):
         report.tables[table.name] = table
         table.show()
-    plot_overview(sweep, bench.png or "out/bench.png")
+    plot_overview(sweep.rows, bench.png or "out/bench.png")
 
 
 def summary(sweep, *titles):
@@ -178,15 +178,15 @@ PANELS = {  # column: (label, what is drawn of a cell that is for n tokens)
 }
 
 
-def plot_overview(sweep, path):
+def plot_overview(rows, path):
     """Time, memory and decoding against length, a line for each type that computes something; of a single length a row
     for each of them, and a line at softmax's."""
-    types = list(dict.fromkeys(row["attention"] for row in sweep.rows if row["executed (MFLOP)"]))
-    lengths = sorted({row["T (tokens)"] for row in sweep.rows})
+    types = list(dict.fromkeys(row["attention"] for row in rows if row["executed (MFLOP)"]))
+    lengths = sorted({row["T (tokens)"] for row in rows})
     figure, axes = style.grid(len(PANELS), 5.0, style.height(len(types), 4.6), 3)
     for axis, (column, (label, drawn)) in zip(axes, PANELS.items()):
         found = {}
-        for row in sweep.rows:
+        for row in rows:
             if row["attention"] in types and row[column] is not None:
                 cell = row[column] if isinstance(row[column], list) else [row[column]]
                 tokens = row["batch (sequences)"] * row["T (tokens)"]
