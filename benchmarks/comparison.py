@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import glob
 import hashlib
-import math
 import os
 import statistics
 from types import SimpleNamespace

@@ -46,15 +46,19 @@ def plot_curves(bench, runtime, report):
     notes = ["marks: validation" + "; thin: training" * (len(found) <= FEW)]
     notes += [style.SPREAD] * any(len(logs) > 1 for _, logs in found)
     if len(found) == 1 and (seconds := {key: costs(found, key) for key in SECONDS})["wall_s"]:
-        notes += [f"{label.removesuffix(' (s)')} {seconds[key][0][2][0]:,.0f} s" for key, label in SECONDS.items()]
+        notes += [
+            f"{label.removesuffix(' (s)')} {seconds[key][0][2][0]:,.0f} s"
+            for key, label in SECONDS.items()
+            if seconds[key]
+        ]
     figure.supxlabel("; ".join(notes), fontsize=style.SMALL)
     save_figure(figure, bench.png or "out/curves.png")
 
 
 def draw_lines(panel, found, pale, marked, against="iter"):
-    """For each group the mean over seeds of what the steps say (`pale`) and what evaluations say (`marked`), step 0 left
-    out. The limits are those of the marked lines, and of the pale ones from the first evaluation on. Returns the values
-    that are within them."""
+    """For each group what the steps of each run say (`pale`), and the mean over seeds of what its evaluations say
+    (`marked`), step 0 left out. Returns the lines' ends, and the values that limits should hold: of the pale lines
+    those from the first evaluation on."""
     ends, seen = [], []
     for group, logs in found:
         at = places([(steps, val, None) for steps, val, _ in logs], against)
@@ -140,7 +144,9 @@ def draw_trajectories(group, stats, kind, panel, found):
             panel.plot(iters, line, color=own[0], alpha=0.7, linewidth=1.2)
             own[1].append(float(line[-1]))
     panel.set(xlabel="optimizer steps", ylabel=TRAJECTORIES[kind])
-    panel.set_title(f"{os.path.basename(os.path.normpath(group.folders[0]))}, a line for each number", fontsize=style.SMALL)
+    panel.set_title(
+        f"{os.path.basename(os.path.normpath(group.folders[0]))}, a line for each number", fontsize=style.SMALL
+    )
     panel.locator_params(nbins=5)
     middle = {label: (code, sorted(ys)[len(ys) // 2]) for label, (code, ys) in ends.items()}
     style.label_ends(panel, [(label, code, iters[-1], y) for label, (code, y) in middle.items()])

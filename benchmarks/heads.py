@@ -10,7 +10,11 @@ from data import windows
 
 # What the types' `stats` say of a head, and how a table and a picture call it.
 COLUMNS = {"first_token": "on the first token (weight)", "gate": "of pairs (mean gate)"}
-COLUMNS |= {"branch_gate": "of branches (mean gate)", "gate_zero": "gates of 0 (share)", "output_gate": "of the output (mean gate)"}
+COLUMNS |= {
+    "branch_gate": "of branches (mean gate)",
+    "gate_zero": "gates of 0 (share)",
+    "output_gate": "of the output (mean gate)",
+}
 COLUMNS |= {"decay": "decay of the state (factor)", "state_norm": "state after a window (norm)"}
 COLUMNS |= {"max_logit": "largest logit (number)", "norm2": "queries and keys (squared norm)"}
 COLUMNS |= {"pair_norm2": "largest query + key (squared norm)", "kept": "kept (distances)", "span": "span (tokens)"}
@@ -20,8 +24,8 @@ BRANCHES = ("compressed", "selected", "window")
 
 def bench_heads(bench, runtime, report):
     """Over the first windows of the validation split, by layer, means over its heads: the weight on the first token,
-    gates, decays, norms of states, and heads whose gates are all 0. And of each head, in heads.png in the folder; of gsa
-    the decay of each slot, and of nsa which blocks read which."""
+    gates, decays, norms of states, and heads whose gates are all 0. And of each head, in heads.png in the folder; of
+    gsa the decay of each slot, and of nsa which blocks read which."""
     several = len(run_folders(bench)) > 1
     for folder, model, dataset in runs(bench, runtime):
         split, context = dataset.split("val"), model.config.block_size

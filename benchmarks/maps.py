@@ -106,7 +106,7 @@ def watched(attn, call):
 def branches_map(attn, x):
     """nsa's, from its three operators with unit vectors for values, as many at once as a head is wide."""
     q, raw, selected, window = attn._inputs(x, 0)
-    blocks, (block, stride, select_block, count, width) = attn._compress(raw), attn.sizes
+    blocks, (block, stride, select_block, _, width) = attn._compress(raw), attn.sizes
     index = nsa_compressed(q, *blocks.unbind(2), *attn.sizes[:4])[1]
     turned = q if attn.rope_base is None else rotate(q, 0, attn.rope_base)
     kinds = [
@@ -151,7 +151,9 @@ def draw_maps(model, layers, idx, names, path):
             panel.set_xticks(range(T), names if below else [""] * T, fontsize=7, rotation=turn)
             panel.set_yticks(range(T), names if beside else [""] * T, fontsize=7)
         signed = image.norm.vmin < 0
-        bar = figure.colorbar(image, ax=list(row), fraction=0.04, pad=0.01, aspect=25, extend="neither" if signed else "max")
+        bar = figure.colorbar(
+            image, ax=list(row), fraction=0.04, pad=0.01, aspect=25, extend="neither" if signed else "max"
+        )
         bar.set_label("weight / head's largest" if signed else "weight", fontsize=style.SMALL)
         bar.ax.tick_params(labelsize=8)
     figure.supxlabel("key: the token that is read", fontsize=style.SMALL)

@@ -13,6 +13,7 @@ from benchmarks.style import save_figure
 from data.scoring import context_sizes, eval_window, evaluate
 from weights import read_checkpoint
 
+
 def bench_quality(bench, runtime, report):
     """The full pass over the splits for each checkpoint folder, the loss by position in the context, and what a model
     cost to train; of those that classify each label's part in it too. Of several contexts only the scores."""

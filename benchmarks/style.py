@@ -173,8 +173,8 @@ def scale(axis, xs):
 
 
 def band(axis, curves, line, at=None, **more):
-    """The mean of curves [{x: y}] over the x that all of them have, and a band of one standard deviation (n - 1) to each
-    side of it, where there are several; at: {x: where it is drawn}. Returns the mean's last point, or None."""
+    """The mean of curves [{x: y}] over the x that all have, and a band of one standard deviation (n - 1) to each side
+    of it, where there are several; at: {x: where it is drawn}. Returns the mean's last point, or None."""
     xs = [x for x in curves[0] if all(x in curve for curve in curves) and (at is None or x in at)]
     if not xs:
         return None

@@ -1,4 +1,4 @@
-"""Draw the pictures of README and docs from the JSON files beside this one, and print the measured columns of its first table.
+"""Draw the pictures of README and docs from the JSON files beside this one; print what README's first table measures.
 
     python docs/figures.py
 
@@ -77,7 +77,9 @@ def draw_times(axis, found):
         axis.fill_between(lengths, low, high, color=COLORS[name], alpha=0.12, linewidth=0)
         axis.plot(lengths, middle, **line)
         ends.append((name, COLORS[name], lengths[-1], middle[-1]))
-    axis.set(yscale="log", xlim=(lengths[0] * 0.93, lengths[-1] * 1.07), xlabel="T, tokens of context", ylabel="µs a token")
+    axis.set(
+        yscale="log", xlim=(lengths[0] * 0.93, lengths[-1] * 1.07), xlabel="T, tokens of context", ylabel="µs a token"
+    )
     axis.set_title("Time of a layer, forward and backward")
     style.tokens_axis(axis, lengths)
     style.log_ticks(axis.yaxis)

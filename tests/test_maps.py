@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from benchmarks import maps
-from model import ATTENTION, Attention, GPTConfig
 from kernels.gla import gla
+from model import ATTENTION, Attention, GPTConfig
 
 T, C = 21, 32
 
