@@ -60,20 +60,8 @@ from data import DataError
 from model import ATTENTION, GPTConfig
 from weights import ModelError
 
-WHATS = (
-    "overview",
-    "step",
-    "ops",
-    "decode",
-    "quality",
-    "curves",
-    "inspect",
-    "heads",
-    "maps",
-    "superposition",
-    "gpu",
-    "all",
-)
+WHATS = ("overview", "step", "ops", "decode", "quality", "curves", "inspect", "heads", "maps", "superposition")
+WHATS += ("gpu", "all")
 
 
 @dataclass

@@ -60,7 +60,9 @@ def trained(tmp_path_factory, text_dataset):
     """{name: folder} of softmax with two seeds, gla, and a pattern of both."""
     root, found = tmp_path_factory.mktemp("runs"), {}
     keys = dict(dataset=text_dataset, device="cpu", dtype="float32", n_layer=2, n_head=2, n_embd=16, block_size=16)
-    keys |= dict(batch_size=4, max_iters=12, warmup_iters=2, eval_interval=4, eval_iters=2, log_interval=1)
+    keys |= dict(
+        batch_size=4, max_iters=12, warmup_iters=2, learning_rate=1e-2, eval_interval=4, eval_iters=2, log_interval=1
+    )
     for name, own in {
         "one": dict(seed=1),
         "two": dict(seed=2),
