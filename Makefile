@@ -46,11 +46,13 @@ install: $(VENV)/run.stamp  ## make the virtual environment
 data/stdlib/meta.json: | $(VENV)/run.stamp
 	$(PY) data/stdlib/prepare.py
 
-demo: $(VENV)/run.stamp data/stdlib/meta.json  ## train, evaluate, sample and plot: under 4 minutes of training on 2 cores
-	$(PY) train.py config/demo.py
-	$(PY) train.py config/demo.py --init_from=resume --eval_only
-	$(PY) sample.py --out_dir=out/demo --start="def " --max_new_tokens=300
-	$(PY) bench.py --what=curves --out_dir=out/demo --png=out/demo/loss.png
+# The second call of the comparison trains nothing: it prints the table again, below the sample.
+DEMO = $(PY) compare.py config/demo.py --attention_type=softmax,gla --equal_params --max_seconds=210 --out_dir=out/demo
+demo: $(VENV)/run.stamp data/stdlib/meta.json  ## train two types alike, sample, compare: under 4 minutes of training on 2 cores
+	@echo "two runs at once, at most 210 s; their lines go to out/demo/*/output.txt"
+	$(DEMO)
+	$(PY) sample.py --out_dir=$$(ls -dt out/demo/gla-*/ | head -1) --start="def " --max_new_tokens=300
+	$(DEMO)
 
 test: $(VENV)/dev.stamp  ## the test suite
 	$(PY) -m pytest -n 2

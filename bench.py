@@ -40,14 +40,28 @@ if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of their
 import torch
 
 import config
-from benchmarks import curves, decoding, gpu, heads, layers, maps, masks, operators, quality, steps, style
-from benchmarks import superposition, tables
+from benchmarks import (
+    curves,
+    decoding,
+    gpu,
+    heads,
+    layers,
+    maps,
+    masks,
+    operators,
+    quality,
+    steps,
+    style,
+    superposition,
+    tables,
+)
 from config import ConfigError, key
 from data import DataError
 from model import ATTENTION, GPTConfig
 from weights import ModelError
 
-WHATS = ("overview", "step", "ops", "decode", "quality", "curves", "inspect", "heads", "maps", "superposition", "gpu", "all")
+WHATS = ("overview", "step", "ops", "decode", "quality", "curves", "inspect", "heads", "maps", "superposition")
+WHATS += ("gpu", "all")
 
 
 @dataclass

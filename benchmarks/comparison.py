@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import glob
 import hashlib
-import math
 import os
 import statistics
 from types import SimpleNamespace
@@ -169,7 +168,7 @@ def draw(groups, measure, path):
     records the accuracy too."""
     measures = [measure] + ["accuracy (share)"] * any(run.score["accuracy (share)"] for g in groups for run in g)
     width, names = 5.2 + 0.05 * max(len(members[0].group) for members in groups), [g[0].group for g in groups]
-    figure, panels = style.grid(1 + len(measures), width, max(3.7, 1.2 + 0.26 * len(groups)), columns=3)
+    figure, panels = style.grid(1 + len(measures), width, style.height(len(groups)), columns=3)
     drawn, ends = style.lines([members[0].model.attention_type for members in groups]), []
     for members, line in zip(groups, drawn):
         logs = [read_log(run.folder)[1] for run in members]
@@ -183,5 +182,5 @@ def draw(groups, measure, path):
         rows = [(group, line, [run.score[name] for run in g]) for group, line, g in zip(names, drawn, groups)]
         style.dots(panel, rows, name, best="low" if name == measure else "high")
     if any(len(members) > 1 for members in groups):
-        figure.supxlabel("mean over seeds, bars and bands: ± one standard deviation", fontsize=style.SMALL)
+        figure.supxlabel(style.SPREAD, fontsize=style.SMALL)
     style.save_figure(figure, path)

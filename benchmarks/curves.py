@@ -14,6 +14,7 @@ from config import ConfigError
 
 TRAJECTORIES = dict(alpha="alpha (logit)", span="span (tokens)", period="period (tokens)")  # of the masks' statistics
 MEMORY = {"rss_mb": ("-", "of the process"), "cuda_mb": ("--", "of the GPU")}
+FEW = 4  # more runs than these hide behind the noise of their training steps
 SECONDS = {"wall_s": "training time (s)", "cpu_s": "processor time (s)"}
 
 
@@ -39,35 +40,40 @@ def plot_curves(bench, runtime, report):
         for kind in TRAJECTORIES:
             if any(key.endswith(f".{kind}") for e in logs[0][2] for key in e["stats"]):
                 drawings.append(functools.partial(draw_trajectories, group, logs[0][2], kind))
-    figure, panels = style.grid(len(drawings))
+    figure, panels = style.grid(len(drawings), height=style.height(len(found)))
     for draw, panel in zip(drawings, panels):
         draw(panel=panel, found=found)
-    notes = ["marks: validation; thin: training"]
-    notes += ["mean over seeds ± one standard deviation"] * any(len(logs) > 1 for _, logs in found)
+    notes = ["marks: validation" + "; thin: training" * (len(found) <= FEW)]
+    notes += [style.SPREAD] * any(len(logs) > 1 for _, logs in found)
     if len(found) == 1 and (seconds := {key: costs(found, key) for key in SECONDS})["wall_s"]:
-        notes += [f"{label.removesuffix(' (s)')} {seconds[key][0][2][0]:,.0f} s" for key, label in SECONDS.items()]
+        notes += [
+            f"{label.removesuffix(' (s)')} {seconds[key][0][2][0]:,.0f} s"
+            for key, label in SECONDS.items()
+            if seconds[key]
+        ]
     figure.supxlabel("; ".join(notes), fontsize=style.SMALL)
     save_figure(figure, bench.png or "out/curves.png")
 
 
 def draw_lines(panel, found, pale, marked, against="iter"):
-    """For each group the mean over seeds of what the steps say (`pale`) and what evaluations say (`marked`), step 0 left
-    out. The limits are those of the marked lines, and of the pale ones from the first evaluation on. Returns the values
-    that are within them."""
+    """For each group what the steps of each run say (`pale`), and the mean over seeds of what its evaluations say
+    (`marked`), step 0 left out. Returns the lines' ends, and the values that limits should hold: of the pale lines
+    those from the first evaluation on."""
     ends, seen = [], []
     for group, logs in found:
         at = places([(steps, val, None) for steps, val, _ in logs], against)
         points = [after_start(val, marked) for _, val, _ in logs]
         first = min((step for curve in points for step in curve), default=math.inf)
-        if pale:
-            curves = [after_start(steps, pale) for steps, *_ in logs]  # steps that match a teacher have no such entry
-            style.band(panel, curves, group.line, at, marker="", linewidth=0.8, alpha=0.5)
-            seen += [y for curve in curves for step, y in curve.items() if step >= first]
+        for steps, *_ in logs if pale and len(found) <= FEW else ():
+            curve = after_start(steps, pale)  # steps that match a teacher have no such entry
+            style.band(panel, [curve], group.line, at, marker="", linewidth=0.8, alpha=0.4)
+            seen += [y for step, y in curve.items() if step >= first]
         end = style.band(panel, points, group.line, at)
         seen += [y for curve in points for y in curve.values()]
         ends += [(group.name, group.line["color"], *end)] if end else []
     seen = [y for y in seen if math.isfinite(y)]
     panel.set_xlabel({"iter": "optimizer steps", "wall_s": "training time (s)"}[against])
+    panel.set_xlim(left=0)
     panel.locator_params(nbins=5)
     return ends, seen
 
@@ -106,7 +112,7 @@ def draw_memory(panel, found):
                 ends.append((group.name, group.line["color"], *end))
     both = len({*drawn}) > 1
     ends = [(f"{name}, {of}" if both else name, *end) for (name, *end), of in zip(ends, drawn)]
-    panel.set(xlabel="training time (s)", ylim=(0, 1.15 * highest))
+    panel.set(xlabel="training time (s)", xlim=(0, None), ylim=(0, 1.15 * highest))
     panel.set_ylabel("peak memory (MB)" if both else f"peak memory {drawn[0]} (MB)")
     panel.locator_params(nbins=5)
     style.label_ends(panel, ends)
@@ -138,7 +144,9 @@ def draw_trajectories(group, stats, kind, panel, found):
             panel.plot(iters, line, color=own[0], alpha=0.7, linewidth=1.2)
             own[1].append(float(line[-1]))
     panel.set(xlabel="optimizer steps", ylabel=TRAJECTORIES[kind])
-    panel.set_title(os.path.basename(os.path.normpath(group.folders[0])), fontsize=style.SMALL)
+    panel.set_title(
+        f"{os.path.basename(os.path.normpath(group.folders[0]))}, a line for each number", fontsize=style.SMALL
+    )
     panel.locator_params(nbins=5)
     middle = {label: (code, sorted(ys)[len(ys) // 2]) for label, (code, ys) in ends.items()}
     style.label_ends(panel, [(label, code, iters[-1], y) for label, (code, y) in middle.items()])

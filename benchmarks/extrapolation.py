@@ -51,10 +51,11 @@ def add_row(table, sizes, folder, model, split, rows):
 def draw(rows, sizes, path):
     """Bits per byte against the size of the context, of the first split, a line for each group of runs that differ in
     their seed alone; a dotted line where training ended."""
-    figure, (panel,) = style.grid(1, 7.2, 4.6)
     split, ends = rows[0]["split"], []
     rows = {row["folder"]: row for row in rows if row["split"] == split}
-    for group in groups(list(rows)):
+    found = groups(list(rows))
+    figure, (panel,) = style.grid(1, 7.2, style.height(len(found), 4.6))
+    for group in found:
         cells = [{n: rows[folder][f"{n} (bits/byte)"] for n in sizes} for folder in group.folders]
         curves = [{n: bits for n, bits in own.items() if bits is not None} for own in cells]
         end = style.band(panel, curves, group.line)
@@ -64,4 +65,6 @@ def draw(rows, sizes, path):
     panel.set(xlabel="context (tokens; dotted: the one in training)", ylabel=f"{split} bits per byte")
     style.tokens_axis(panel, sizes)
     style.label_ends(panel, ends)
+    if any(len(group.folders) > 1 for group in found):
+        figure.supxlabel(style.SPREAD, fontsize=style.SMALL)
     style.save_figure(figure, path)

@@ -10,7 +10,11 @@ from data import windows
 
 # What the types' `stats` say of a head, and how a table and a picture call it.
 COLUMNS = {"first_token": "on the first token (weight)", "gate": "of pairs (mean gate)"}
-COLUMNS |= {"gate_zero": "gates of 0 (share)", "output_gate": "of the output (mean gate)"}
+COLUMNS |= {
+    "branch_gate": "of branches (mean gate)",
+    "gate_zero": "gates of 0 (share)",
+    "output_gate": "of the output (mean gate)",
+}
 COLUMNS |= {"decay": "decay of the state (factor)", "state_norm": "state after a window (norm)"}
 COLUMNS |= {"max_logit": "largest logit (number)", "norm2": "queries and keys (squared norm)"}
 COLUMNS |= {"pair_norm2": "largest query + key (squared norm)", "kept": "kept (distances)", "span": "span (tokens)"}
@@ -20,13 +24,16 @@ BRANCHES = ("compressed", "selected", "window")
 
 def bench_heads(bench, runtime, report):
     """Over the first windows of the validation split, by layer, means over its heads: the weight on the first token,
-    gates, decays, norms of states, and heads whose gates are all 0. And of each head, in heads.png in the folder; of gsa
-    the decay of each slot, and of nsa which blocks read which."""
+    gates, decays, norms of states, and heads whose gates are all 0. And of each head, in heads.png in the folder; of
+    gsa the decay of each slot, and of nsa which blocks read which."""
     several = len(run_folders(bench)) > 1
     for folder, model, dataset in runs(bench, runtime):
         split, context = dataset.split("val"), model.config.block_size
         x = next(windows(split, context, context, bench.eval_batch_size))[0].to(runtime.device)
         found = [b.attn.stats(entry) for b, (entry, _) in zip(model.transformer.h, model.trace(x))]
+        for stats in found:
+            if "gate" in stats and stats["gate"].dim() == 2:  # nsa's, (3, H)
+                stats["branch_gate"] = stats.pop("gate")
         title = f"{folder}: {model.config.attention_type}, {x.numel():,} tokens"
         head = ", ".join(["layer", *COLUMNS.values(), "dead heads (count)"])
         with report.table(f"heads of {folder}", title, head) as out:
@@ -52,10 +59,9 @@ def draw_stats(found, types, path):
     figure, axes = style.grid(len(panels), 4.2, 3.2, columns=3)
     for (draw, what), axis in zip(panels, axes):
         draw(axis, what, found, types)
-    figure.legend(
-        handles=[style.pyplot().Line2D([], [], color=style.colour(t), marker="o", linestyle="", label=t) for t in dict.fromkeys(types)],
-        loc="outside upper left", ncols=6,
-    )  # fmt: skip
+    shown = [t for t in dict.fromkeys(types) if t != "none"]
+    marks = [style.pyplot().Line2D([], [], color=style.colour(t), marker="o", linestyle="", label=t) for t in shown]
+    figure.legend(handles=marks, loc="outside upper left", ncols=6)
     style.save_figure(figure, path)
 
 
@@ -64,7 +70,7 @@ def draw_by_head(axis, name, found, types):
     branches, layers = {}, [i for i, stats in enumerate(found) if name in stats]
     for i in layers:
         values = found[i][name]
-        rows = values if name == "gate" and values.dim() == 2 else values.reshape(1, len(values), -1).mean(-1)
+        rows = values if name == "branch_gate" else values.reshape(1, len(values), -1).mean(-1)
         for b, row in enumerate(rows):
             marker = style.MARKERS[b]
             branches |= {BRANCHES[b]: marker} if len(rows) > 1 else {}
@@ -73,11 +79,12 @@ def draw_by_head(axis, name, found, types):
     for label, marker in branches.items():
         axis.plot([], [], marker, color="grey", label=label)
     if branches:
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3, columnspacing=0.8, handletextpad=0)
+        above = dict(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=0.8, handletextpad=0)
+        axis.legend(fontsize=8, **above)
     axis.set_xticks(range(len(found)))
     axis.set(xlabel="layer; a mark for each head", xlim=(-0.5, len(found) - 0.5))
     axis.set_ylabel(COLUMNS[name], fontsize=style.SMALL)
-    axis.locator_params(axis="y", nbins=5)
+    axis.locator_params(axis="y", nbins=5, integer=name == "kept")
 
 
 def draw_slots(axis, name, found, types):

@@ -133,7 +133,7 @@ def overview(types, shape, bench, runtime, report):
     for table in summary(sweep.rows, title, further + "one sequence"):
         report.tables[table.name] = table
         table.show()
-    plot_overview(sweep, bench.png or "out/bench.png")
+    plot_overview(sweep.rows, bench.png or "out/bench.png")
 
 
 def summary(sweep, *titles):
@@ -178,15 +178,15 @@ PANELS = {  # column: (label, what is drawn of a cell that is for n tokens)
 }
 
 
-def plot_overview(sweep, path):
+def plot_overview(rows, path):
     """Time, memory and decoding against length, a line for each type that computes something; of a single length a row
     for each of them, and a line at softmax's."""
-    types = list(dict.fromkeys(row["attention"] for row in sweep.rows if row["executed (MFLOP)"]))
-    lengths = sorted({row["T (tokens)"] for row in sweep.rows})
-    figure, axes = style.grid(len(PANELS), 5.0, 4.6 if len(lengths) > 1 else max(2.6, 1.3 + 0.28 * len(types)), 3)
+    types = list(dict.fromkeys(row["attention"] for row in rows if row["executed (MFLOP)"]))
+    lengths = sorted({row["T (tokens)"] for row in rows})
+    figure, axes = style.grid(len(PANELS), 5.0, style.height(len(types), 4.6), 3)
     for axis, (column, (label, drawn)) in zip(axes, PANELS.items()):
         found = {}
-        for row in sweep.rows:
+        for row in rows:
             if row["attention"] in types and row[column] is not None:
                 cell = row[column] if isinstance(row[column], list) else [row[column]]
                 tokens = row["batch (sequences)"] * row["T (tokens)"]
@@ -197,6 +197,9 @@ def plot_overview(sweep, path):
             draw_lengths(axis, found, lengths, label)
         else:
             draw_single(axis, found, lengths[0], label)
+    rounds = "lowest to highest of the rounds"
+    note = f"T {lengths[0]:,}; bars: {rounds}; dotted line: softmax" if len(lengths) == 1 else f"bands: {rounds}"
+    figure.supxlabel(note, fontsize=style.SMALL)
     style.save_figure(figure, path)
 
 
@@ -224,5 +227,5 @@ def draw_single(axis, found, T, label):
         axis.plot((low, high), (y, y), color=style.colour(name), linewidth=2)
         axis.plot(middle, y, "o", color=style.colour(name))
     axis.axvline(statistics.median(found["softmax"][T]), color=style.colour("softmax"), linestyle=":", zorder=0)
-    axis.set(xlabel=f"{label} at T {T:,}; dotted: softmax", xlim=(0, None), ylim=(-0.7, len(order) - 0.3))
+    axis.set(xlabel=label, xlim=(0, None))
     style.name_rows(axis, order, [style.colour(name) for name in order])

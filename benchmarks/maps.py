@@ -12,6 +12,7 @@ an MLP says only which block was read. `none` has no map.
 
 import contextlib
 import functools
+import math
 import types
 from unittest import mock
 
@@ -32,7 +33,7 @@ from model import Mamba2, NativeSparseAttention, rotate
 OPERATORS = (gla, gsa, delta, performer, distance, gated)  # (q, k, v, ...) -> o, or o and what is no output
 TOKENS = 24  # of a map, unless --text has more
 LONGEST = 64
-SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
+SIGNS = {" ": "·", "\n": "↵", "\t": "⇥"}
 
 
 def draw_all(bench, runtime, report):
@@ -105,7 +106,7 @@ def watched(attn, call):
 def branches_map(attn, x):
     """nsa's, from its three operators with unit vectors for values, as many at once as a head is wide."""
     q, raw, selected, window = attn._inputs(x, 0)
-    blocks, (block, stride, select_block, count, width) = attn._compress(raw), attn.sizes
+    blocks, (block, stride, select_block, _, width) = attn._compress(raw), attn.sizes
     index = nsa_compressed(q, *blocks.unbind(2), *attn.sizes[:4])[1]
     turned = q if attn.rope_base is None else rotate(q, 0, attn.rope_base)
     kinds = [
@@ -139,36 +140,48 @@ def draw_maps(model, layers, idx, names, path):
     if not maps:
         return 0
     T, H, plt = idx.size(1), max(map(len, maps.values())), style.pyplot()
-    from matplotlib.colors import PowerNorm
-
     side = max(1.9, 0.4 + 0.105 * T)
     size = (side * H + 1.4, side * len(maps) + 0.5)
     figure, axes = plt.subplots(len(maps), H, figsize=size, layout="constrained", squeeze=False)
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)
     for row, (i, weights) in zip(axes, maps.items()):
-        signed = bool((weights < -1e-6).any())
-        largest = weights.abs().amax((1, 2), keepdim=True).clamp(min=1e-30)
-        weights = (weights / largest if signed else weights.clamp(min=0)).masked_fill(future, float("nan"))
-        top = 1.0 if signed else max(1.0, float(largest.max()))
-        kind = dict(cmap="RdBu_r", vmin=-1, vmax=1) if signed else dict(cmap="viridis", norm=PowerNorm(0.5, 0, top))
-        for h, panel in enumerate(row):
-            if h >= len(weights):
-                panel.remove()
-                continue
-            image = panel.imshow(weights[h].numpy(), interpolation="nearest", **kind)
-            panel.set_title(f"layer {i}, head {h}", fontsize=style.SMALL)
-            panel.grid(False)
-            panel.tick_params(length=0, pad=2)
-            for spine in panel.spines.values():
-                spine.set_visible(False)
-            long = max(map(len, names)) > 1
-            panel.set_xticks(range(T), names if i == [*maps][-1] else [""] * T, fontsize=7, rotation=90 if long else 0)
-            panel.set_yticks(range(T), names if h == 0 else [""] * T, fontsize=7)
-        label = f"{model.config.types()[i]}: weight" + (" / largest of its head" if signed else "")
-        bar = figure.colorbar(image, ax=list(row[: len(weights)]), fraction=0.04, pad=0.01, aspect=25)
-        bar.set_label(label, fontsize=style.SMALL)
+        image = draw_layer(row, i, model.config.types()[i], weights)
+        for h, panel in enumerate(row[: len(weights)]):
+            below, beside = i == [*maps][-1] or h >= len(maps[[*maps][-1]]), h == 0
+            turn = 90 if max(map(len, names)) > 1 else 0
+            panel.set_xticks(range(T), names if below else [""] * T, fontsize=7, rotation=turn)
+            panel.set_yticks(range(T), names if beside else [""] * T, fontsize=7)
+        signed = image.norm.vmin < 0
+        bar = figure.colorbar(
+            image, ax=list(row), fraction=0.04, pad=0.01, aspect=25, extend="neither" if signed else "max"
+        )
+        bar.set_label("weight / head's largest" if signed else "weight", fontsize=style.SMALL)
         bar.ax.tick_params(labelsize=8)
     figure.supxlabel("key: the token that is read", fontsize=style.SMALL)
     figure.supylabel("query: the token that reads", fontsize=style.SMALL)
     style.save_figure(figure, path)
     return len(maps)
+
+
+def draw_layer(row, i, name, weights):
+    """The heads of layer i, weights (H, T, T); returns an image of its colours."""
+    from matplotlib.colors import PowerNorm
+
+    T, signed = weights.size(-1), bool((weights < -1e-6).any())
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    if signed:
+        weights = weights / weights.abs().amax((1, 2), keepdim=True).clamp(min=1e-30)
+        kind = dict(cmap="RdBu_r", vmin=-1, vmax=1)
+    else:  # the first queries have few keys, and large weights: they may be above the scale
+        weights = weights.clamp(min=0)
+        top = float(weights[:, min(3, T - 1) :].max()) or 1.0
+        kind = dict(cmap="viridis", norm=PowerNorm(0.5, 0, top))
+    for h, panel in enumerate(row):
+        if h >= len(weights):
+            panel.set_axis_off()
+        else:
+            image = panel.imshow(weights[h].masked_fill(future, math.nan).numpy(), interpolation="nearest", **kind)
+            panel.set_title(f"layer {i} ({name}), head {h}", fontsize=9)
+            panel.grid(False)
+            panel.tick_params(length=0, pad=2)
+            panel.spines[:].set_visible(False)
+    return image

@@ -95,7 +95,7 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
     """Pictures: spans.png, kept.png, weights.png (mixtures), attention.png."""
     model = GPT.from_checkpoint(folder).to(runtime.device).eval()  # as trained again
     layers, plt = {i: model.transformer.h[i].attn for i in layers}, pyplot()
-    H, T, L = model.config.n_head, model.config.block_size, len(layers)
+    H, T = model.config.n_head, model.config.block_size
     stats = {i: attn.stats() for i, attn in layers.items()}
     names = [f"{i}.{h}" for i in layers for h in range(H)]
 
@@ -104,7 +104,9 @@ def draw_masks(folder, model, layers, dataset, bench, runtime):
 
     code = colour(model.config.types()[min(layers)])
     figure, axes = plt.subplots(figsize=(max(5, 0.35 * len(names)), 3.6), layout="constrained")
-    axes.bar(range(len(names)), torch.cat([s["kept"] for s in stats.values()]).cpu(), color=pale(code, 0.6), label="kept")
+    axes.bar(
+        range(len(names)), torch.cat([s["kept"] for s in stats.values()]).cpu(), color=pale(code, 0.6), label="kept"
+    )
     if all("span" in s for s in stats.values()):
         spans = torch.cat([s["span"] for s in stats.values()]).cpu()
         axes.plot(range(len(names)), spans, "o", color=code, label="span, without its ramp")

@@ -13,6 +13,7 @@ from benchmarks.style import save_figure
 from data.scoring import context_sizes, eval_window, evaluate
 from weights import read_checkpoint
 
+
 def bench_quality(bench, runtime, report):
     """The full pass over the splits for each checkpoint folder, the loss by position in the context, and what a model
     cost to train; of those that classify each label's part in it too. Of several contexts only the scores."""
@@ -163,11 +164,11 @@ def plot_quality(curves, rows, path):
     drawn += [functools.partial(draw_losses, found, logs)] if any(logs.values()) else []
     drawn += [functools.partial(draw_context, found, curves, split)]
     drawn += [functools.partial(draw_cost, found, c, m, f"{split} {measures[m]}") for m in measures for c in costs]
-    figure, panels = style.grid(len(drawn))
+    figure, panels = style.grid(len(drawn), height=style.height(len(found)))
     for draw, panel in zip(drawn, panels):
         draw(panel)
     if any(len(group.folders) > 1 for group, _ in found):
-        figure.supxlabel("mean over seeds, bars and bands: ± one standard deviation", fontsize=style.SMALL)
+        figure.supxlabel(style.SPREAD, fontsize=style.SMALL)
     save_figure(figure, path)
 
 

@@ -118,8 +118,8 @@ def after_start(entries, measure):
 
 
 def places(logs, what):
-    """{step: the mean over runs of what each had used at it}: `iter`, `tokens` or `wall_s`; of evaluations too, of which
-    tokens are those of the lines around them. logs: one of read_log for each run."""
+    """{step: the mean over runs of what each had used at it}, `iter`, `tokens` or `wall_s`; of an evaluation from the
+    lines around it. logs: one of read_log for each run."""
     found = {}
     for steps, evaluations, _ in logs:
         known = [(0, 0)] + [(e["iter"], e[what]) for e in steps + evaluations if e.get(what) is not None]

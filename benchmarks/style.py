@@ -16,18 +16,19 @@ COLORS = {  # one hue for a family
     "gsa": "#3d9be0",
     "deltanet": "#2fb5aa",
     "gdn": "#0f6b5f",
-    "kda": "#86cba9",
+    "kda": "#5fae6b",
     "mamba2": "#7a8f1e",
     "performer": "#e0569b",
     "nsa": "#a3123f",
     "gated": "#6a3d9a",
     "gated_output": "#8a6d3b",
-    "none": "#999999",
+    "none": "#8a8a8a",
 }
 OTHERS = ("#00a6d6", "#b25de0", "#5b8c00", "#d9381e", "#7d5a00", "#4358c8", "#c9a100", "#008060")  # types of plugins
 CATEGORIES = ("#0b5fa5", "#c1440e", "#2fb5aa", "#e08e0b", "#a3123f", "#7a8f1e", "#6a3d9a", "#8a6d3b")  # no types
 MARKERS, DASHES = "os^Dv<>phPX*", ("-", "--", ":", "-.")
 FORMATS = (".png", ".pdf", ".svg")
+SPREAD = "mean over seeds; bars and bands: ± one standard deviation"
 SMALL = 10  # points of labels at lines and cells
 
 
@@ -127,7 +128,9 @@ def label_ends(axis, ends):
     move = max(0.0, heights[-1] - 1) - max(0.0, -heights[0]) if heights and heights[-1] - heights[0] < 1 else 0.0
     for (y, x, name, code), height in zip(ends, heights):
         where = dict(color=code, transform=axis.transAxes, clip_on=False)
-        axis.plot((x, 1.02, 1.06), (y, y, height - move), linewidth=0.8, alpha=0.7, scalex=False, scaley=False, **where)
+        thin = where | dict(scalex=False, scaley=False, marker="", linewidth=0.8)
+        axis.plot((x, 1.02), (y, y), linestyle=":" if x < 0.9 else "-", alpha=0.7, **thin)
+        axis.plot((1.02, 1.06), (y, height - move), alpha=0.7, **thin)
         axis.text(1.075, height - move, name, va="center", fontsize=SMALL, **where)
 
 
@@ -170,8 +173,8 @@ def scale(axis, xs):
 
 
 def band(axis, curves, line, at=None, **more):
-    """The mean of curves [{x: y}] over the x that all of them have, and a band of one standard deviation (n - 1) to each
-    side of it, where there are several; at: {x: where it is drawn}. Returns the mean's last point, or None."""
+    """The mean of curves [{x: y}] over the x that all have, and a band of one standard deviation (n - 1) to each side
+    of it, where there are several; at: {x: where it is drawn}. Returns the mean's last point, or None."""
     xs = [x for x in curves[0] if all(x in curve for curve in curves) and (at is None or x in at)]
     if not xs:
         return None
@@ -195,19 +198,25 @@ def dots(axis, rows, xlabel, best="low"):
             axis.plot(scores, [y] * len(scores), "|", color=code, alpha=0.6, markersize=9)
             axis.errorbar(mean, y, xerr=statistics.stdev(scores), color=code, capsize=3, linewidth=1.6)
         axis.plot(mean, y, marker=marker, color=code, markersize=6)
-    axis.set(xlabel=xlabel, ylim=(-0.7, len(rows) - 0.3))
+    axis.set(xlabel=xlabel)
     axis.margins(x=0.12)
     name_rows(axis, [name for name, *_ in rows], [line["color"] for _, line, _ in rows])
 
 
 def name_rows(axis, names, colours):
-    """Names at the left, each in its colour."""
+    """Names of rows 0, 1, ... at the left, each in its colour; few rows stand at the top."""
+    axis.set_ylim(len(names) - 0.3 - max(len(names) + 0.4, 5), len(names) - 0.3)
     axis.set_yticks(range(len(names)), names, fontsize=SMALL)
     for label, code in zip(axis.get_yticklabels(), colours):
         label.set_color(code)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="y", visible=False)
     axis.locator_params(axis="x", nbins=5)
+
+
+def height(names, least=3.7):
+    """Inches of a panel at whose lines' ends so many names fit."""
+    return max(least, 1.3 + 1.3 * SMALL / 72 * names)
 
 
 def grid(n, width=5.0, height=3.7, columns=2):

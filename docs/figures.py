@@ -1,4 +1,4 @@
-"""Draw the README's two figures from the JSON files beside this one, and print the measured columns of its first table.
+"""Draw the pictures of README and docs from the JSON files beside this one; print what README's first table measures.
 
     python docs/figures.py
 
@@ -7,33 +7,17 @@ layer of each type; superposition.json with --what=superposition, of a toy and t
 """
 
 import json
-import math
 import pathlib
 import re
 import statistics
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
-COLORS = {
-    "softmax": "#222222",
-    "adaptive_span": "#c1440e",
-    "mask_mix": "#e08e0b",
-    "gla": "#0b5fa5",
-    "gsa": "#3d9be0",
-    "deltanet": "#2aa198",
-    "gdn": "#157a6e",
-    "kda": "#7fc8a9",
-    "mamba2": "#a3b18a",
-    "performer": "#1b8a5a",
-    "nsa": "#b03a7c",
-    "gated": "#6a3d9a",
-    "gated_output": "#8a6d3b",
-    "none": "#888888",
-}
+sys.path.insert(0, str(HERE.parent))  # the repository
+
+from benchmarks import layers, style  # noqa: E402
+from benchmarks.style import COLORS  # noqa: E402
+
 TIME, RATIO = "forward + backward (ms)", "of softmax (ratio)"
 
 
@@ -64,100 +48,77 @@ def cells(score, row):
     return size, bits, time
 
 
-def apart(heights, gap):
-    """Sorted heights, moved as little as needed to be `gap` apart: neighbours that touch spread around their mean."""
-    groups = [[h] for h in sorted(heights)]
-    while True:
-        centres = [statistics.mean(group) for group in groups]
-        for i in range(len(groups) - 1):
-            if centres[i + 1] - centres[i] < gap * (len(groups[i]) + len(groups[i + 1])) / 2 - 1e-9:
-                groups[i : i + 2] = [groups[i] + groups[i + 1]]
-                break
-        else:
-            return [c + gap * (k - (len(g) - 1) / 2) for c, g in zip(centres, groups) for k in range(len(g))]
-
-
 def draw_scores(axis, found):
     """A dot with its standard deviation for each type, the best at the top; the control is a dashed line."""
     control, *_ = found.pop("none")
     order = sorted(found, key=lambda name: found[name][0], reverse=True)
-    for y, name in enumerate(order):
+    for y, (name, line) in enumerate(zip(order, style.lines(order))):
         mean, deviation, _ = found[name]
-        axis.errorbar(mean, y, xerr=deviation, color=COLORS[name], marker="o", markersize=5, capsize=4, linewidth=2)
+        axis.errorbar(mean, y, xerr=deviation, color=COLORS[name], marker=line["marker"], capsize=4, linewidth=2)
     axis.axvline(control, color=COLORS["none"], linestyle="--", linewidth=1.5)
     place = dict(xytext=(-8, 0), textcoords="offset points", ha="right", va="center", color=COLORS["none"])
     axis.annotate("none\n(no attention)", (control, (len(order) - 1) / 2), **place)
-    axis.set_yticks(range(len(order)), order)
-    for label, name in zip(axis.get_yticklabels(), order):
-        label.set_color(COLORS[name])
-    axis.tick_params(axis="y", length=0)
     axis.set_xlabel("bits per byte (lower is better)")
-    axis.set_title("Loss at equal tokens", loc="left")
-    axis.grid(axis="x", alpha=0.3)
+    axis.set_title("Loss at equal tokens")
+    style.name_rows(axis, order, [COLORS[name] for name in order])
 
 
 def draw_times(axis, found):
     """Microseconds a token against length, each line named at its end."""
-    ends = {}
+    ends = []
     for name, rows in found.items():
         if name == "none":  # it computes nothing
             continue
         times = [[1e3 * ms / (T * row["batch (sequences)"]) for ms in row[TIME]] for T, row in rows.items()]
         middle = [statistics.median(round) for round in times]
-        width = 3 if name == "softmax" else 2
-        axis.fill_between(list(rows), [min(r) for r in times], [max(r) for r in times], color=COLORS[name], alpha=0.12,
-                          linewidth=0)  # fmt: skip
-        axis.plot(list(rows), middle, color=COLORS[name], linewidth=width, zorder=3 if name == "softmax" else 2)
-        ends[name] = math.log(middle[-1])
-    lengths = list(found["softmax"])
-    order = sorted(ends, key=ends.get)
-    for name, height in zip(order, apart(ends.values(), 0.2)):
-        x = lengths[-1]
-        axis.plot((x * 1.03, x * 1.22), (math.exp(ends[name]), math.exp(height)), color=COLORS[name], linewidth=0.8,
-                  clip_on=False)  # fmt: skip
-        weight = "bold" if name == "softmax" else "normal"
-        axis.text(x * 1.27, math.exp(height), name, color=COLORS[name], va="center", weight=weight)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xlim(lengths[0], lengths[-1])
-    axis.set_xticks(lengths, [f"{T:,}" for T in lengths])
-    axis.set_yticks((10, 20, 50, 100, 200), ("10", "20", "50", "100", "200"))
-    axis.minorticks_off()
-    axis.set_xlabel("T, tokens of context")
-    axis.set_ylabel("µs a token")
-    axis.set_title("Time of a layer, forward and backward", loc="left")
-    axis.grid(alpha=0.3)
+        (line,), lengths = style.lines([name]), list(rows)
+        line |= dict(linewidth=3, zorder=3) if name == "softmax" else {}
+        low, high = ([pick(round) for round in times] for pick in (min, max))
+        axis.fill_between(lengths, low, high, color=COLORS[name], alpha=0.12, linewidth=0)
+        axis.plot(lengths, middle, **line)
+        ends.append((name, COLORS[name], lengths[-1], middle[-1]))
+    axis.set(
+        yscale="log", xlim=(lengths[0] * 0.93, lengths[-1] * 1.07), xlabel="T, tokens of context", ylabel="µs a token"
+    )
+    axis.set_title("Time of a layer, forward and backward")
+    style.tokens_axis(axis, lengths)
+    style.log_ticks(axis.yaxis)
+    style.label_ends(axis, ends)
 
 
-def draw_heads(axis, table, title):
+def draw_heads(axis, table, name):
     """Heads by trigrams: a square where a head says a trigram alone, a column where only several heads together do."""
     rows, n = table["rows"], int(re.search(r"(\d+) heads", table["title"])[1])
     for x, row in enumerate(rows):
         for head in map(int, filter(None, row["heads"].split(", "))):
-            axis.add_patch(plt.Rectangle((x - 0.5, head - 0.5), 1, 1, color=COLORS["gla"]))
+            axis.add_patch(style.pyplot().Rectangle((x - 0.5, head - 0.5), 1, 1, color=COLORS[name]))
             axis.text(x, head, "alone", color="white", ha="center", va="center", size=10)
         if row["distributed"] == "yes":
-            axis.add_patch(plt.Rectangle((x - 0.5, -0.5), 1, n, color="#f0c9b8"))
+            axis.add_patch(style.pyplot().Rectangle((x - 0.5, -0.5), 1, n, color="#f0c9b8"))
             axis.text(x, n / 2 - 0.5, "only\ntogether", ha="center", va="center", size=10)
     axis.set(xlim=(-0.5, len(rows) - 0.5), ylim=(n - 0.5, -0.5), ylabel="head", aspect=0.4, anchor="N")
     axis.set_xticks(range(len(rows)), [row["trigram"].replace("->", "→") for row in rows])
     axis.set_yticks(range(n), range(n))
-    axis.set_title(title, loc="left")
+    axis.set_title(f"{name}, {n} heads")
     axis.tick_params(length=0)
+    axis.grid(False)
 
 
 def main():
-    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    plt = style.pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(1, 1.25))
     draw_scores(left, scores())
     draw_times(right, costs())
-    figure.savefig(HERE / "overview.png", dpi=110)
+    style.save_figure(figure, str(HERE / "overview.png"))
 
     toy, block = json.loads((HERE / "superposition.json").read_text())["tables"].values()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), layout="constrained")
-    draw_heads(left, toy, "softmax, 3 heads")
-    draw_heads(right, block, "gated, 6 heads")
-    figure.savefig(HERE / "superposition.png", dpi=110)
+    draw_heads(left, toy, "softmax")
+    draw_heads(right, block, "gated")
+    style.save_figure(figure, str(HERE / "superposition.png"))
+
+    rows = json.loads((HERE / "bench.json").read_text())["tables"]["sweep"]["rows"]
+    layers.plot_overview(rows, str(HERE / "bench.png"))
 
     found = scores()
     for name, rows in costs().items():

@@ -11,7 +11,7 @@ import bench
 import compare
 import config
 import train
-from benchmarks import comparison, curves, quality, runs, tables
+from benchmarks import curves, quality, runs, style
 from data import Batches, Dataset
 from data.scoring import accuracy
 from model import GPT
@@ -74,7 +74,7 @@ def drawn(monkeypatch):
     def keep(figure, path):
         labels[os.path.basename(path)] = [(a.get_xlabel(), a.get_ylabel()) for a in figure.axes]
 
-    for module in (curves, quality, comparison):
+    for module in (curves, quality, style):
         monkeypatch.setattr(module, "save_figure", keep)
     return labels
 
@@ -85,13 +85,13 @@ def test_pictures_show_accuracy(tiny, tmp_path, labelled_dataset, drawn):
     for what in ("curves", "quality"):
         bench.main([f"--what={what}", f"--out_dir={folder}", f"--png={what}.png", "--json=", "--device=cpu"])
     assert ("optimizer steps", "accuracy (share)") in drawn["curves.png"]
-    assert [y for _, y in drawn["quality.png"]].count("val accuracy (share)") == 2
-    figure, panel = tables.pyplot().subplots()
+    assert [x for x, _ in drawn["quality.png"]].count("val accuracy (share)") == 1
+    figure, (panel,) = style.grid(1)
     steps, evaluations, _ = runs.read_log(folder)
     val = [e for e in evaluations if e["split"] == "val"]
-    curves.draw_accuracy(panel, {"a": (steps, val)})
-    pale, marked = (list(line.get_ydata()) for line in panel.lines)
-    assert pale == [e["accuracy"] for e in steps] and marked == [e["val_accuracy"] for e in val] and len(marked) == 3
+    curves.draw_accuracy(panel, [(group, [(steps, val, [])]) for group in runs.groups([folder])])
+    pale, marked = (list(line.get_ydata()) for line in panel.lines[:2])  # step 0 is left out
+    assert pale == [e["accuracy"] for e in steps] and marked == [e["val_accuracy"] for e in val[1:]] and len(val) == 3
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_the_picture_of_a_comparison_shows_accuracy(tiny, tmp_path, labelled_dat
     arguments = [a for a in tiny(dataset=labelled_dataset) if not a.startswith("--out_dir")]
     compare.main([*arguments, f"--out_dir={tmp_path / 'all'}", "--learning_rate=1e-3,1e-2", "--jobs=1"])
     labels = [x for x, _ in drawn["compare.png"]]
-    assert labels[1:] == ["nats/token, a mark for each run", "accuracy (share), a mark for each run"]
+    assert labels[1:] == ["nats/token", "accuracy (share)"]
 
 
 def test_a_busy_machine_is_told_once(tiny, monkeypatch, capsys):

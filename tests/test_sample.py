@@ -14,7 +14,7 @@ import config
 import data
 import sample
 import train
-from benchmarks import curves, operators, peers, runs, steps, tables
+from benchmarks import curves, operators, peers, runs, steps, style
 from data import BytesCodec, DataError, SymbolsCodec
 from data.scoring import evaluate
 from model import GPT
@@ -242,22 +242,19 @@ def test_curves_follow_the_masks(tiny, tmp_path):
     keys = dict(mask_mix_candidates="offset_1,full", mask_mix_per_head=True)
     train.main(tiny(attention_type="softmax,mask_mix", **keys))
     steps, evaluations, stats = runs.read_log(str(tmp_path / "run"))
-    figure, panel = tables.pyplot().subplots()
-    curves.draw_trajectories(str(tmp_path / "run"), "a run", stats, "alpha", panel, {})
-    lines = [line for line in panel.lines if len(line.get_xdata())]
+    figure, (panel,) = style.grid(1)
+    (group,) = runs.groups([str(tmp_path / "run")])
+    curves.draw_trajectories(group, stats, "alpha", panel, [])
+    lines = [line for line in panel.lines if len(line.get_xdata()) == len(stats)]
     assert len(lines) == 2 * 2 and [e["iter"] for e in stats] == [0, 10, 20]
     for i, line in enumerate(lines):
         head, candidate = divmod(i, 2)
         assert list(line.get_xdata()) == [0, 10, 20]
         want = [e["stats"]["h.1.alpha"][head][candidate] for e in stats]
         assert list(line.get_ydata()) == pytest.approx(want) and want[0] != want[-1]
-    colours = {label.get_text(): line.get_color() for label, line in zip(*legend(panel))}
+    colours = {label.get_text(): label.get_color() for label in panel.texts}
     assert colours == {"offset_1": lines[0].get_color(), "full": lines[1].get_color()}
     assert bench.main(["--what=curves", f"--out_dir={tmp_path / 'run'}", f"--png={tmp_path / 'curves.png'}"]) == 0
-
-
-def legend(panel):
-    return panel.get_legend().get_texts(), panel.get_legend().get_lines()
 
 
 def test_compiled_steps_are_the_same_text(tiny, tmp_path, capsys):
