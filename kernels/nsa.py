@@ -178,9 +178,9 @@ def open_or_shut(mask, like):
 def compressed_tiles(q, k, block, stride, offset):
     """Groups, queries lo to hi and the blocks that the last of them sees. Queries that see none are in no tile."""
     (N, T, G, _), n_blocks = q.shape, k.shape[1]
-    row = G * max(1, n_blocks)
-    rows = QUERIES if q.device.type == "cpu" else max(QUERIES, at_once(SCORES, q) // (N * row))  # there few launches
-    some = max(1, at_once(SCORES, q) // (rows * row))
+    row, size = G * max(1, n_blocks), at_once(SCORES, q)
+    rows = QUERIES if size == SCORES else max(QUERIES, size // (N * row))  # on a GPU few launches
+    some = max(1, size // (rows * row))
     for n in range(0, N, some):
         for lo in range(max(0, block - 1 - offset), T, rows):
             hi = min(T, lo + rows)

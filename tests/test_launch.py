@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import launches
 from kernels import delta as D, gla as G, gsa as S, launch, nsa as N, performer as P
 from kernels.launch import Kernel, choose, configurations
+from model import ATTENTION
 
 
 class Function:
@@ -120,3 +122,38 @@ def test_nsa_takes_wide_heads_in_bf16_alone():
     x = torch.empty(1, 1, 4, 128, device="meta")
     assert "float32 heads up to 64 wide" in N.too_large(x, 64, 4) and N.too_large(x.bfloat16(), 64, 4) is None
     assert N.too_large(x[..., :64], 64, 4) is None and "up to 128 wide" in N.too_large(x.bfloat16(), 256, 4)
+
+
+LAUNCHES = {
+    "gla": (5, 12),
+    "gla_head": (5, 15),
+    "delta_head": (5, 24),
+    "gsa": (10, 19),
+    "nsa": (90, 80),
+    "gated": (17, 31),
+}
+
+
+def test_no_operator_waits_for_the_gpu_or_launches_more(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(launches, "SHAPE", (2, 200, 4, 32))
+    counts = {name: launches.of_operator(case) for name, case in launches.operators().items()}
+    assert counts.keys() >= LAUNCHES.keys()
+    for name, passes in counts.items():
+        for found, limit in zip(passes, LAUNCHES.get(name, (100, 100))):
+            assert found["kernels"] > 0 and found["bytes"] > 0 and found["waits"] == 0, (name, found)
+            assert found["operations"] + found["kernels"] <= limit, (name, found)
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_no_step_waits_for_the_gpu(kind):
+    found = launches.of_step(kind)
+    assert found["waits"] == 0 and found["operations"] <= 60, found
+
+
+def test_a_wait_is_counted():
+    with launches.Counted() as counted:
+        x = torch.randn(3)
+        x.sum().item()
+        x.nonzero()
+    assert counted.found["waits"] == 2 and counted.found["operations"] == 4
