@@ -13,6 +13,7 @@ width, C tokens a chunk, N chunks in flight. Between forward and backward featur
 """
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +22,18 @@ from . import Case, at_once, check, in_autocast, in_steps, jit, leave_autocast, 
 from .gla import (
     CHUNK,
     COLUMNS,
+    LOG2E,
     TILES,
     Workspace,
     chunked,
     compute_dtype,
+    first_of,
     gla_read_kernel,
     gla_recurrent,
     gla_scan_kernel,
     load,
     read_launch,
+    regular,
     scan_launch,
     store,
     too_wide,
@@ -38,6 +42,7 @@ from .launch import Kernel, choose, configurations, dot, dot_type, operand, spli
 
 SEGMENT = 2**18  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
 FLOOR = 1e-3  # of the relu features: no query is without keys
+LEAST = tl.constexpr(FLOOR) if triton else None  # the same in kernels
 
 
 # ----------------------------------------------------------------------------- features
@@ -233,13 +238,81 @@ def read_gradient(do, o, inverse, segment, chunk, new):
 
 # ----------------------------------------------------------------------------- Triton
 #
-# The linear attention of kernels/gla.py without gates, six launches, on features that PyTorch computes. scan and read
-# are gla's kernels. Normalisers are sums over chunks of features, small beside them; inside a chunk the kernels add the
-# rest.
+# The linear attention of kernels/gla.py without gates; scan and read are gla's kernels. Normalisers are sums over
+# chunks of features, small beside them; inside a chunk the kernels add the rest.
 #
+#     feature  phi(x) in the type of products, of exponents in fp32, and its sum over each chunk, weighed or not
 #     scan     S at the start of each chunk, the last state          REVERSE: dS at the end of each chunk, and the first
 #     read     o, 1/z from phi(q), phi(k), v, S, z                   REVERSE: dv from phi(k), phi(q), dn, dS
 #     grad     dphi(q), dphi(k)
+#     input    dq, dk from those
+
+
+@jit
+def performer_feature_kernel(
+    p_x, p_w, p_weight, p_f, p_sum, SX, T, H, K, D,
+    C: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, FEATURES: tl.constexpr,
+    WEIGHED: tl.constexpr,
+):  # fmt: skip
+    """BK features of a chunk of x (B, T, H, D), and sum_t weight_t phi(x_t) of the rounded ones."""
+    i_k, i = split(tl.program_id(0), tl.cdiv(K, BK))
+    i_t, i_bh = split(i, tl.cdiv(T, C))
+    o_c, o_k = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
+    o_t = i_t * C + o_c
+    m_t, m_k = o_t < T, o_k < K
+    p_x += first_of(i_bh, T, SX, H, D)
+    b_f = tl.zeros([C, BK], tl.float32)
+    for i_d in range(0, tl.cdiv(D, BD)):
+        o_d = i_d * BD + tl.arange(0, BD)
+        m_d = o_d < D
+        b_x = tl.load(p_x + o_t[:, None] * SX + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)  # (C, BD)
+        o_w = (i_bh % H * K + o_k)[None, :] * D + o_d[:, None]
+        b_w = tl.load(p_w + o_w, mask=m_k[None, :] & m_d[:, None], other=0.0)  # (BD, BK)
+        b_f += dot(b_x.to(tl.float32), b_w, DOT)
+    if FEATURES == "softmax":
+        b_f = tl.exp2(b_f * LOG2E)
+    elif FEATURES == "relu":
+        b_f = tl.maximum(b_f, 0.0) + LEAST
+    else:  # log(1 + e^z) without an overflow
+        b_f = tl.maximum(b_f, 0.0) + tl.log2(1.0 + tl.exp2(-tl.abs(b_f) * LOG2E)) / LOG2E
+    b_f = b_f.to(p_f.dtype.element_ty)
+    o_f = first_of(i_bh, T, H * K, H, K) + o_t[:, None] * (H * K) + o_k[None, :]
+    tl.store(p_f + o_f, b_f, mask=m_t[:, None] & m_k[None, :])
+    b_n = tl.where(m_t, 1.0, 0.0)
+    if WEIGHED:
+        b_n = tl.load(p_weight + first_of(i_bh, T, H, H, 1) + o_t * H, mask=m_t, other=0.0)
+    chunk = i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t
+    tl.store(p_sum + chunk * K + o_k, tl.sum(b_f.to(tl.float32) * b_n[:, None], 0), mask=m_k)
+
+
+@jit
+def performer_input_kernel(
+    p_df, p_f, p_w, p_dx, T, H, K, D,
+    C: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """dx = (dphi * slope) W, BD channels of a chunk; the slope of each map is a function of its value."""
+    i_d, i = split(tl.program_id(0), tl.cdiv(D, BD))
+    i_t, i_bh = split(i, tl.cdiv(T, C))
+    o_t, o_d = i_t * C + tl.arange(0, C), i_d * BD + tl.arange(0, BD)
+    m_t, m_d = o_t < T, o_d < D
+    b_dx = tl.zeros([C, BD], tl.float32)
+    for i in range(0, tl.cdiv(K, BK)):
+        o_k = i * BK + tl.arange(0, BK)
+        o_f = first_of(i_bh, T, H * K, H, K) + o_t[:, None] * (H * K) + o_k[None, :]
+        m_f = m_t[:, None] & (o_k < K)[None, :]
+        b_df = tl.load(p_df + o_f, mask=m_f, other=0.0)
+        b_f = tl.load(p_f + o_f, mask=m_f, other=0.0).to(tl.float32)
+        if FEATURES == "softmax":
+            b_df *= b_f
+        elif FEATURES == "relu":
+            b_df = tl.where(b_f > LEAST, b_df, 0.0)
+        else:
+            b_df *= 1.0 - tl.exp2(-b_f * LOG2E)
+        o_w = (i_bh % H * K + o_k)[:, None] * D + o_d[None, :]
+        b_w = tl.load(p_w + o_w, mask=(o_k < K)[:, None] & m_d[None, :], other=0.0)  # (BK, BD)
+        b_dx += dot(b_df, b_w, DOT)
+    o_x = first_of(i_bh, T, H * D, H, D) + o_t[:, None] * (H * D) + o_d[None, :]
+    tl.store(p_dx + o_x, b_dx.to(p_dx.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
 
 
 @jit
@@ -282,7 +355,20 @@ def performer_grad_kernel(
     tl.store(p_dk + o_x, b_dk.to(p_dk.dtype.element_ty), mask=m_x)
 
 
+FEATURE_TILES, FEATURE_WIDTHS = "BK BD num_warps num_stages", dict(BK="K", BD="D")
 KERNELS = {
+    "feature": Kernel(
+        performer_feature_kernel,
+        configurations(FEATURE_TILES, (64, 32, 8, 1), (32, 32, 4, 1)),
+        FEATURE_WIDTHS,
+        serial="D / BD",
+    ),
+    "input": Kernel(
+        performer_input_kernel,
+        configurations(FEATURE_TILES, (32, 64, 4, 1), (16, 64, 4, 1)),
+        FEATURE_WIDTHS,
+        serial="K / BK",
+    ),
     "scan": Kernel(
         gla_scan_kernel,
         configurations(COLUMNS, (64, 64, 4, 2)),
@@ -301,43 +387,68 @@ KERNELS = {
 }
 
 
-def chunk_sums(x, weight, first, reverse=False):
-    """Normalisers (B, H, chunks, M) on arrival at each chunk, and the last one: running sums of weight_t x_t."""
-    pad = -x.shape[1] % CHUNK
-    x, weight = F.pad(x, (0, 0, 0, 0, 0, pad)), F.pad(weight, (0, 0, 0, pad))
-    sums = torch.einsum("bnchm,bnch->bhnm", x.float().unflatten(1, (-1, CHUNK)), weight.unflatten(1, (-1, CHUNK)))
+def normalisers(sums, first, reverse=False):
+    """Normalisers (B, H, chunks, M) on arrival at each chunk, and the last one, from the sums of the chunks."""
     sums = torch.cat((first.unsqueeze(2), sums.flip(2) if reverse else sums), 2).cumsum(2)
     states, last = sums[:, :, :-1], sums[:, :, -1]
     return (states.flip(2) if reverse else states).contiguous(), last
 
 
-def triton_inputs(q, k, v, wq, wk, state, features):
-    """Features and values in the precision of the products, fp32 or bf16, and the two parts of the state."""
+def feature_launch(x, w, features, dtype, weight=None):
+    """phi(x) (B, T, H, M) in `dtype`, and its sums over chunks (B, H, chunks, M), weighed by weight (B, T, H)."""
+    (B, T, H, D), M, chunks = x.shape, w.shape[1], triton.cdiv(x.shape[1], CHUNK)
+    x = x if regular(x) else x.contiguous()
+    phi, sums = x.new_empty(B, T, H, M, dtype=dtype), w.new_empty(B, H, chunks, M)
+
+    def programs(meta):
+        return (triton.cdiv(M, meta["BK"]) * chunks * B * H,)
+
+    options = dict(C=CHUNK, DOT=dot_type(torch.float32), FEATURES=features, WEIGHED=weight is not None)
+    args = x, w, sums if weight is None else weight.contiguous(), phi, sums, x.stride(1), T, H
+    KERNELS["feature"].launch(programs, *args, K=M, D=D, **options)
+    return phi, sums
+
+
+def input_gradient(df, f, x, w, features):
+    """The gradient of x from that of its features."""
+    (B, T, H, D), dx = x.shape, torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    def programs(meta):
+        return (triton.cdiv(D, meta["BD"]) * triton.cdiv(T, CHUNK) * B * H,)
+
+    options = dict(C=CHUNK, DOT=dot_type(torch.float32), FEATURES=features)
+    KERNELS["input"].launch(programs, df, f, w, dx, T, H, K=f.shape[3], D=D, **options)
+    return dx
+
+
+def product_inputs(v, state):
+    """The type of products, fp32 or bf16, values in it, and the two parts of the state."""
     dtype = torch.float32 if v.dtype == torch.float32 else torch.bfloat16
-    fq, fk = (feature_map(x.float(), w, features).to(dtype).contiguous() for x, w in ((q, wq), (k, wk)))
-    return fq, fk, v.to(dtype).contiguous(), state[..., :-1].contiguous(), state[..., -1]
+    return dtype, v.to(dtype).contiguous(), state[..., :-1].contiguous(), state[..., -1]
 
 
 def performer_fwd(q, k, v, wq, wk, state, features):
-    """o, 1/z and the last state, in two launches."""
-    fq, fk, y, first, z = triton_inputs(q, k, v, wq, wk, state, features)
-    states, last = scan_launch(fk, y, None, first, y.dtype, kernels=KERNELS)
-    z, z_last = chunk_sums(fk, z.new_ones(fk.shape[:3]), z)
+    """o, 1/z and the last state, in four launches."""
+    dtype, y, first, z = product_inputs(v, state)
+    (fq, _), (fk, sums) = (feature_launch(x, w, features, dtype) for x, w in ((q, wq), (k, wk)))
+    states, last = scan_launch(fk, y, None, first, dtype, kernels=KERNELS)
+    z, z_last = normalisers(sums, z)
     o, inverse = read_launch(fq, fk, y, None, states, normaliser=z, kernels=KERNELS)
     return o.to(v.dtype), inverse, torch.cat((last, z_last.unsqueeze(-1)), -1)
 
 
 def performer_bwd(q, k, v, wq, wk, state, o, inverse, do, dstate, features, weights):
-    """The gradients of q, k, v, wq, wk and the initial state, in four launches."""
-    fq, fk, y, first, z = triton_inputs(q, k, v, wq, wk, state, features)
-    (B, T, H, M), V = fq.shape, v.shape[3]
-    dn = (do.float() * inverse).to(y.dtype)
+    """The gradients of q, k, v, wq, wk and the initial state, in eight launches."""
+    dtype, y, first, z = product_inputs(v, state)
+    (B, T, H, _), V, M = q.shape, v.shape[3], wq.shape[1]
+    dn = (do.float() * inverse).to(dtype)
     dz = -(dn.float() * o).sum(-1)  # (B, T, H), of the rounded dn: the two nearly cancel
+    (fq, dsums), (fk, sums) = (feature_launch(*xw, features, dtype, n) for *xw, n in ((q, wq, dz), (k, wk, None)))
     states, _ = scan_launch(fk, y, None, first, torch.float32, kernels=KERNELS)
-    zs, _ = chunk_sums(fk, z.new_ones(B, T, H), z)
+    zs, _ = normalisers(sums, z)
     dlast = dstate[..., :-1].contiguous()
     dstates, dfirst = scan_launch(fq, dn, None, dlast, torch.float32, reverse=True, kernels=KERNELS)
-    dzs, dz_first = chunk_sums(fq, dz, dstate[..., -1], True)
+    dzs, dz_first = normalisers(dsums, dstate[..., -1], True)
     dv, _ = read_launch(fk, fq, dn, None, dstates, reverse=True, kernels=KERNELS)
     dfq, dfk = (torch.empty_like(fq, dtype=torch.float32) for _ in range(2))
 
@@ -348,9 +459,11 @@ def performer_bwd(q, k, v, wq, wk, state, o, inverse, do, dstate, features, weig
     KERNELS["grad"].launch(programs, *args, K=M, V=V, C=CHUNK, DOT=dot_type(fq.dtype))
     grads, dws = [], []
     for x, w, f, df in ((q, wq, fq, dfq), (k, wk, fk, dfk)):
-        through_features(df, f.float(), features)
-        grads.append(torch.einsum("bthm,hmd->bthd", df, w).to(x.dtype))
-        dws.append(torch.einsum("bthm,bthd->hmd", df, x.float()) if weights else w.new_empty(0))
+        grads.append(input_gradient(df, f, x, w, features))
+        if weights:
+            dws.append(torch.einsum("bthm,bthd->hmd", through_features(df, f.float(), features), x.float()))
+        else:
+            dws.append(w.new_empty(0))
     return *grads, dv.to(v.dtype), *dws, torch.cat((dfirst, dz_first.unsqueeze(-1)), -1)
 
 
@@ -372,6 +485,14 @@ def aot_specs():
             constants |= {} if name == "grad" else dict(GATED=False, HEAD=False)
             form = " reverse" if flags.get("REVERSE") else ""
             specs.append((f"performer_{name}{form} {V} #0", kernel, signature, constants))
+    for name, low in (("feature", {"p_f"}), ("input", {"p_f", "p_dx"})):
+        for width, i in itertools.product((64, 128), range(len(KERNELS[name].configs))):
+            kernel, config = KERNELS[name].function, KERNELS[name].options(dict(K=256, D=width))[i]
+            signature = {x: "*bf16" if x in low else "*fp32" for x in kernel.arg_names if x[:2] == "p_"}
+            signature |= dict.fromkeys("TH", "i32") | dict.fromkeys(("K", "D", "SX"), "i32:16")
+            constants = dict(C=CHUNK, DOT="tf32x3", FEATURES="softmax", **config)
+            constants |= dict(WEIGHED=False) if name == "feature" else {}
+            specs.append((f"performer_{name} {width} #{i}", kernel, signature, constants))
     return specs
 
 
