@@ -83,7 +83,9 @@ def draw_by_head(axis, name, found, types):
         axis.legend(fontsize=8, **above)
     axis.set_xticks(range(len(found)))
     axis.set(xlabel="layer; a mark for each head", xlim=(-0.5, len(found) - 0.5))
-    axis.set_ylabel(COLUMNS[name], fontsize=style.SMALL)
+    what, _, unit = COLUMNS[name].rstrip(")").partition(" (")
+    label = f"{unit} {what}" if what[:3] in ("of ", "on ") else COLUMNS[name]  # "mean gate of pairs"
+    axis.set_ylabel(label, fontsize=style.SMALL)
     axis.locator_params(axis="y", nbins=5, integer=name == "kept")
 
 

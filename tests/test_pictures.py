@@ -171,6 +171,8 @@ def test_no_row_of_the_overview_lacks_its_baseline(drawn):
             assert [t.get_text() for t in time.get_yticklabels()].count("softmax") == 1
             (base,) = (line for line in time.lines if line.get_linestyle() == ":")
             assert base.get_color() == style.colour("softmax") and time.get_xlim()[0] == 0
+            marks = [line for line in time.lines if line.get_marker() == "o" and line.get_color() == base.get_color()]
+            assert {*base.get_xdata()} == {*marks[0].get_xdata()} and len(marks) == 1
         else:
             assert text_colours(time) == {name: style.colour(name) for name in ("softmax", "gla", "gsa")}
 
