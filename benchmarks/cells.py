@@ -134,11 +134,11 @@ def score(run, stage, dataset, runtime):
 
 def run_stage(part, stage, card, dataset_of, commit):
     """Train and score the stage's runs that have no cell. Returns how many failed."""
-    runs, dataset = planned(stage, dataset_of)
-    dataset.split(stage.split)
     wanted = {t.strip().replace("+", ",") for t in card.types.split(",")} if card.types else {*ATTENTION, *HYBRIDS}
     if unknown := wanted - {*ATTENTION, *HYBRIDS}:
         raise ConfigError(f"--types: {', '.join(sorted(unknown))} is none of {', '.join((*ATTENTION, *HYBRIDS))}")
+    runs, dataset = planned(stage, dataset_of)
+    dataset.split(stage.split)
     runs = [run for run in runs if run.row in wanted]
     if stage.rates_of:
         source, name = stage.rates_of

@@ -489,6 +489,7 @@ def gsa_logit_kernel(
     p_p,  # (B, T, H, M) -> softmax
     p_dy,  # (B, T, H, M) -> gradient of its logits
     p_x,  # (B, T, H, M) -> z * dy + p * dp, both without their own token
+    p_wdy, p_wp,  # (B, T, H, M) -> scale * dy and p with the decay from the chunk's start, for the scan
     scale, T, H,
     K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
@@ -512,7 +513,8 @@ def gsa_logit_kernel(
         b_dA += dot(b_do, b_vt, DOT)
         b_dh += dot(b_do, b_h, DOT)
     b_dp, b_r = tree_gather(b_dA, b_s, b_g, C, BM, DOT)
-    b_dp += tl.exp2(b_r) * b_dh
+    b_head = tl.exp2(b_r)
+    b_dp += b_head * b_dh
     b_own = tl.zeros([C], tl.float32)
     for i in range(0, tl.cdiv(K, BK)):
         o_k = i * BK + tl.arange(0, BK)
@@ -526,6 +528,8 @@ def gsa_logit_kernel(
     store_tile(p_p + i_row * M, b_p, o_t, H * M, m_t, o_m, 1, m_m)
     store_tile(p_dy + i_row * M, b_dy, o_t, H * M, m_t, o_m, 1, m_m)
     store_tile(p_x + i_row * M, b_x + b_z * b_dy, o_t, H * M, m_t, o_m, 1, m_m)
+    store_tile(p_wdy + i_row * M, scale * b_dy * b_head, o_t, H * M, m_t, o_m, 1, m_m)
+    store_tile(p_wp + i_row * M, b_p * b_head, o_t, H * M, m_t, o_m, 1, m_m)
 
 
 @jit
@@ -658,13 +662,9 @@ def chunk(M):
     return 32 if M <= 64 else 16
 
 
-def scan_launch(xk, xv, wk, wv, g, dtype, first_k, first_v, scale, sizes, reverse=False):
-    """States (B * H, NT, K + V, M) on arrival at each chunk, and the two last ones. wk counts `scale` times."""
-    options = dict(reverse=reverse, chunk=sizes["C"], dtype=xk.dtype)
-    same = wv is wk  # then scale is 1
-    wk, total = weigh_launch(wk, g, scale, None, **options)
-    wv = wk if same else weigh_launch(wv, g, 1.0, None, **options)[0]
-    (B, T, H, K), V, M, C = xk.shape, xv.shape[-1], g.shape[-1], sizes["C"]
+def scan_launch(xk, xv, wk, wv, total, dtype, first_k, first_v, sizes, reverse=False):
+    """States (B * H, NT, K + V, M) on arrival at each chunk, and the two last ones. total: the gates' sums."""
+    (B, T, H, K), V, M, C = xk.shape, xv.shape[-1], wk.shape[-1], sizes["C"]
     h = xk.new_empty(B * H, -(-T // C), K + V, M, dtype=dtype)
     last = xk.new_empty(B, H, K, M, dtype=torch.float32), xk.new_empty(B, H, M, V, dtype=torch.float32)
     firsts = [y if x is None else x.contiguous() for x, y in zip((first_k, first_v), last)]
@@ -696,7 +696,8 @@ def gsa_fwd(q, k, v, s, g, hk, hv, scale):
     B, T, H, _ = q.shape
     o, z = v.new_empty(v.shape), s.new_empty(s.shape, dtype=torch.float32)
     sizes, q, k, v, s, g = alike(q, k, v, s, g)
-    h, *last = scan_launch(k, v, s, s, g, q.dtype, hk, hv, 1.0, sizes)
+    w, total = weigh_launch(s, g, 1.0, None, False, sizes["C"], q.dtype)
+    h, *last = scan_launch(k, v, w, w, total, q.dtype, hk, hv, sizes)
     launch("read", h, q, k, v, s, g, h, o, z, scale, T, H, **sizes)
     return o, *last, z, z.new_empty(0)
 
@@ -706,9 +707,11 @@ def gsa_bwd(do, dhk, dhv, q, k, v, s, g, hk, hv, z, scale):
     dq, dk, dv, ds, dg = (x.new_empty(x.shape) for x in (q, k, v, s, g))
     p, dy, x = (torch.empty_like(z) for _ in range(3))
     sizes, q, k, v, s, g, do = alike(q, k, v, s, g, do)
-    h, *_ = scan_launch(k, v, s, s, g, torch.float32, hk, hv, 1.0, sizes)
-    launch("logit", h, q, k, v, s, g, z, do, h, p, dy, x, scale, T, H, **sizes)
-    dh, *first = scan_launch(q, do, dy, p, g, torch.float32, dhk, dhv, scale, sizes, reverse=True)
+    w, total = weigh_launch(s, g, 1.0, None, False, sizes["C"], q.dtype)
+    h, *_ = scan_launch(k, v, w, w, total, torch.float32, hk, hv, sizes)
+    wdy, wp = torch.empty_like(w), torch.empty_like(w)
+    launch("logit", h, q, k, v, s, g, z, do, h, p, dy, x, wdy, wp, scale, T, H, **sizes)
+    dh, *first = scan_launch(q, do, wdy, wp, total, torch.float32, dhk, dhv, sizes, reverse=True)
     launch("write", h, q, k, v, do, s, g, p, dy, x, h, dh, ds, dg, scale, T, H, **sizes)
     launch("input", h, q, k, do, s, g, p, dy, h, dh, dq, dk, dv, scale, T, H, **sizes)
     return dq, dk, dv, ds, dg, *first
@@ -725,7 +728,7 @@ def aot_specs():
         ("gsa_write", "write", {}),
         ("gsa_input", "input", {}),
     ]
-    low = {"p_q", "p_k", "p_v", "p_o", "p_do", "p_xk", "p_xv", "p_wk", "p_wv", "p_dq", "p_dk", "p_dv"}
+    low = {"p_q", "p_k", "p_v", "p_o", "p_do", "p_xk", "p_xv", "p_wk", "p_wv", "p_wdy", "p_wp", "p_dq", "p_dk", "p_dv"}
     specs = []
     for title, name, flags in forms:
         kernel = KERNELS[name].function

@@ -473,13 +473,14 @@ def test_triton_interpreted(case):
 
 
 @triton_only
-def test_at_most_eight_launches(monkeypatch):
+def test_at_most_nine_launches(monkeypatch):
+    """Two weigh what a scan adds up, so that nothing is summed in its loop."""
     launched = []
     monkeypatch.setattr(Kernel, "launch", lambda self, *args, **kwargs: launched.append(self))
     ins, outs = draw(70)
     o, *_, z, _ = module.gsa_fwd(*ins, 1.0)
     module.gsa_bwd(outs[0], None, None, *ins, z, 1.0)
-    assert 0 < len(launched) <= 8
+    assert 0 < len(launched) <= 9
 
 
 @pytest.mark.gpu

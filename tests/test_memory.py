@@ -141,7 +141,7 @@ def test_the_estimate_leaves_the_run_as_it_is(tiny, tmp_path, monkeypatch):
 def test_one_process_without_memory_ends_all(monkeypatch):
     monkeypatch.setattr(memory, "refusal", lambda *a: None)
     world = types.SimpleNamespace(size=1, max=lambda values: [1])
-    dataset = types.SimpleNamespace(record_len=None)
+    dataset = types.SimpleNamespace(lengths=lambda block_size: (block_size,))
     with pytest.raises(TrainError, match="another process"):
         train.check_memory(TrainConfig(), world, CPU, dataset, shape("softmax"))
 
