@@ -175,7 +175,7 @@ def draw(groups, measure, path):
         losses = [after_start([e for e in log if e["split"] == "val"], "val_loss") for log in logs]
         end = style.band(panels[0], losses, line)
         ends += [(members[0].group, line["color"], *end)] if end else []
-    panels[0].set(xlabel="optimizer steps", ylabel="validation loss (nats per token)")
+    panels[0].set(xlabel="optimizer steps", ylabel="val loss, estimate (nats/token)")
     panels[0].locator_params(axis="x", nbins=5)
     style.label_ends(panels[0], ends)
     for panel, name in zip(panels[1:], measures):

@@ -83,7 +83,7 @@ def draw_loss(panel, found, against):
     if seen:
         margin = 0.05 * (max(seen) - min(seen)) or 0.1
         panel.set_ylim(min(seen) - margin, max(seen) + margin)
-    panel.set_ylabel("loss (nats per token)")
+    panel.set_ylabel("loss, estimate (nats/token)")
     style.label_ends(panel, ends)
 
 
@@ -131,7 +131,7 @@ def draw_seconds(key, panel, found):
 
 def draw_trajectories(group, stats, kind, panel, found):
     """A line for each parameter of each layer (and head) of the group's first run: colours are candidates of mask_mix,
-    layers of the others. The label stands at the middle of the ends of its lines."""
+    layers of the others. Lines that are few have labels; of many, one label stands in the middle of their ends."""
     layers = sorted({int(key.split(".")[1]) for e in stats for key in e["stats"] if key.endswith(f".{kind}")})
     iters, ends = [e["iter"] for e in stats], {}
     for i in layers:
@@ -144,9 +144,11 @@ def draw_trajectories(group, stats, kind, panel, found):
             panel.plot(iters, line, color=own[0], alpha=0.7, linewidth=1.2)
             own[1].append(float(line[-1]))
     panel.set(xlabel="optimizer steps", ylabel=TRAJECTORIES[kind])
+    what = "layer" if kind == "alpha" else "layer and head"
     panel.set_title(
-        f"{os.path.basename(os.path.normpath(group.folders[0]))}, a line for each number", fontsize=style.SMALL
+        f"{os.path.basename(os.path.normpath(group.folders[0]))}: a line for each {what}", fontsize=style.SMALL
     )
     panel.locator_params(nbins=5)
-    middle = {label: (code, sorted(ys)[len(ys) // 2]) for label, (code, ys) in ends.items()}
-    style.label_ends(panel, [(label, code, iters[-1], y) for label, (code, y) in middle.items()])
+    few = sum(len(ys) for _, ys in ends.values()) <= 20
+    marked = {label: (code, ys if few else [sorted(ys)[len(ys) // 2]]) for label, (code, ys) in ends.items()}
+    style.label_ends(panel, [(label, code, iters[-1], y) for label, (code, ys) in marked.items() for y in ys])

@@ -62,7 +62,7 @@ def draw(rows, sizes, path):
         ends += [(group.name, group.line["color"], *end)] if end else []
     for n in {row["trained in (tokens)"] for row in rows.values()}:
         panel.axvline(n, color="grey", linestyle=":", zorder=0)
-    panel.set(xlabel="context (tokens; dotted: the one in training)", ylabel=f"{split} bits per byte")
+    panel.set(xlabel="context (tokens; dotted: the one in training)", ylabel=f"{split} bits per byte; lower is better")
     style.tokens_axis(panel, sizes)
     style.label_ends(panel, ends)
     if any(len(group.folders) > 1 for group in found):

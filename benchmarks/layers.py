@@ -199,8 +199,16 @@ def plot_overview(rows, path):
             draw_single(axis, found, lengths[0], label)
     rounds = "lowest to highest of the rounds"
     note = f"T {lengths[0]:,}; bars: {rounds}; dotted line: softmax" if len(lengths) == 1 else f"bands: {rounds}"
-    figure.supxlabel(note, fontsize=style.SMALL)
+    figure.supxlabel(f"{note}; {tokens_of_a_call(rows)}; lower is better", fontsize=style.SMALL)
     style.save_figure(figure, path)
+
+
+def tokens_of_a_call(rows):
+    """In words; the longest sequences make larger calls."""
+    tokens = {row["T (tokens)"]: row["batch (sequences)"] * row["T (tokens)"] for row in rows}
+    usual = statistics.mode(tokens.values())
+    others = [f", {n:,} at T {T:,}" for T, n in tokens.items() if n != usual]
+    return f"a call has {usual:,} tokens{''.join(others)}"
 
 
 def draw_lengths(axis, found, lengths, label):

@@ -195,7 +195,7 @@ def draw_losses(found, logs, panel):
             losses = [after_start([e for e in log[1] if e["split"] == "val"], "val_loss") for log in logs[group.name]]
             end = style.band(panel, losses, group.line, places(logs[group.name], "tokens"))
             ends += [(group.name, group.line["color"], *end)] if end else []
-    panel.set(xlabel="trained on (tokens)", ylabel="validation loss (nats per token)")
+    panel.set(xlabel="trained on (tokens)", ylabel="val loss, estimate (nats/token)")
     panel.xaxis.set_major_formatter(style.thousands)
     panel.locator_params(axis="x", nbins=4)
     style.label_ends(panel, ends)

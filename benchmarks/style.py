@@ -28,7 +28,7 @@ OTHERS = ("#00a6d6", "#b25de0", "#5b8c00", "#d9381e", "#7d5a00", "#4358c8", "#c9
 CATEGORIES = ("#0b5fa5", "#c1440e", "#2fb5aa", "#e08e0b", "#a3123f", "#7a8f1e", "#6a3d9a", "#8a6d3b")  # no types
 MARKERS, DASHES = "os^Dv<>phPX*", ("-", "--", ":", "-.")
 FORMATS = (".png", ".pdf", ".svg")
-SPREAD = "mean over seeds; bars and bands: ± one standard deviation"
+SPREAD = "mean over seeds; bars, bands: ± one standard deviation; short marks: seeds"
 SMALL = 10  # points of labels at lines and cells
 
 
@@ -201,7 +201,7 @@ def dots(axis, rows, xlabel, best="low"):
             axis.plot(scores, [y] * len(scores), "|", color=code, alpha=0.6, markersize=9)
             axis.errorbar(mean, y, xerr=statistics.stdev(scores), color=code, capsize=3, linewidth=1.6)
         axis.plot(mean, y, marker=marker, color=code, markersize=6)
-    axis.set(xlabel=xlabel)
+    axis.set(xlabel=f"{xlabel}; {'lower' if best == 'low' else 'higher'} is better")
     axis.margins(x=0.12)
     name_rows(axis, [name for name, *_ in rows], [line["color"] for _, line, _ in rows])
 

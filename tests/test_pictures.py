@@ -116,7 +116,7 @@ def test_runs_that_differ_in_their_seed_are_a_group(trained, tmp_path):
 def test_curves_average_seeds_and_leave_out_the_start(trained, drawn):
     bench.main(["--what=curves", f"--out_dir={','.join(trained.values())}", "--json=", "--device=cpu"])
     panels = {(p.get_xlabel(), p.get_ylabel()): p for p in drawn["curves.png"].axes}
-    panel = panels["optimizer steps", "loss (nats per token)"]
+    panel = panels["optimizer steps", "loss, estimate (nats/token)"]
     lines = [line for line in panel.lines if line.get_marker() not in ("", "None")]
     assert len(lines) == 3 and len(panel.collections) == 1  # a band for the two seeds alone
     logs = [runs.read_log(trained[name])[1] for name in ("one", "two")]
@@ -126,7 +126,7 @@ def test_curves_average_seeds_and_leave_out_the_start(trained, drawn):
     assert panel.get_ylim()[1] < val[0][0]  # the untrained model's loss does not flatten the rest
     names = {"softmax", "gla", "gla,softmax"}
     assert text_colours(panel) == {name: style.colour(name) for name in names}
-    seconds = panels["training time (s)", ""]
+    seconds = panels["training time (s); lower is better", ""]
     assert {t.get_text(): t.get_color() for t in seconds.get_yticklabels()} == text_colours(panel)
     assert panels["training time (s)", "peak memory of the process (MB)"].get_ylim()[0] == 0
     bench.main(["--what=curves", f"--out_dir={trained['one']}", "--json=", "--device=cpu"])
@@ -149,7 +149,7 @@ def test_quality_shows_means_spreads_and_no_line_at_equal_budgets(trained, drawn
     bench.main(["--what=quality", "--split=val", f"--out_dir={','.join(trained.values())}", "--json=", "--device=cpu"])
     panels = drawn["quality.png"].axes
     scores, losses, context, *costs = panels
-    assert scores.get_xlabel() == "val bits per byte"
+    assert scores.get_xlabel() == "val bits per byte; lower is better"
     assert {t.get_text() for t in scores.get_yticklabels()} == {"softmax", "gla", "gla,softmax"}
     assert len(scores.containers) == 1  # the spread of the two seeds
     assert losses.get_xlabel() == "trained on (tokens)"
