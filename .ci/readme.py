@@ -13,24 +13,29 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = (
     "n_layer=1 n_head=2 n_embd=32 block_size=32 batch_size=2 max_iters=4 lr_decay_iters=4 eval_iters=1 eval_interval=2"
 )
+RECORDS = ("skip_trigrams", "parity", "mqar")
 SHAPE = ["--n_layer", "--n_head", "--n_embd", "--block_size"]
 SMALL = {  # what each script is given on top of the README's own arguments
     "train.py": TINY.split() + ["log_interval=1", "device=cpu", "eval_batch_size=512"],
     "compare.py": TINY.split() + ["log_interval=1", "device=cpu", "eval_batch_size=512"],
     "sample.py": ["max_new_tokens=20", "device=cpu"],
     "data/classify_stdlib/prepare.py": ["record_len=32"],
+    "data/mqar/prepare.py": ["train=64x4x200,64x8x200", "val=64x4x20", "test=128x8x20"],
     "bench.py": ["device=cpu", "lengths=16,64", "rounds=2", "seconds=0.05"],
 }
 
 
 def shown(command, folder):
     print("+", shlex.join(command), flush=True)
+    start = time.monotonic()
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    print(f"  {time.monotonic() - start:.0f} s", flush=True)
 
 
 def prepare_small_data(folder):
@@ -60,7 +65,7 @@ def run_block(language, block, folder):
         words = shlex.split(line, comments=True)
         script = next(word for word in words if word.endswith(".py"))
         given = [word.split("=")[0] for word in words]
-        given += SHAPE if "skip_trigrams" in line or "parity" in line else []  # the data decide it
+        given += SHAPE if any(name in line for name in RECORDS) else []  # the data decide it
         extra = [f"--{key}" for key in SMALL.get(script, []) if f"--{key.split('=')[0]}" not in given]
         if words[0] == "python":
             words[0] = sys.executable
