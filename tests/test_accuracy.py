@@ -85,7 +85,7 @@ def test_pictures_show_accuracy(tiny, tmp_path, labelled_dataset, drawn):
     for what in ("curves", "quality"):
         bench.main([f"--what={what}", f"--out_dir={folder}", f"--png={what}.png", "--json=", "--device=cpu"])
     assert ("optimizer steps", "accuracy (share)") in drawn["curves.png"]
-    assert [x for x, _ in drawn["quality.png"]].count("val accuracy (share)") == 1
+    assert [x for x, _ in drawn["quality.png"]].count("val accuracy (share); higher is better") == 1
     figure, (panel,) = style.grid(1)
     steps, evaluations, _ = runs.read_log(folder)
     val = [e for e in evaluations if e["split"] == "val"]

@@ -45,6 +45,7 @@ def without_time(found):
     return [{k: v for k, v in cell.items() if "seconds" not in k} for cell in found]
 
 
+@pytest.mark.slow
 def test_a_part_is_run_once(text_dataset, tmp_path, monkeypatch, started, capsys):
     """Also in a fresh clone; the runs of a stage serve the next; with other settings a cell is run again."""
     monkeypatch.setattr(card, "PARTS", stages(text_dataset, "--pos_emb=rope"))
@@ -105,6 +106,7 @@ def test_the_best_rate_needs_all_of_them():
     assert cells.best_rates(found, "rates", {1e-3, 3e-3}) == {"gla": 3e-3, "gdn": 1e-3}
 
 
+@pytest.mark.slow
 def test_every_part_can_be_planned():
     """All types, the hybrids as patterns that have both of their types, and equal parameters within 1 %."""
 

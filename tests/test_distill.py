@@ -519,7 +519,7 @@ def test_curves_of_a_student(tiny, tmp_path, teacher, monkeypatch):
     rows = [e for e in read_log(tmp_path / "student") if e.get("split") == "val"]
     line, rows = panels["KL from the teacher (nats per token)"].lines[0], rows[1:]  # step 0 is left out
     assert list(line.get_ydata()) == [e["kl"] for e in rows] and list(line.get_xdata()) == [e["iter"] for e in rows]
-    losses = panels["loss (nats per token)"].lines
+    losses = panels["loss, estimate (nats/token)"].lines
     assert [len(line.get_xdata()) for line in losses[:2]] == [30, 4]
     assert "peak memory of the process (MB)" in panels
     assert sum(len(line.get_xdata()) == 5 for line in panels[curves.TRAJECTORIES["alpha"]].lines) == 4  # 2 layers

@@ -123,6 +123,7 @@ def test_muon_of_shards(group, fresh_rng):
 # checkpoints in shards
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_any_number_of_processes(arguments, tmp_path, capsys):
     """Begun in two processes with shares: resumed there it is bit for bit the run that was not stopped, also with
     dropout; in one process and back it is the same to 1e-5. One command makes a ckpt.pt of the shards."""
