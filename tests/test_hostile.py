@@ -370,6 +370,7 @@ def runs(tmp_path_factory, text_dataset):
 @st.composite
 def tensors(draw, like):
     """A tensor that is not quite `like`, or not at all."""
+    like = like.half() if like.dtype == torch.float8_e4m3fn else like  # spoiled twice; few operations take float8
     kind = draw(st.integers(0, 7))
     if kind == 0:
         dtypes = [torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.uint8]
