@@ -133,7 +133,7 @@ def split(offsets, block):
 @functools.lru_cache(4096)
 def cost(plan, T, heads=1):
     """Nanoseconds of a forward and backward pass over heads that go together, fitted on one AVX-512 core: scores, of
-    of which small blocks make fewer and slower ones, and the calls of each segment."""
+    which small blocks make fewer and slower ones, and the calls of each segment."""
     if plan.flat:
         parts = edges(plan, T)
         sums = ((z - a) * (14.5 * (z - a) + 9 * (a - lo) + 21 * (lo - start)) for a, z, lo, start in parts)
@@ -157,8 +157,10 @@ def together(plan, T):
 def segments(plan, T):
     """(first query, blocks, [(run, furthest distance, keys of the run)], keys of a block) of each segment. Blocks near
     the start have fewer keys, and a segment those of its last block: it ends where that would waste more scores than
-    the calls of one more segment cost, a share of them where several rows are worked on together."""
-    found, a, C = [], 0, plan.block
+    the calls of one more segment cost, a share of them where several rows are worked on together. Blocks without a key
+    are in none."""
+    C = plan.block
+    found, a = [], 0 if plan.prefix else min((lo for lo, _ in plan.runs), default=0) // C * C
     bearable = CALLS // max(1, SEGMENT // (T * max(1, widths(plan, T)[1])))
     while a < T:
         n, waste, width = 1, 0, widths(plan, a)[1]
@@ -414,7 +416,7 @@ class Band:
 
 def row_groups(x, heads, band):
     """Slices of (batch, heads) to work on together: one row alone where its blocks fill a segment."""
-    fits = max(1, SEGMENT // max(n * band.C * width for _, n, _, width in band.parts))
+    fits = max(1, SEGMENT // max([1] + [n * band.C * width for _, n, _, width in band.parts]))
     B, H = x.shape[0], len(range(*heads.indices(x.shape[2])))
     h = min(H, fits)
     b = min(B, fits // h) if h == H else 1
@@ -528,6 +530,7 @@ def banded_backward(q, k, v, table, prefix, o, lse, do, scale, constant_ones):
             dfirst[:, band.T :] = 0
             dprefix[i] = torch.zeros_like(prefix[i]).mT.scatter_add(1, band.far, dfirst).mT
     dtable = dtable.masked_fill(flat(table), 0.0) if constant_ones else dtable
+    dq = dq.masked_fill_(blind.T[None, :, :, None], 0.0) if blind.any() else dq
     return dq, dk, dv, dtable.to(shapes[0].dtype), dprefix.to(shapes[1].dtype)
 
 

@@ -18,7 +18,7 @@ from kernels import distance as D
 from kernels.distance import distance
 from model import GPT, GPTConfig, param_groups
 
-KINDS = ("span", "full", "mixed", "few", "noself", "multiples", "wave", "nothing")
+KINDS = ("span", "full", "mixed", "few", "noself", "multiples", "wave", "far", "nothing")
 TOLERANCES = {torch.float64: (1e-10,) * 6, torch.float32: (2e-6,) + (2e-5,) * 5}
 
 
@@ -38,6 +38,8 @@ def masks(kind, H, T, rng):
             m[h, [min(3, T - 1), T // 2]] = torch.rand(2, dtype=torch.float64) + 0.1
         elif kind == "multiples":
             m[h, :: int(rng.integers(2, 6))] = rng.uniform(0.1, 1)
+        elif kind == "far":  # the first queries see no key
+            m[h, int(rng.integers(T // 4, T)) :: int(rng.integers(1, 4))] = rng.uniform(0.1, 1)
         elif kind == "wave":
             P, rho = rng.uniform(2, 8), rng.uniform(-0.25, 0.25)
             m[h] = span * (0.5 + P * (rho + 0.25) - (x - P * (x / P).round()).abs()).clamp(0, 1)
@@ -90,7 +92,7 @@ def test_lengths(T, kind, fresh_rng):
     compare(draw(2, T, 3, 8, 8, kind, 0, fresh_rng, shared=True))
 
 
-@pytest.mark.parametrize("kind", ["span", "wave", "few", "multiples", "noself"])
+@pytest.mark.parametrize("kind", ["span", "wave", "few", "multiples", "noself", "far"])
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 def test_every_block_size_and_several_segments(block, kind, fresh_rng, monkeypatch):
     """Small segments: borders between them, and between rows; the caches hold plans of the usual sizes."""
