@@ -91,6 +91,7 @@ class GPTConfig:
     gsa_n_head: int = key(0, "heads; 0: one for each 128 of n_embd", "gsa", low=0)
     gsa_slots: int = key(64, "slots of a head", "gsa", low=1)
     gsa_gate_normalizer: float = key(8.0, "root of the gate: larger remembers longer", "gsa", low=0.1)
+    gsa_gate_min: float | None = key(None, "bound of the log-gate: from -1.25 up less work on a GPU", "gsa", high=0.0)
     delta_n_head: int = key(0, "heads; 0: one for each 128 of n_embd", "delta rule", low=0)
     delta_expand_v: float = key(1.0, "width of all values, as a share of n_embd", "delta rule", low=0.01)
     delta_conv: int = key(4, "tokens of the convolution over q, k and v; 0: none", "delta rule", low=0, high=64)
@@ -854,7 +855,8 @@ class GatedSlotAttention(Attention):
 
         K~_t = diag(a_t) K~_{t-1} + (1 - a_t) k_t^T,   V~_t likewise with v_t,   o_t = V~_t^T softmax(K~_t q_t)
 
-    with a forget gate a_t = sigmoid(W_f x_t)^(1/normalizer) for each slot. Decoding keeps the slots alone."""
+    with a forget gate a_t = sigmoid(W_f x_t)^(1/normalizer) for each slot, whose log gsa_gate_min may bound from below.
+    Decoding keeps the slots alone."""
 
     families = ("output gate",)
 
@@ -873,10 +875,10 @@ class GatedSlotAttention(Attention):
         self.ln_o = RMSNorm(inner)
         self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
         self.resid_dropout = make_dropout(config)
-        self.normalizer = config.gsa_gate_normalizer
+        self.normalizer, self.gate_min = config.gsa_gate_normalizer, config.gsa_gate_min
 
     def forward(self, x):
-        o, _ = gsa(*self._inputs(x), scale=1.0)
+        o, _ = gsa(*self._inputs(x), scale=1.0, gate_min=self.gate_min)
         return self._project(o, x), torch.zeros((), device=x.device)
 
     def init_state(self, batch, max_len):
@@ -885,7 +887,8 @@ class GatedSlotAttention(Attention):
         return tuple(torch.zeros(shape, dtype=dtype, device=w.device) for shape in ((batch, H, D, M), (batch, H, M, D)))
 
     def step(self, x, state):
-        o, state = gsa(*self._inputs(x), scale=1.0, initial_state=state, output_final_state=True)
+        options = dict(scale=1.0, gate_min=self.gate_min)
+        o, state = gsa(*self._inputs(x), initial_state=state, output_final_state=True, **options)
         return self._project(o, x), state
 
     def flops(self, T):
@@ -903,6 +906,7 @@ class GatedSlotAttention(Attention):
         parts = self.c_attn(x).split(list(self.parts.values()), -1)
         q, k, v, f = (t.unflatten(-1, (self.n_head, -1)) for t in parts)
         g = F.logsigmoid(full_precision(f)) / self.normalizer  # (B, T, H, M)
+        g = g if self.gate_min is None else g.clamp(min=self.gate_min)
         s = -torch.expm1(g)  # 1 - a without cancellation: a nearly closed slot still learns
         return F.silu(q), F.silu(k), F.silu(v), s, g  # q, k, v (B, T, H, D)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import Case, at_once, check, in_autocast, in_steps, jit, leave_autocast, operator, tl, triton
-from .gla import LOG2E, compute_dtype, double_sums, tree_level, weigh_launch
+from .gla import LOG2E, compute_dtype, double_sums, floor, is_factorised, pick_row, tree_level, weigh_launch
 from .launch import Kernel, choose, configurations, dot, dot_type, operand, power, split
 
 CHUNK = 64  # tokens a chunk, in every backend
@@ -26,12 +26,13 @@ FACTOR_SUM = -60.0
 # ----------------------------------------------------------------------------- oracle
 
 
-def gsa_recurrent(q, k, v, s, g, scale=None, initial_state=None):
+def gsa_recurrent(q, k, v, s, g, scale=None, initial_state=None, gate_min=None):
     """One token at a time, in fp64 for fp64 inputs and fp32 otherwise; what every other form is tested against."""
     B, T, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
     scale = K**-0.5 if scale is None else scale
     dtype, acc = v.dtype, compute_dtype(q.dtype)
     q, k, v, s, g = (x.to(acc) for x in (q, k, v, s, g))
+    g = g if gate_min is None else g.clamp(min=gate_min)
     if initial_state is None:
         hk, hv = q.new_zeros(B, H, K, M), q.new_zeros(B, H, M, V)
     else:
@@ -169,7 +170,7 @@ def operations(T, H, K, V, M):
     return 4 * M * (K + V) * H * T, H * -(-T // C) * (4 * C * M * (K + V) + 2 * C * C * (K + V + 3 * M))
 
 
-def chunk_fwd(q, k, v, s, g, hk, hv, scale):
+def chunk_fwd(q, k, v, s, g, hk, hv, scale, gate_min):
     """-> o, the final states, and for the backward pass the logits without their own token, and the states at the
     chunk borders, keys and values side by side (chunks + 1, B * H, M, K + V)."""
     (B, _, H, K), V, M = q.shape, v.shape[-1], s.shape[-1]
@@ -185,7 +186,7 @@ def chunk_fwd(q, k, v, s, g, hk, hv, scale):
         qc = load(n, C, acc, q[:, here]).mul_(scale)
         kv = load(n, C, acc, k[:, here], v[:, here])
         sc, gc = load(n, C, acc, s[:, here]), load(n, C, acc, g[:, here])
-        decay = Decay(gc, sc)
+        decay = Decay(gc if gate_min is None else gc.clamp_(min=gate_min), sc)
         S = walk(borders[t // C : t // C + n + 1], decay, kv)
         P, own = causal_scores(qc, kv[..., :K])
         zc = decay.gather(P, torch.bmm(qc, S[..., :K].mT))
@@ -211,7 +212,7 @@ def walk(S, decay, kv):
     return S[:-1].flatten(0, 1)
 
 
-def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale):
+def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale, gate_min):
     """-> dq, dk, dv, ds, dg, and the gradients of the initial states."""
     (B, _, H, K), V, M = q.shape, v.shape[-1], s.shape[-1]
     acc = z.dtype
@@ -226,7 +227,10 @@ def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale):
         q_, k_, v_, s_, g_, z_, do_ = (x[:, here] for x in (q, k, v, s, g, z, do))
         qc, kv = load(n, C, acc, q_).mul_(scale), load(n, C, acc, k_, v_)
         sc, gc, zc, dc = (load(n, C, acc, x) for x in (s_, g_, z_, do_))
-        *parts, dS = segment_bwd(qc, kv, sc, gc, zc, dc, borders[t // C : t // C + n], dS)
+        bounded = gc if gate_min is None else gc.clamp(min=gate_min)
+        *parts, dS = segment_bwd(qc, kv, sc, bounded, zc, dc, borders[t // C : t // C + n], dS)
+        if gate_min is not None:  # no gradient below
+            parts[4].masked_fill_(gc < gate_min, 0.0)
         parts[0].mul_(scale)
         for grad, part in zip(grads, parts):
             store(grad[:, here], part)
@@ -293,8 +297,9 @@ def gate_gradient(x, carried, through):
 #     input    dq, dk and dv of one chunk
 #
 # The states and their gradients: (B, H, NT, K + V, M). Decays inside a chunk follow the tree of `Decay`, in a loop of
-# its own over the levels: unrolled, all of them want their registers at once. Gates are loaded in log2 units. A product
-# and its transpose are two products, because some versions of Triton transpose an accumulator wrongly.
+# its own over the levels: unrolled, all of them want their registers at once. Bounded gates are FACTORISED about the
+# middle of the chunk: one product instead of a tree of them. Gates are loaded in log2 units. A product and its
+# transpose are two products, because some versions of Triton transpose an accumulator wrongly.
 
 
 @jit
@@ -324,52 +329,88 @@ def diagonal(b_A, C: tl.constexpr):
 
 
 @jit
-def tree_gather(b_P, b_s, b_g, C: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr):
+def load_log_gates(p_g, o_t, stride, m_t, o_m, m_m, gate_min):
+    """[C, BM], 0 where masked, in log2 units."""
+    return tl.maximum(load_tile(p_g, o_t, stride, m_t, o_m, 1, m_m).to(tl.float32), gate_min) * LOG2E
+
+
+@jit
+def around_middle(b_g, C: tl.constexpr):
+    """The gates from the chunk's start through each token, without and with those of its first half taken off."""
+    b_b = tl.cumsum(b_g, 0)
+    return b_b, b_b - pick_row(b_b, C // 2 - 1, C)[None, :]
+
+
+@jit
+def gather(b_P, b_s, b_g, C: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, FACTORISED: tl.constexpr):
     """sum_{j<i} P_ij e^(b_i - b_j) s_j [C, BM]; and the gates from the chunk's start through each token."""
-    b_out, b_r, b_l = tl.zeros([C, BM], tl.float32), b_g, tl.zeros([C, BM], tl.float32)
-    h = 1
-    while h < C:
-        b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
-        b_Ph = operand(tl.where(m_same, b_P, 0.0), DOT)
-        b_out += b_er * dot(b_Ph, b_s * b_el, DOT)
-        b_r, b_l = double_sums(b_r, b_l, h, C, BM)
-        h *= 2
+    if FACTORISED:
+        o_c = tl.arange(0, C)
+        b_r, b_e = around_middle(b_g, C)
+        b_Pl = tl.where(o_c[:, None] > o_c[None, :], b_P, 0.0)
+        b_out = tl.exp2(b_e) * dot(b_Pl, b_s * tl.exp2(-b_e), DOT)
+    else:
+        b_out, b_r, b_l = tl.zeros([C, BM], tl.float32), b_g, tl.zeros([C, BM], tl.float32)
+        h = 1
+        while h < C:
+            b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
+            b_Ph = operand(tl.where(m_same, b_P, 0.0), DOT)
+            b_out += b_er * dot(b_Ph, b_s * b_el, DOT)
+            b_r, b_l = double_sums(b_r, b_l, h, C, BM)
+            h *= 2
     return b_out, b_r
 
 
 @jit
-def tree_scores(b_x, b_s, b_g, C: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, TRANSPOSED: tl.constexpr):
+def outer(b_i, b_j, DOT: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The products of the rows of two matrices, those of the first down, or with TRANSPOSED across."""
+    if TRANSPOSED:
+        return dot(b_j, tl.trans(operand(b_i, DOT)), DOT)
+    return dot(b_i, tl.trans(operand(b_j, DOT)), DOT)
+
+
+@jit
+def scores(
+    b_x, b_s, b_g, C: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, FACTORISED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
     """A_ij = sum_m x_im s_jm e^(b_i - b_j) for j <= i, else 0 [C, C], or its transpose."""
     o_c = tl.arange(0, C)
-    b_A = tl.where(o_c[:, None] == o_c[None, :], tl.sum(b_x * b_s, 1)[:, None], 0.0)
-    b_r, b_l = b_g, tl.zeros([C, BM], tl.float32)
-    h = 1
-    while h < C:
-        b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
-        b_i, b_j = b_x * b_er, b_s * b_el
-        if TRANSPOSED:
-            b_Ah = dot(b_j, tl.trans(b_i), DOT)
-        else:
-            b_Ah = dot(b_i, tl.trans(b_j), DOT)
-        b_A += tl.where(m_same, b_Ah, 0.0)
-        b_r, b_l = double_sums(b_r, b_l, h, C, BM)
-        h *= 2
+    o_i, o_j = o_c[:, None], o_c[None, :]
+    if FACTORISED:
+        _, b_e = around_middle(b_g, C)
+        b_A = outer(b_x * tl.exp2(b_e), b_s * tl.exp2(-b_e), DOT, TRANSPOSED)
+        b_A = tl.where(o_i <= o_j if TRANSPOSED else o_i >= o_j, b_A, 0.0)
+    else:
+        b_A = tl.where(o_i == o_j, tl.sum(b_x * b_s, 1)[:, None], 0.0)
+        b_r, b_l = b_g, tl.zeros([C, BM], tl.float32)
+        h = 1
+        while h < C:
+            b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
+            b_A += tl.where(m_same, outer(b_x * b_er, b_s * b_el, DOT, TRANSPOSED), 0.0)
+            b_r, b_l = double_sums(b_r, b_l, h, C, BM)
+            h *= 2
     return b_A
 
 
 @jit
-def tree_scatter(b_PT, b_x, b_QT, b_y, b_g, C: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr):
-    """sum_{i>j} e^(b_i - b_j) (P_ij x_i + Q_ij y_i) [C, BM], P and Q given transposed; and the gates from after each
-    token to the chunk's end."""
-    b_out, b_r, b_l = tl.zeros([C, BM], tl.float32), b_g, tl.zeros([C, BM], tl.float32)
-    h = 1
-    while h < C:
-        b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
-        b_sum = dot(tl.where(m_same, b_PT, 0.0), b_x * b_er, DOT)
-        b_sum += dot(tl.where(m_same, b_QT, 0.0), b_y * b_er, DOT)
-        b_out += b_el * b_sum
-        b_r, b_l = double_sums(b_r, b_l, h, C, BM)
-        h *= 2
+def scatter(b_PT, b_x, b_g, C: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, FACTORISED: tl.constexpr):
+    """sum_{i>j} P_ij e^(b_i - b_j) x_i [C, BM], P given transposed; and the gates from after each token to the chunk's
+    end."""
+    if FACTORISED:
+        o_c = tl.arange(0, C)
+        b_b, b_e = around_middle(b_g, C)
+        b_PT = tl.where(o_c[:, None] < o_c[None, :], b_PT, 0.0)
+        b_out = tl.exp2(-b_e) * dot(b_PT, b_x * tl.exp2(b_e), DOT)
+        b_l = tl.sum(b_g, 0)[None, :] - b_b
+    else:
+        b_out, b_r, b_l = tl.zeros([C, BM], tl.float32), b_g, tl.zeros([C, BM], tl.float32)
+        h = 1
+        while h < C:
+            b_er, b_el, m_same = tree_level(b_r, b_l, h, C)
+            b_out += b_el * dot(tl.where(m_same, b_PT, 0.0), b_x * b_er, DOT)
+            b_r, b_l = double_sums(b_r, b_l, h, C, BM)
+            h *= 2
     return b_out, b_l
 
 
@@ -440,9 +481,9 @@ def gsa_read_kernel(
     p_h,  # (B, H, NT, K + V, M) states at the start of each chunk
     p_o,  # (B, T, H, V)
     p_z,  # (B, T, H, M) logits without their own token
-    scale, T, H,
+    scale, T, H, gate_min,
     K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    FACTORISED: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """z = scale * (head * (q hk) + gather(q k^T)), p = softmax(z + own * s), o = scores(p) v + (p * head) hv."""
     i_t, i_bh = split(tl.program_id(0), tl.cdiv(T, C))
@@ -452,7 +493,7 @@ def gsa_read_kernel(
     m_t, m_m = o_t < T, o_m < M
     p_h += (i_bh * tl.cdiv(T, C) + i_t) * (K + V) * M
     b_s = load_tile(p_s + i_row * M, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)  # [C, BM]
-    b_g = load_tile(p_g + i_row * M, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32) * LOG2E
+    b_g = load_log_gates(p_g + i_row * M, o_t, H * M, m_t, o_m, m_m, gate_min)
     b_P, b_qh = tl.zeros([C, C], tl.float32), tl.zeros([C, BM], tl.float32)
     for i in range(0, tl.cdiv(K, BK)):
         o_k = i * BK + tl.arange(0, BK)
@@ -462,12 +503,12 @@ def gsa_read_kernel(
         b_h = load_tile(p_h, o_k, M, m_k, o_m, 1, m_m)  # [BK, BM]
         b_P += dot(b_q, b_kt, DOT)
         b_qh += dot(b_q, b_h, DOT)
-    b_z, b_r = tree_gather(b_P, b_s, b_g, C, BM, DOT)
+    b_z, b_r = gather(b_P, b_s, b_g, C, BM, DOT, FACTORISED)
     b_head = tl.exp2(b_r)
     b_z = scale * (b_z + b_head * b_qh)
     store_tile(p_z + i_row * M, b_z, o_t, H * M, m_t, o_m, 1, m_m)
     b_p = masked_softmax(b_z + scale * diagonal(b_P, C) * b_s, m_m)
-    b_A = operand(tree_scores(b_p, b_s, b_g, C, BM, DOT, False), DOT)
+    b_A = operand(scores(b_p, b_s, b_g, C, BM, DOT, FACTORISED, False), DOT)
     b_p = operand(b_p * b_head, DOT)
     for i in range(0, tl.cdiv(V, BV)):
         o_v = i * BV + tl.arange(0, BV)
@@ -490,9 +531,9 @@ def gsa_logit_kernel(
     p_dy,  # (B, T, H, M) -> gradient of its logits
     p_x,  # (B, T, H, M) -> z * dy + p * dp, both without their own token
     p_wdy, p_wp,  # (B, T, H, M) -> scale * dy and p with the decay from the chunk's start, for the scan
-    scale, T, H,
+    scale, T, H, gate_min,
     K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    FACTORISED: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """dp = head * (do hv^T) + gather(do v^T), dy = p * (dp - sum p dp)."""
     i_t, i_bh = split(tl.program_id(0), tl.cdiv(T, C))
@@ -501,8 +542,11 @@ def gsa_logit_kernel(
     o_t, o_m = i_t * C + tl.arange(0, C), tl.arange(0, BM)
     m_t, m_m = o_t < T, o_m < M
     p_h += (i_bh * tl.cdiv(T, C) + i_t) * (K + V) * M + K * M
-    b_s = load_tile(p_s + i_row * M, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)  # [C, BM]
-    b_g = load_tile(p_g + i_row * M, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32) * LOG2E
+    b_own = tl.zeros([C], tl.float32)  # what a token's logits get of its own key
+    for i in range(0, tl.cdiv(K, BK)):
+        o_k = i * BK + tl.arange(0, BK)
+        b_q = load_tile(p_q + i_row * K, o_t, H * K, m_t, o_k, 1, o_k < K).to(tl.float32)
+        b_own += tl.sum(b_q * load_tile(p_k + i_row * K, o_t, H * K, m_t, o_k, 1, o_k < K).to(tl.float32), 1)
     b_dA, b_dh = tl.zeros([C, C], tl.float32), tl.zeros([C, BM], tl.float32)
     for i in range(0, tl.cdiv(V, BV)):
         o_v = i * BV + tl.arange(0, BV)
@@ -512,18 +556,16 @@ def gsa_logit_kernel(
         b_h = load_tile(p_h, o_v, M, m_v, o_m, 1, m_m)  # [BV, BM]
         b_dA += dot(b_do, b_vt, DOT)
         b_dh += dot(b_do, b_h, DOT)
-    b_dp, b_r = tree_gather(b_dA, b_s, b_g, C, BM, DOT)
+    b_dA_own = diagonal(b_dA, C)
+    b_s = load_tile(p_s + i_row * M, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)  # [C, BM]
+    b_g = load_log_gates(p_g + i_row * M, o_t, H * M, m_t, o_m, m_m, gate_min)
+    b_dp, b_r = gather(b_dA, b_s, b_g, C, BM, DOT, FACTORISED)
     b_head = tl.exp2(b_r)
     b_dp += b_head * b_dh
-    b_own = tl.zeros([C], tl.float32)
-    for i in range(0, tl.cdiv(K, BK)):
-        o_k = i * BK + tl.arange(0, BK)
-        b_q = load_tile(p_q + i_row * K, o_t, H * K, m_t, o_k, 1, o_k < K).to(tl.float32)
-        b_own += tl.sum(b_q * load_tile(p_k + i_row * K, o_t, H * K, m_t, o_k, 1, o_k < K).to(tl.float32), 1)
     b_z = load_tile(p_z + i_row * M, o_t, H * M, m_t, o_m, 1, m_m)
     b_p = masked_softmax(b_z + scale * b_own[:, None] * b_s, m_m)
     b_x = b_p * b_dp
-    b_dp += diagonal(b_dA, C) * b_s
+    b_dp += b_dA_own * b_s
     b_dy = b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None])
     store_tile(p_p + i_row * M, b_p, o_t, H * M, m_t, o_m, 1, m_m)
     store_tile(p_dy + i_row * M, b_dy, o_t, H * M, m_t, o_m, 1, m_m)
@@ -540,22 +582,23 @@ def gsa_write_kernel(
     p_h,  # (B, H, NT, K + V, M) states at the start of each chunk
     p_dh,  # (B, H, NT, K + V, M) gradients of the states at the end of each chunk
     p_ds, p_dg,  # (B, T, H, M)
-    scale, T, H,
+    scale, T, H, gate_min,
     K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    FACTORISED: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """ds = scatter(do v^T, p, q k^T, dy) + tail * (k dhk + v dhv) + the own token's; dg as in `gate_gradient`."""
-    i_t, i_bh = split(tl.program_id(0), tl.cdiv(T, C))
+    """ds = scatter(do v^T, p, q k^T, dy) + tail * (k dhk + v dhv) + the own token's; dg as in `gate_gradient`. BM slots
+    of them."""
+    i_m, i = split(tl.program_id(0), tl.cdiv(M, BM))
+    i_t, i_bh = split(i, tl.cdiv(T, C))
     i_bh = i_bh.to(tl.int64)
     i_row = (i_bh // H) * T * H + i_bh % H
     p_q, p_k, p_v, p_do = p_q + i_row * K, p_k + i_row * K, p_v + i_row * V, p_do + i_row * V
     p_s, p_g, p_p, p_dy, p_x = p_s + i_row * M, p_g + i_row * M, p_p + i_row * M, p_dy + i_row * M, p_x + i_row * M
-    o_t, o_m = i_t * C + tl.arange(0, C), tl.arange(0, BM)
+    o_t, o_m = i_t * C + tl.arange(0, C), i_m * BM + tl.arange(0, BM)
     m_t, m_m = o_t < T, o_m < M
     p_h += (i_bh * tl.cdiv(T, C) + i_t) * (K + V) * M
     p_dh += (i_bh * tl.cdiv(T, C) + i_t) * (K + V) * M
-    b_PT, b_dAT = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    b_carried, b_through = tl.zeros([C, BM], tl.float32), tl.zeros([BM], tl.float32)
+    b_PT, b_carried, b_through = tl.zeros([C, C], tl.float32), tl.zeros([C, BM], tl.float32), tl.zeros([BM], tl.float32)
     for i in range(0, tl.cdiv(K, BK)):
         o_k = i * BK + tl.arange(0, BK)
         m_k = o_k < K
@@ -564,27 +607,34 @@ def gsa_write_kernel(
         b_dh = load_tile(p_dh, o_k, M, m_k, o_m, 1, m_m)  # [BK, BM]
         b_through += tl.sum(b_dh * load_tile(p_h, o_k, M, m_k, o_m, 1, m_m), 0)
         b_carried += dot(b_k, b_dh, DOT)
+    b_g = load_log_gates(p_g, o_t, H * M, m_t, o_m, m_m, gate_min)  # [C, BM]
+    b_PT *= scale
+    b_dy = load_tile(p_dy, o_t, H * M, m_t, o_m, 1, m_m)
+    b_ds, b_l = scatter(b_PT, b_dy, b_g, C, BM, DOT, FACTORISED)
+    b_own = diagonal(b_PT, C) * b_dy
+    b_PT = tl.zeros([C, C], tl.float32)  # of do v^T from here on
     for i in range(0, tl.cdiv(V, BV)):
         o_v = i * BV + tl.arange(0, BV)
         m_v = o_v < V
         b_v = load_tile(p_v, o_t, H * V, m_t, o_v, 1, m_v)  # [C, BV]
-        b_dAT += dot(b_v, load_tile(p_do, o_v, 1, m_v, o_t, H * V, m_t), DOT)
+        b_PT += dot(b_v, load_tile(p_do, o_v, 1, m_v, o_t, H * V, m_t), DOT)
         b_dh = load_tile(p_dh + K * M, o_v, M, m_v, o_m, 1, m_m)  # [BV, BM]
         b_through += tl.sum(b_dh * load_tile(p_h + K * M, o_v, M, m_v, o_m, 1, m_m), 0)
         b_carried += dot(b_v, b_dh, DOT)
-    b_PT *= scale
-    b_g = load_tile(p_g, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32) * LOG2E  # [C, BM]
     b_p = load_tile(p_p, o_t, H * M, m_t, o_m, 1, m_m)
-    b_dy = load_tile(p_dy, o_t, H * M, m_t, o_m, 1, m_m)
-    b_ds, b_l = tree_scatter(b_PT, b_dy, b_dAT, b_p, b_g, C, BM, DOT)
+    b_more, b_l = scatter(b_PT, b_p, b_g, C, BM, DOT, FACTORISED)
+    b_ds += b_more
+    b_own += diagonal(b_PT, C) * b_p
     b_s = load_tile(p_s, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)
     b_carried *= tl.exp2(b_l)
     b_y = load_tile(p_x, o_t, H * M, m_t, o_m, 1, m_m) - b_s * b_ds
     b_before = b_s * b_carried
     b_dg = tl.cumsum(b_y, 0, reverse=True) + tl.cumsum(b_before, 0) - b_before
     b_dg += (tl.exp2(tl.sum(b_g, 0)) * b_through)[None, :]
+    m_open = load_tile(p_g, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32) >= gate_min
+    b_dg = tl.where(m_open, b_dg, 0.0)
     store_tile(p_dg + i_row * M, b_dg, o_t, H * M, m_t, o_m, 1, m_m)
-    b_ds += b_carried + diagonal(b_PT, C) * b_dy + diagonal(b_dAT, C) * b_p
+    b_ds += b_carried + b_own
     store_tile(p_ds + i_row * M, b_ds, o_t, H * M, m_t, o_m, 1, m_m)
 
 
@@ -596,9 +646,9 @@ def gsa_input_kernel(
     p_h, p_dh,  # (B, H, NT, K + V, M) as above
     p_dq, p_dk,  # (B, T, H, K)
     p_dv,  # (B, T, H, V)
-    scale, T, H,
+    scale, T, H, gate_min,
     K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    FACTORISED: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """With dP = scores(dy) and A = scores(p): dq = scale * (dP k + (dy * head) hk^T), dk = scale * dP^T q + (s * tail)
     dhk^T, dv = A^T do + (s * tail) dhv^T."""
@@ -610,12 +660,12 @@ def gsa_input_kernel(
     p_h += (i_bh * tl.cdiv(T, C) + i_t) * (K + V) * M
     p_dh += (i_bh * tl.cdiv(T, C) + i_t) * (K + V) * M
     b_s = load_tile(p_s + i_row * M, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32)  # [C, BM]
-    b_g = load_tile(p_g + i_row * M, o_t, H * M, m_t, o_m, 1, m_m).to(tl.float32) * LOG2E
+    b_g = load_log_gates(p_g + i_row * M, o_t, H * M, m_t, o_m, m_m, gate_min)
     m_next = (tl.arange(0, C) + 1 < C) & (o_t + 1 < T)
-    b_next = load_tile(p_g + i_row * M, o_t + 1, H * M, m_next, o_m, 1, m_m).to(tl.float32) * LOG2E
+    b_next = load_log_gates(p_g + i_row * M, o_t + 1, H * M, m_next, o_m, m_m, gate_min)
     b_w = operand(b_s * tl.exp2(tl.cumsum(b_next, 0, reverse=True)), DOT)
     b_p = load_tile(p_p + i_row * M, o_t, H * M, m_t, o_m, 1, m_m)
-    b_AT = operand(tree_scores(b_p, b_s, b_g, C, BM, DOT, True), DOT)
+    b_AT = operand(scores(b_p, b_s, b_g, C, BM, DOT, FACTORISED, True), DOT)
     for i in range(0, tl.cdiv(V, BV)):
         o_v = i * BV + tl.arange(0, BV)
         m_v = o_v < V
@@ -624,8 +674,8 @@ def gsa_input_kernel(
         b_dv += dot(b_w, b_dh, DOT)
         store_tile(p_dv + i_row * V, b_dv, o_t, H * V, m_t, o_v, 1, m_v)
     b_dy = load_tile(p_dy + i_row * M, o_t, H * M, m_t, o_m, 1, m_m)
-    b_dP = operand(tree_scores(b_dy, b_s, b_g, C, BM, DOT, False), DOT)
-    b_dPT = operand(tree_scores(b_dy, b_s, b_g, C, BM, DOT, True), DOT)
+    b_dP = operand(scores(b_dy, b_s, b_g, C, BM, DOT, FACTORISED, False), DOT)
+    b_dPT = operand(scores(b_dy, b_s, b_g, C, BM, DOT, FACTORISED, True), DOT)
     b_dy = operand(b_dy * tl.exp2(tl.cumsum(b_g, 0)), DOT)
     for i in range(0, tl.cdiv(K, BK)):
         o_k = i * BK + tl.arange(0, BK)
@@ -642,24 +692,25 @@ def gsa_input_kernel(
         store_tile(p_dk + i_row * K, b_dk, o_t, H * K, m_t, o_k, 1, m_k)
 
 
-CHUNK_CONFIGS = configurations(
-    "BK BV num_warps num_stages", (64, 64, 8, 1), (64, 64, 4, 1), (32, 32, 8, 2), (32, 32, 4, 1)
-)
+TILES = (64, 64, 8, 1), (64, 64, 4, 1), (32, 32, 8, 2), (32, 32, 4, 1)
+WIDE, NARROW = (configurations("BK BV num_warps num_stages", TILES[i], *TILES[:i], *TILES[i + 1 :]) for i in (0, 2))
 BOTH = "K / BK + V / BV"
 SCAN_CONFIGS = configurations("BD num_warps num_stages", (64, 4, 2), (32, 4, 2), (32, 2, 3), (64, 8, 2))
 KERNELS = {
     "scan": Kernel(gsa_scan_kernel, SCAN_CONFIGS, serial="T / 32"),  # BD, BK, BV: tiles of columns of the states
-    "read": Kernel(gsa_read_kernel, CHUNK_CONFIGS, serial=BOTH),
-    "logit": Kernel(gsa_logit_kernel, CHUNK_CONFIGS, serial=BOTH),
-    "write": Kernel(gsa_write_kernel, CHUNK_CONFIGS, serial=BOTH),
-    "input": Kernel(gsa_input_kernel, CHUNK_CONFIGS, fp32=dict(BK=16, BV=16, num_warps=8, num_stages=1), serial=BOTH),
+    "read": Kernel(gsa_read_kernel, WIDE, serial=BOTH),
+    "logit": Kernel(gsa_logit_kernel, NARROW, serial=BOTH),
+    "write": Kernel(gsa_write_kernel, NARROW, serial=BOTH),
+    "input": Kernel(gsa_input_kernel, WIDE, fp32=dict(BK=16, BV=16, num_warps=8, num_stages=1), serial=BOTH),
 }
 MAX_SLOTS = 256
+FP32_SIZES = dict(C=32)  # of 64 slots, for the report
 
 
-def chunk(M):
-    """Tokens a chunk of the kernels. With 64, a tile of 64 slots and its decays do not fit into the registers."""
-    return 32 if M <= 64 else 16
+def chunk(M, gate_min, kind):
+    """Tokens a chunk of the kernels, for products of that kind: as many as slots and decays leave registers for."""
+    C = min(CHUNK, max(16, 4096 // power(M)))
+    return C if kind == "bf16" and is_factorised(gate_min, C) else max(16, C // 2)
 
 
 def scan_launch(xk, xv, wk, wv, total, dtype, first_k, first_v, sizes, reverse=False):
@@ -677,67 +728,73 @@ def scan_launch(xk, xv, wk, wv, total, dtype, first_k, first_v, sizes, reverse=F
     return h, *last
 
 
-def alike(q, k, v, s, g, *more):
+def alike(gate_min, q, k, v, s, g, *more):
     """Contiguous, those that meet in matrix products in one type; and the constants of every kernel."""
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, v, *more)))
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # decayed gradients need its range
     q, k, v, *more = (x.to(dtype).contiguous() for x in (q, k, v, *more))
     K, V, M = q.shape[-1], v.shape[-1], s.shape[-1]
-    sizes = dict(K=K, V=V, M=M, BM=power(M), C=chunk(M), DOT=dot_type(dtype))
+    sizes = dict(K=K, V=V, M=M, BM=power(M), C=chunk(M, gate_min, dot_type(dtype)), DOT=dot_type(dtype))
     return sizes, q, k, v, s.contiguous(), g.contiguous(), *more
 
 
-def launch(name, h, *args, **constants):
-    """A program for each chunk, of which h (B * H, NT, K + V, M) has the states."""
-    KERNELS[name].launch(lambda meta: (h.shape[0] * h.shape[1],), *args, **constants)
+def slots(C, BM):
+    """Slots of a program of `write`, which keeps more tiles of them than the others."""
+    return min(BM, 2048 // C)
 
 
-def gsa_fwd(q, k, v, s, g, hk, hv, scale):
+def launch(name, h, gate_min, sizes, *args):
+    """A program for each chunk, of which h (B * H, NT, K + V, M) has the states; of `write` for each tile of slots."""
+    flags = sizes | dict(gate_min=floor(gate_min), FACTORISED=is_factorised(gate_min, sizes["C"]))
+    if name == "write":
+        flags["BM"] = slots(sizes["C"], sizes["BM"])
+    tiles = triton.cdiv(sizes["M"], flags["BM"])
+    KERNELS[name].launch(lambda meta: (h.shape[0] * h.shape[1] * tiles,), *args, **flags)
+
+
+def gsa_fwd(q, k, v, s, g, hk, hv, scale, gate_min):
     B, T, H, _ = q.shape
     o, z = v.new_empty(v.shape), s.new_empty(s.shape, dtype=torch.float32)
-    sizes, q, k, v, s, g = alike(q, k, v, s, g)
-    w, total = weigh_launch(s, g, 1.0, None, False, sizes["C"], q.dtype)
+    sizes, q, k, v, s, g = alike(gate_min, q, k, v, s, g)
+    w, total = weigh_launch(s, g, 1.0, gate_min, False, sizes["C"], q.dtype)
     h, *last = scan_launch(k, v, w, w, total, q.dtype, hk, hv, sizes)
-    launch("read", h, q, k, v, s, g, h, o, z, scale, T, H, **sizes)
+    launch("read", h, gate_min, sizes, q, k, v, s, g, h, o, z, scale, T, H)
     return o, *last, z, z.new_empty(0)
 
 
-def gsa_bwd(do, dhk, dhv, q, k, v, s, g, hk, hv, z, scale):
+def gsa_bwd(do, dhk, dhv, q, k, v, s, g, hk, hv, z, scale, gate_min):
     B, T, H, _ = q.shape
     dq, dk, dv, ds, dg = (x.new_empty(x.shape) for x in (q, k, v, s, g))
     p, dy, x = (torch.empty_like(z) for _ in range(3))
-    sizes, q, k, v, s, g, do = alike(q, k, v, s, g, do)
-    w, total = weigh_launch(s, g, 1.0, None, False, sizes["C"], q.dtype)
+    sizes, q, k, v, s, g, do = alike(gate_min, q, k, v, s, g, do)
+    w, total = weigh_launch(s, g, 1.0, gate_min, False, sizes["C"], q.dtype)
     h, *_ = scan_launch(k, v, w, w, total, torch.float32, hk, hv, sizes)
     wdy, wp = torch.empty_like(w), torch.empty_like(w)
-    launch("logit", h, q, k, v, s, g, z, do, h, p, dy, x, wdy, wp, scale, T, H, **sizes)
+    launch("logit", h, gate_min, sizes, q, k, v, s, g, z, do, h, p, dy, x, wdy, wp, scale, T, H)
     dh, *first = scan_launch(q, do, wdy, wp, total, torch.float32, dhk, dhv, sizes, reverse=True)
-    launch("write", h, q, k, v, do, s, g, p, dy, x, h, dh, ds, dg, scale, T, H, **sizes)
-    launch("input", h, q, k, do, s, g, p, dy, h, dh, dq, dk, dv, scale, T, H, **sizes)
+    launch("write", h, gate_min, sizes, q, k, v, do, s, g, p, dy, x, h, dh, ds, dg, scale, T, H)
+    launch("input", h, gate_min, sizes, q, k, do, s, g, p, dy, h, dh, dq, dk, dv, scale, T, H)
     return dq, dk, dv, ds, dg, *first
 
 
 def aot_specs():
     """(name, kernel, signature, constants) of every kernel and configuration, for the report. Default first."""
     first = dict(FIRST_K=True, FIRST_V=True)
-    forms = [
-        ("gsa_scan", "scan", dict(first, REVERSE=False)),
-        ("gsa_scan reverse", "scan", dict(first, REVERSE=True)),
-        ("gsa_read", "read", {}),
-        ("gsa_logit", "logit", {}),
-        ("gsa_write", "write", {}),
-        ("gsa_input", "input", {}),
-    ]
+    forms = [("gsa_scan", "scan", dict(first, REVERSE=False)), ("gsa_scan reverse", "scan", dict(first, REVERSE=True))]
+    for name in ("read", "logit", "write", "input"):
+        forms += [(f"gsa_{name}", name, dict(FACTORISED=False)), (f"gsa_{name} bounded", name, dict(FACTORISED=True))]
     low = {"p_q", "p_k", "p_v", "p_o", "p_do", "p_xk", "p_xv", "p_wk", "p_wv", "p_wdy", "p_wp", "p_dq", "p_dk", "p_dv"}
     specs = []
     for title, name, flags in forms:
         kernel = KERNELS[name].function
         for width in (64, 128):
             for i, config in enumerate(KERNELS[name].configs):
-                constants = dict(K=width, V=width, M=64, BM=64, C=chunk(64), DOT="bf16", **flags, **config)
+                C = chunk(64, -1.0 if flags.get("FACTORISED") else None, "bf16")
+                BM = slots(C, 64) if name == "write" else 64
+                constants = dict(K=width, V=width, M=64, BM=BM, C=C, DOT="bf16", **flags, **config)
                 half = low | ({"p_h"} if title in ("gsa_scan", "gsa_read") else set())
                 signature = {x: "*bf16" if x in half else "*fp32" for x in kernel.arg_names if x[:2] == "p_"}
-                signature |= {"scale": "fp32", "T": "i32", "H": "i32"}
+                signature |= {"scale": "fp32", "gate_min": "fp32", "T": "i32", "H": "i32"}
                 specs.append((f"{title} {width} #{i}", kernel, signature, constants))
     return specs
 
@@ -747,16 +804,16 @@ def aot_specs():
 
 @operator(
     "gsa",
-    "(Tensor q, Tensor k, Tensor v, Tensor s, Tensor g, Tensor? hk, Tensor? hv, float scale, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor s, Tensor g, Tensor? hk, Tensor? hv, float scale, float? gate_min,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def fwd_op(q, k, v, s, g, hk, hv, scale, backend):
+def fwd_op(q, k, v, s, g, hk, hv, scale, gate_min, backend):
     run = gsa_fwd if backend == "triton" else chunk_fwd
-    return run(q, k, v, s, g, hk, hv, scale)
+    return run(q, k, v, s, g, hk, hv, scale, gate_min)
 
 
 @fwd_op.register_fake
-def _(q, k, v, s, g, hk, hv, scale, backend):
+def _(q, k, v, s, g, hk, hv, scale, gate_min, backend):
     B, _, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
     acc = compute_dtype(q.dtype)
     borders = (0,) if backend == "triton" else borders_shape(q, v, s)
@@ -772,36 +829,36 @@ def _(q, k, v, s, g, hk, hv, scale, backend):
 @operator(
     "gsa_backward",
     "(Tensor do, Tensor? dhk, Tensor? dhv, Tensor q, Tensor k, Tensor v, Tensor s, Tensor g, Tensor? hk,"
-    " Tensor? hv, Tensor z, Tensor borders, float scale, str backend)"
+    " Tensor? hv, Tensor z, Tensor borders, float scale, float? gate_min, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def bwd_op(do, dhk, dhv, q, k, v, s, g, hk, hv, z, borders, scale, backend):
+def bwd_op(do, dhk, dhv, q, k, v, s, g, hk, hv, z, borders, scale, gate_min, backend):
     if backend == "triton":
-        return gsa_bwd(do, dhk, dhv, q, k, v, s, g, hk, hv, z, scale)
-    return chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale)
+        return gsa_bwd(do, dhk, dhv, q, k, v, s, g, hk, hv, z, scale, gate_min)
+    return chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale, gate_min)
 
 
 @bwd_op.register_fake
-def _(do, dhk, dhv, q, k, v, s, g, hk, hv, z, borders, scale, backend):
+def _(do, dhk, dhv, q, k, v, s, g, hk, hv, z, borders, scale, gate_min, backend):
     B, _, H, K, V, M = *q.shape, v.shape[-1], s.shape[-1]
     grads = [x.new_empty(x.shape) for x in (q, k, v, s, g)]
     return *grads, z.new_empty(B, H, K, M), z.new_empty(B, H, M, V)
 
 
 def save(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.backend = inputs
+    *tensors, ctx.scale, ctx.gate_min, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[3], output[4])
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx, do, dhk, dhv, *_):
     if do is None and dhk is None and dhv is None:
-        return (None,) * 9
+        return (None,) * 10
     *inputs, z, borders = ctx.saved_tensors
     do = torch.zeros_like(inputs[2]) if do is None else do
-    *grads, dhk, dhv = bwd_op(do, dhk, dhv, *inputs, z, borders, ctx.scale, ctx.backend)
+    *grads, dhk, dhv = bwd_op(do, dhk, dhv, *inputs, z, borders, ctx.scale, ctx.gate_min, ctx.backend)
     hk, hv = inputs[5:]
-    return *grads, None if hk is None else dhk, None if hv is None else dhv, None, None
+    return *grads, None if hk is None else dhk, None if hv is None else dhv, None, None, None
 
 
 fwd_op.register_autograd(backward, setup_context=save)
@@ -810,34 +867,39 @@ fwd_op.register_autograd(backward, setup_context=save)
 # ----------------------------------------------------------------------------- public
 
 
-def gsa(q, k, v, s, g, scale=None, initial_state=None, output_final_state=False, backend="auto"):
+def gsa(
+    q, k, v, s, g, scale=None, initial_state=None, output_final_state=False, backend="auto", gate_min=None
+):  # fmt: skip
     """Gated slot attention. q, k (B, T, H, K)   v (B, T, H, V)   s (B, T, H, M) what is written   g (B, T, H, M)
     log-gate <= 0   initial_state (hk (B, H, K, M), hv (B, H, M, V))   scale: K^-1/2 unless given
-    backend: auto | triton | torch | recurrent.
+    backend: auto | triton | torch | recurrent   gate_min: g is clamped there, with no gradient below; from -1.25 up the
+    Triton kernels then take chunks twice as long, in plain matrix products.
 
     -> o (B, T, H, V) in v's dtype, (hk, hv) in fp32 (fp64 for fp64 inputs), or (None, None) unless output_final_state.
     """
     hk, hv = initial_state if initial_state is not None else (None, None)
-    check_inputs(q, k, v, s, g, hk, hv, backend)
+    check_inputs(q, k, v, s, g, gate_min, hk, hv, backend)
     q, k, v = in_autocast(q, k, v)  # gates and states keep their precision
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if in_steps(backend, q, initial_state, output_final_state):
         with leave_autocast(q):
-            o, state = gsa_recurrent(q, k, v, s, g, scale, initial_state)
+            o, state = gsa_recurrent(q, k, v, s, g, scale, initial_state, gate_min)
     else:
         if hk is not None:
             hk, hv = hk.to(compute_dtype(q.dtype)), hv.to(compute_dtype(q.dtype))
         backend = choose("gsa", backend, q, too_many(s.shape[-1]))
-        o, *state = fwd_op(q, k, v, s, g, hk, hv, scale, backend)[:3]
+        o, *state = fwd_op(q, k, v, s, g, hk, hv, scale, gate_min, backend)[:3]
     return o, tuple(state) if output_final_state else (None, None)
 
 
-def check_inputs(q, k, v, s, g, hk, hv, backend):
+def check_inputs(q, k, v, s, g, gate_min, hk, hv, backend):
     check("gsa", q, k, v, backend, "auto", "triton", "torch", "recurrent")
     want = (*q.shape[:3], *s.shape[3:])
     for name, x in (("s", s), ("g", g)):
         if x.dim() != 4 or x.shape != want or not x.is_floating_point() or x.shape[3] < 1:
             raise ValueError(f"gsa: {name} must be floats {want} to match q and s, got {x.dtype} {tuple(x.shape)}")
+    if gate_min is not None and gate_min > 0:
+        raise ValueError(f"gsa: gate_min must be at most 0 or None, got {gate_min}")
     (B, _, H, K), V, M = q.shape, v.shape[3], s.shape[3]
     if (hk is None) != (hv is None):
         raise ValueError("gsa: initial_state must be a pair (hk, hv), got only one of them")
@@ -852,15 +914,18 @@ def too_many(M):
 
 
 def case(q, k, v, slots=64, **_):
-    """What is timed: mild gates g, and writes of 1 - e^g."""
+    """What is timed: mild gates g, and writes of 1 - e^g; without a bound of the gates, and with one."""
     (B, T, H, K), V = q.shape, v.shape[3]
 
-    def call(q, k, v, g, backend="auto"):
-        return gsa(q, k, v, -torch.expm1(g), g, scale=1.0, backend=backend)[0]
+    def call(q, k, v, g, **options):
+        return gsa(q, k, v, -torch.expm1(g), g, scale=1.0, **options)[0]
 
     g = (F.logsigmoid(torch.randn(B, T, H, slots, device=q.device)) / 16).requires_grad_()
     executed = B * operations(T, H, K, V, slots)[1]
-    return {"gsa": Case(call, [q, k, v, g], functools.partial(call, backend="recurrent"), executed)}
+    rows = {"gsa": dict(gate_min=None), "gsa_bounded": dict(gate_min=-1.25)}
+    bound = {name: functools.partial(call, **options) for name, options in rows.items()}
+    loop = functools.partial(call, backend="recurrent")
+    return {name: Case(call, [q, k, v, g], loop, executed) for name, call in bound.items()}
 
 
 CASES = {"gsa": case}

@@ -41,9 +41,13 @@ def specs(operators=OPERATORS):
     return out
 
 
+def module_of(name):
+    """The operator's, with which a spec's name begins."""
+    return importlib.import_module(f"{__package__ or 'kernels'}.{name.partition('_')[0]}")
+
+
 def launched(name):
-    """The Kernels of the operator that a spec's name begins with."""
-    return importlib.import_module(f"{__package__ or 'kernels'}.{name.partition('_')[0]}").KERNELS.values()
+    return module_of(name).KERNELS.values()
 
 
 def fp32_default(module, name, kernel, signature, constants):
@@ -53,6 +57,7 @@ def fp32_default(module, name, kernel, signature, constants):
 def in_fp32(name, kernel, signature, constants):
     """A default with inputs of fp32, as it is launched for them."""
     own = next(k.fp32 or {} for k in launched(name) if k.function is kernel)
+    own = own | getattr(module_of(name), "FP32_SIZES", {})
     own = {x: min(n, constants[x]) if x in ("BK", "BV") else n for x, n in own.items()}
     signature = {x: kind.replace("bf16", "fp32") for x, kind in signature.items()}
     return name.replace(" #", " fp32 #"), kernel, signature, constants | own | dict(DOT="tf32x3")

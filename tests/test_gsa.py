@@ -56,11 +56,11 @@ def draw(T, K=16, V=20, M=12, gate="normaliser 8", B=1, H=3, seed=0):
     return [x.double() for x in (q, k, v, s, g, hk, hv)], outs
 
 
-def run(ins, outs, backend, dtype=torch.float64, scale=None):
+def run(ins, outs, backend, dtype=torch.float64, scale=None, gate_min=None):
     """Outputs, final states and all gradients, in fp64."""
     ins = [x.to(dtype) if i < 5 else x.to(module.compute_dtype(dtype)) for i, x in enumerate(ins)]
     ins = [x.detach().requires_grad_() for x in ins]
-    o, (hk, hv) = gsa(*ins[:5], scale, tuple(ins[5:]) or None, True, backend)
+    o, (hk, hv) = gsa(*ins[:5], scale, tuple(ins[5:]) or None, True, backend, gate_min)
     loss = sum((x.double() * y).sum() for x, y in zip((o, hk, hv), outs))
     return [x.detach().double() for x in (o, hk, hv, *torch.autograd.grad(loss, ins))]
 
@@ -74,11 +74,12 @@ def assert_close(have, want, tolerance, names=NAMES):
         assert error <= min(1e-6, limit) or ratio <= limit, f"{name}: error ratio {ratio:.1e} above {limit:.0e}"
 
 
-def compare(T, widths, gate, scale=None):
+def compare(T, widths, gate, scale=None, gate_min=None):
     ins, outs = draw(T, *widths, gate, seed=T)
-    want = run(ins, outs, "recurrent", scale=scale)
-    assert_close(run(ins, outs, "torch", scale=scale), want, TOLERANCE["fp64"])
-    assert_close(run(ins, outs, "torch", torch.float32, scale=scale), want, TOLERANCE["fp32"])
+    options = dict(scale=scale, gate_min=gate_min)
+    want = run(ins, outs, "recurrent", **options)
+    assert_close(run(ins, outs, "torch", **options), want, TOLERANCE["fp64"])
+    assert_close(run(ins, outs, "torch", torch.float32, **options), want, TOLERANCE["fp32"])
 
 
 # ----------------------------------------------------------------------------- oracle
@@ -136,6 +137,21 @@ def test_chunked_over_widths(widths):
 @pytest.mark.parametrize("gate", GATES)
 def test_chunked_over_gates(gate):
     compare(150, (16, 20, 12), gate, scale=1.0)
+
+
+@pytest.mark.parametrize("gate_min", [0.0, -0.5, -1.25, -30.0])
+@pytest.mark.parametrize("gate", ["normaliser 1", "mixed", "-inf"])
+def test_bounded_gates(gate, gate_min):
+    """A clamp of the gates: the same outputs, and no gradient where it holds."""
+    compare(150, (16, 20, 12), gate, gate_min=gate_min)
+    ins, outs = draw(150, gate=gate)
+    have = run(ins, outs, "torch", gate_min=gate_min)
+    ins[4] = ins[4].clamp(min=gate_min)
+    want = run(ins, outs, "torch")
+    below = draw(150, gate=gate)[0][4] < gate_min
+    want[7] = want[7].masked_fill(below, 0.0)
+    assert_close(have, want, TOLERANCE["fp64"])
+    assert not below.any() or (have[7][below] == 0).all()
 
 
 @pytest.mark.slow
@@ -335,8 +351,8 @@ def test_default_scale():
 def test_opcheck():
     ins, _ = draw(20, B=2)
     ins = [x.requires_grad_() for x in ins]
-    torch.library.opcheck(module.fwd_op, (*ins, 0.3, "torch"))
-    torch.library.opcheck(module.fwd_op, (*ins[:5], None, None, 0.3, "torch"))
+    torch.library.opcheck(module.fwd_op, (*ins, 0.3, -1.0, "torch"))
+    torch.library.opcheck(module.fwd_op, (*ins[:5], None, None, 0.3, None, "torch"))
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -438,28 +454,33 @@ def measure_memory(T):
 # ----------------------------------------------------------------------------- Triton
 
 triton_only = pytest.mark.skipif(module.triton is None, reason="Triton is not installed")
-INTERPRETED = [  # T, (K, V, M), gate
-    (1, (16, 16, 16), "normaliser 8"),
-    (17, (16, 20, 12), "mixed"),
-    (64, (32, 16, 16), -12.0),
-    (65, (20, 24, 16), "normaliser 1"),
-    (100, (16, 32, 24), "blocks"),
-    (130, (32, 32, 16), "decades"),
+INTERPRETED = [  # T, (K, V, M), gate, gate_min
+    (1, (16, 16, 16), "normaliser 8", None),
+    (17, (16, 20, 12), "mixed", None),
+    (64, (32, 16, 16), -12.0, None),
+    (65, (20, 24, 16), "normaliser 1", None),
+    (100, (16, 32, 24), "blocks", None),
+    (130, (32, 32, 16), "decades", None),
+    (70, (16, 20, 12), "mixed", -1.25),
+    (130, (32, 16, 24), "normaliser 1", -1.25),
+    (40, (16, 16, 16), "-inf", -2.5),  # chunks of 32
+    (33, (16, 16, 16), "decades", -30.0),  # too low for one product
+    (70, (16, 16, 96), "blocks", -1.25),  # more slots, shorter chunks
 ]
 
 
-def interpret(T, widths, gate):
+def interpret(T, widths, gate, gate_min):
     ins, outs = draw(T, *widths, gate, B=1, H=3)
-    want = run(ins, outs, "recurrent")
-    assert_close(run(ins, outs, "triton", torch.float32), want, TOLERANCE["triton fp32"])
-    want = run(ins[:5], outs, "recurrent", scale=1.0)  # no initial states
-    have = run(ins[:5], outs, "triton", torch.float32, scale=1.0)
+    want = run(ins, outs, "recurrent", gate_min=gate_min)
+    assert_close(run(ins, outs, "triton", torch.float32, gate_min=gate_min), want, TOLERANCE["triton fp32"])
+    want = run(ins[:5], outs, "recurrent", scale=1.0, gate_min=gate_min)  # no initial states
+    have = run(ins[:5], outs, "triton", torch.float32, scale=1.0, gate_min=gate_min)
     assert_close(have, want, TOLERANCE["triton fp32"], NAMES[:8])
 
 
 @triton_only
 @pytest.mark.parametrize(
-    "case", [pytest.param(i, marks=pytest.mark.slow if i != 1 else ()) for i in range(len(INTERPRETED))]
+    "case", [pytest.param(i, marks=() if i in (1, 6) else pytest.mark.slow) for i in range(len(INTERPRETED))]
 )
 def test_triton_interpreted(case):
     result = subprocess.run(
@@ -478,39 +499,41 @@ def test_at_most_nine_launches(monkeypatch):
     launched = []
     monkeypatch.setattr(Kernel, "launch", lambda self, *args, **kwargs: launched.append(self))
     ins, outs = draw(70)
-    o, *_, z, _ = module.gsa_fwd(*ins, 1.0)
-    module.gsa_bwd(outs[0], None, None, *ins, z, 1.0)
+    o, *_, z, _ = module.gsa_fwd(*ins, 1.0, None)
+    module.gsa_bwd(outs[0], None, None, *ins, z, 1.0, None)
     assert 0 < len(launched) <= 9
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("gate_min", [None, -1.25])
 @pytest.mark.parametrize("gate", ["normaliser 8", "mixed", "decades"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, "triton fp32"), (torch.bfloat16, "bf16")])
 @pytest.mark.parametrize("T, widths", [(1, (16, 16, 16)), (100, (64, 64, 64)), (1000, (128, 128, 64)),
                                        (200, (60, 96, 33)), (130, (256, 192, 128)), (70, (64, 64, 256))])  # fmt: skip
-def test_on_a_gpu(T, widths, dtype, tolerance, gate):
-    on_gpu(T, widths, dtype, tolerance, gate)
+def test_on_a_gpu(T, widths, dtype, tolerance, gate, gate_min):
+    on_gpu(T, widths, dtype, tolerance, gate, gate_min)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("gate_min", [None, -1.25])
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize(
     "name, i", [(name, i) for name in module.KERNELS for i in range(len(module.KERNELS[name].configs))]
 )
-def test_every_configuration_on_a_gpu(name, i, width, monkeypatch):
+def test_every_configuration_on_a_gpu(name, i, width, gate_min, monkeypatch):
     kernel = module.KERNELS[name]
     monkeypatch.setitem(module.KERNELS, name, Kernel(kernel.function, [kernel.configs[i]]))
-    on_gpu(200, (width, width, 64), torch.bfloat16, "bf16", "mixed")
+    on_gpu(200, (width, width, 64), torch.bfloat16, "bf16", "mixed", gate_min)
 
 
-def on_gpu(T, widths, dtype, tolerance, gate):
+def on_gpu(T, widths, dtype, tolerance, gate, gate_min):
     ins, outs = draw(T, *widths, gate, B=2)
     ins[:3] = [x.to(dtype).double() for x in ins[:3]]  # q, k, v; slots and gates stay fp32
-    want = run(ins, outs, "recurrent")
+    want = run(ins, outs, "recurrent", gate_min=gate_min)
     leaves = [x.to("cuda", dtype if i < 3 else torch.float32).requires_grad_() for i, x in enumerate(ins)]
-    o, state = gsa(*leaves[:5], None, tuple(leaves[5:]), True, "triton")
+    o, state = gsa(*leaves[:5], None, tuple(leaves[5:]), True, "triton", gate_min)
     loss = sum((x.double() * y.cuda()).sum() for x, y in zip((o, *state), outs))
     have = [x.detach().double().cpu() for x in (o, *state, *torch.autograd.grad(loss, leaves))]
     assert_close(have, want, TOLERANCE[tolerance])

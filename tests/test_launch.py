@@ -83,7 +83,7 @@ def test_only_the_first_axis_of_a_grid_is_long(kernels, monkeypatch):
         D.delta_bwd(x, x, x, x[..., 0], None, state, x, state, 1.0, None)
     elif kernels is S.KERNELS:
         z = torch.empty(B, T, H, K, device="meta")
-        S.gsa_bwd(x, None, None, x, x, x, z, z, None, None, z, 1.0)
+        S.gsa_bwd(x, None, None, x, x, x, z, z, None, None, z, 1.0, None)
     elif kernels is P.KERNELS:
         w, state = torch.empty(H, K, K, device="meta"), torch.empty(B, H, K, K + 1, device="meta")
         P.performer_fwd(x, x, x, w, w, state, "softmax")
