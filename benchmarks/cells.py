@@ -150,9 +150,12 @@ def run_stage(part, stage, card, dataset_of, commit):
     for run in runs:
         run.place(os.path.join(card.out_dir, part), {"data": dataset.checksums()})
         run.settings = changed(run.recipe["model"], run.recipe["train"])
+        run.commit = commit
         run.id = identity(run.settings, run.recipe["data"], stage.name, stage.split, stage.longer)
         if not run.state["done"] and (folder := earlier.get(identity(run.settings, run.recipe["data"]))):
             run.folder, run.state = folder, {"done": True, "threads": None, "scores": {}}
+            with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+                run.commit = json.load(f).get("commit")
     runs = [run for run in runs if run.id not in known]
     print(f"{part}, {stage.name}: {len(runs)} runs are missing", flush=True)
     if not runs:
@@ -169,7 +172,7 @@ def run_stage(part, stage, card, dataset_of, commit):
     def write(run, found, more):
         cell = {"id": run.id, "stage": stage.name, "attention": run.row, "score": found} | more
         cell |= {"learning rate": run.cfg.learning_rate, "seed": run.cfg.seed}
-        cell |= {"settings": run.settings, "data": dataset.meta["label"], "split": stage.split, "commit": commit}
+        cell |= {"settings": run.settings, "data": dataset.meta["label"], "split": stage.split, "commit": run.commit}
         save(card.folder, part, cell | {"torch": torch.__version__, "threads": run.state["threads"]})
 
     compare.train_all(runs, card.jobs, max(1, torch.get_num_threads() // card.jobs), keep)
