@@ -132,19 +132,21 @@ def branches_map(attn, x):
 
 def draw_maps(model, layers, idx, names, path):
     """A row for each of these layers that has a map, a panel for each head; the picture is not written where none has.
-    Weights that are at least 0 are drawn by their root, so that light ones are seen; others by sign, as a share of the
-    head's largest. Returns the number of rows."""
+    Weights that are at least 0 are drawn by their root, so that light ones are seen, and on one scale for all layers;
+    others by sign, as a share of the head's largest. Returns the number of rows."""
     entries = model.trace(idx)
     maps = {i: attention_map(model.transformer.h[i].attn, entries[i][0]) for i in layers}
     maps = {i: a.cpu() for i, a in maps.items() if a is not None}
     if not maps:
         return 0
     T, H, plt = idx.size(1), max(map(len, maps.values())), style.pyplot()
+    # the first queries have few keys, and large weights: they may be above the scale
+    top = max(float(a[:, min(3, T - 1) :].max()) for a in maps.values())
     side = max(1.9, 0.4 + 0.105 * T)
     size = (side * H + 1.4, side * len(maps) + 0.5)
     figure, axes = plt.subplots(len(maps), H, figsize=size, layout="constrained", squeeze=False)
     for row, (i, weights) in zip(axes, maps.items()):
-        image = draw_layer(row, i, model.config.types()[i], weights)
+        image = draw_layer(row, i, model.config.types()[i], weights, top)
         for h, panel in enumerate(row[: len(weights)]):
             below, beside = i == [*maps][-1] or h >= len(maps[[*maps][-1]]), h == 0
             turn = 90 if max(map(len, names)) > 1 else 0
@@ -162,8 +164,8 @@ def draw_maps(model, layers, idx, names, path):
     return len(maps)
 
 
-def draw_layer(row, i, name, weights):
-    """The heads of layer i, weights (H, T, T); returns an image of its colours."""
+def draw_layer(row, i, name, weights, top):
+    """The heads of layer i, weights (H, T, T), on a scale up to top; returns an image of its colours."""
     from matplotlib.colors import PowerNorm
 
     T, signed = weights.size(-1), bool((weights < -1e-6).any())
@@ -171,10 +173,9 @@ def draw_layer(row, i, name, weights):
     if signed:
         weights = weights / weights.abs().amax((1, 2), keepdim=True).clamp(min=1e-30)
         kind = dict(cmap="RdBu_r", vmin=-1, vmax=1)
-    else:  # the first queries have few keys, and large weights: they may be above the scale
+    else:
         weights = weights.clamp(min=0)
-        top = float(weights[:, min(3, T - 1) :].max()) or 1.0
-        kind = dict(cmap="viridis", norm=PowerNorm(0.5, 0, top))
+        kind = dict(cmap="viridis", norm=PowerNorm(0.5, 0, top if top > 0 else 1.0))
     for h, panel in enumerate(row):
         if h >= len(weights):
             panel.set_axis_off()
