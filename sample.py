@@ -172,7 +172,10 @@ def compile_step(model, batch):
     growing = [name for name, block in zip(model.config.types(), model.transformer.h) if block.attn.keeps_keys]
     if growing:
         return f"eager: the state of {growing[0]} grows with the text"
-    start, eager, compiled = time.perf_counter(), model.step, torch.compile(type(model).step.__wrapped__)
+    start, eager, device = time.perf_counter(), model.step, next(model.parameters()).device
+    # on a CPU, weights that no longer change are laid out for its products, and the calls of a token are made from C++
+    options = {"freezing": True, "cpp_wrapper": True} if device.type == "cpu" else None
+    compiled = torch.compile(type(model).step.__wrapped__, options=options)
 
     def step(idx, state):
         if idx.size(1) > 1:
@@ -181,7 +184,7 @@ def compile_step(model, batch):
 
     try:
         with torch.inference_mode():
-            token = torch.zeros(batch, 1, dtype=torch.long, device=next(model.parameters()).device)
+            token = torch.zeros(batch, 1, dtype=torch.long, device=device)
             state = eager(token, model.init_state(batch))[1]
             for _ in range(3):  # the second position makes the compiler leave positions open
                 state = step(token, state)[1]
