@@ -93,7 +93,7 @@ def run_part(card):
         with lock_folder(folder):
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
             for stage in PARTS[card.part]:
-                failed += run_stage(card.part, stage, card, datasets.__getitem__, commit)
+                failed += run_stage(card.part, stage, card, datasets.__getitem__, commit, spent.is_set)
     except KeyboardInterrupt:
         if not spent.is_set():
             raise

@@ -132,8 +132,8 @@ def score(run, stage, dataset, runtime):
     return found, model.num_params()
 
 
-def run_stage(part, stage, card, dataset_of, commit):
-    """Train and score the stage's runs that have no cell. Returns how many failed."""
+def run_stage(part, stage, card, dataset_of, commit, spent):
+    """Train and score the stage's runs that have no cell. Returns how many failed. spent(): whether no time is left."""
     wanted = {t.strip().replace("+", ",") for t in card.types.split(",")} if card.types else {*ATTENTION, *HYBRIDS}
     if unknown := wanted - {*ATTENTION, *HYBRIDS}:
         raise ConfigError(f"--types: {', '.join(sorted(unknown))} is none of {', '.join((*ATTENTION, *HYBRIDS))}")
@@ -175,6 +175,8 @@ def run_stage(part, stage, card, dataset_of, commit):
         cell |= {"settings": run.settings, "data": dataset.meta["label"], "split": stage.split, "commit": run.commit}
         save(card.folder, part, cell | {"torch": torch.__version__, "threads": run.state["threads"]})
 
+    if spent():  # an interrupt may be lost in a destructor, before there is anything to stop
+        raise KeyboardInterrupt
     compare.train_all(runs, card.jobs, max(1, torch.get_num_threads() // card.jobs), keep)
     failed = [run for run in runs if run.failure]
     for run in failed:
