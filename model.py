@@ -532,11 +532,12 @@ class GatedAttention(SoftmaxAttention):
 
     @torch.no_grad()
     def initialise(self, config):
-        """As for softmax attention; gates from orthogonal vectors, of norm 3 after the root: a head begins with some
-        pairs open and the others shut. At the published norm of 1 heads begin alike, and more stay distributed."""
+        """As for softmax attention; gates from the signs of orthogonal vectors: a and b of a token are 0.6 or -0.6, and
+        a head begins with some pairs open and the others shut. None is beyond 1, where neither the error nor the
+        penalty has a slope: such a gate may stay open for good."""
         super().initialise(config)
         for w in self.gate if config.attention_init == "xavier" else ():
-            nn.init.orthogonal_(w, gain=3 * math.sqrt(w.size(1)))
+            nn.init.orthogonal_(w).sign_().mul_(0.6 * math.sqrt(w.size(1)))
             self.gate_bias.zero_()
 
 

@@ -1,10 +1,11 @@
 """python bench.py --what=superposition --out_dir=out/a: which head of a toy carries which skip trigram?"""
 
 import itertools
+import statistics
 
 import torch
 
-from benchmarks.runs import run_folders, runs
+from benchmarks.runs import read_log, recipe, run_folders, runs
 from benchmarks.style import heat_map, place, save_figure
 from config import ConfigError
 from data import windows
@@ -59,7 +60,8 @@ def superposition(model, x, y, samples=2000, sure=0.99):
 
 
 def bench_superposition(bench, runtime, report):
-    """Which trigrams each folder's toy has learnt, which head represents each, and superposition.png in the folder."""
+    """Which trigrams each folder's toy has learnt, which head represents each, and superposition.png in the folder. Of
+    runs that differ by their seed alone, which has the lowest loss."""
     for folder, model, dataset in runs(bench, runtime):
         c, attn = model.config, model.transformer.h[0].attn
         if c.n_layer != 1 or c.mlp != "none" or c.norm != "none" or not 2 <= getattr(attn, "n_head", 0) <= 12:
@@ -82,6 +84,19 @@ def bench_superposition(bench, runtime, report):
                 out.add(row["name"], row["records"], row["accuracy"], yes[0], heads, yes[1])
         report.note(f"{folder}: " + describe_heads(rows, attn.n_head))
         draw_heads(rows, place(bench.png, folder, "superposition", len(run_folders(bench)) > 1))
+    for tries in tries_of(run_folders(bench)):
+        best = min(tries, key=tries.get)
+        report.note(f"{best} has the lowest loss at its end, {tries[best]:.4f}, of {len(tries)} seeds")
+
+
+def tries_of(folders):
+    """[{folder: the mean loss of the last five lines of its log}] of the runs that differ by their seed alone."""
+    found = {}
+    for folder in folders:
+        if steps := read_log(folder)[0]:
+            loss = statistics.mean(entry["loss"] for entry in steps[-5:])
+            found.setdefault(recipe(folder)[0], {})[folder] = loss
+    return [tries for tries in found.values() if len(tries) > 1]
 
 
 def describe_heads(rows, n_head):

@@ -123,7 +123,7 @@ def test_heads_add_up_to_the_layers_output(name, fresh_rng):
 
 
 def test_xavier_has_the_specified_widths(fresh_rng):
-    """Standard deviations of many draws; the gates' vectors orthogonal."""
+    """Standard deviations of many draws; of each token gates of 0.6 and -0.6, in a pattern of each head's own."""
     n, H = 5, 4
     V, draws = 2 * n + 2, [toy(n, H).transformer.h[0].attn for _ in range(60)]
     for get, std in (
@@ -134,8 +134,10 @@ def test_xavier_has_the_specified_widths(fresh_rng):
         assert torch.cat([get(a).flatten() for a in draws]).std().item() == pytest.approx(std, rel=0.12)
     assert draws[0].c_proj.bias is None
     attn = toy(n, 8, attention_type="gated").transformer.h[0].attn
-    for w in attn.gate / (3 * math.sqrt(V)):
-        torch.testing.assert_close(w @ w.T, torch.eye(8), rtol=0, atol=1e-5)
+    gates = torch.stack(attn._gates(torch.eye(V)[None]))[:, 0]  # (2, V, 8), of one-hot tokens
+    torch.testing.assert_close(gates.abs(), torch.full_like(gates, 0.6))
+    for pattern in gates.sign():
+        assert len(pattern.T.unique(dim=0)) == 8 and 0.2 < (pattern > 0).float().mean() < 0.8
 
 
 def test_penalty_grows_after_its_start():
