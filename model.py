@@ -1064,9 +1064,11 @@ class ConvolvedAttention(Attention):
         (_, T, _), (width, channels), sizes = x.shape, self.conv_shape, list(self.parts.values())
         x, *rest = self.c_attn(x).split([channels, *sizes[3:]], -1)
         if width:
-            x = torch.cat((x.new_zeros(x.size(0), width - 1, channels) if past is None else past, x), 1)
-            past, w = x[:, T:].clone(), self.conv.view(width, channels)
-            x = sum(x[:, i : i + T] * w[i] for i in range(width))
+            seen = torch.cat((x.new_zeros(x.size(0), width - 1, channels) if past is None else past, x), 1)
+            past, w = seen[:, T:].clone(), self.conv.view(width, channels)
+            x = seen[:, :T] * w[0]
+            for i in range(1, width):
+                x = torch.addcmul(x, seen[:, i : i + T], w[i])
         qkv = zip(F.silu(x).split(sizes[:3], -1), (self.d_k, self.d_k, self.d_v))
         return [t.unflatten(-1, (-1, D)) for t, D in qkv], rest, past
 
