@@ -12,8 +12,8 @@ n_head = 4
 gated_unit_norm = True
 # The published weights, 0.1 to 0.5, stand beside the mean square error and a mean over all T^2 pairs. Here the error is
 # relative, that one divided by the mean square of the teacher's output (0.23 to 0.26), and the mean is over causal
-# pairs, which is the same for gates that depend on two tokens alone: the published 0.1 to 0.5 are 0.4 to 2. At 2 a second
-# head keeps a small constant share of a trigram; at 4 the blocks with the lowest loss have one head for each.
+# pairs, which is the same for gates that depend on two tokens alone: the published 0.1 to 0.5 are 0.4 to 2. At 2 a
+# second head keeps a small constant share of a trigram; at 4 the blocks with the lowest loss have one head for each.
 gated_reg = 4.0
 penalty_start = 600
 penalty_warmup = 1500
