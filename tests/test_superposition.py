@@ -226,3 +226,19 @@ def test_what_has_no_heads_to_tell_apart(tiny, tmp_path):
     with pytest.raises(config.ConfigError, match="n_layer=1") as error:
         bench.main(["--what=superposition", f"--out_dir={tmp_path / 'run'}", "--json=", "--device=cpu"])
     assert "\n" not in str(error.value)
+
+
+def test_the_lowest_loss_is_of_seeds_alone(tmp_path, monkeypatch):
+    """Of the last five lines; a run of another recipe, and one without a log's steps, are no try."""
+    losses = {"a": [0.0] * 3 + [2.0] * 5, "b": [9.0, 1.0, 1.0, 1.0, 1.0, 3.0], "other": [0.1], "empty": []}
+    for name, found in losses.items():
+        lines = [json.dumps({"iter": i, "loss": loss}) for i, loss in enumerate(found)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+
+    def read(folder):
+        return ([json.loads(line) for line in (tmp_path / f"{folder}.jsonl").read_text().splitlines()],)
+
+    monkeypatch.setattr(superposition, "read_log", read)
+    monkeypatch.setattr(superposition, "recipe", lambda folder: ("other" if folder == "other" else "r", 1))
+    (tries,) = superposition.tries_of([*losses])
+    assert tries == {"a": 2.0, "b": pytest.approx(1.4)} and min(tries, key=tries.get) == "b"
