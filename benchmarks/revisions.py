@@ -5,8 +5,8 @@
 
 Each checkout decodes in a process of its own, on one thread, and each round asks all of them: one sequence, 4 layers of
 4 heads, 256 wide. `compiled` is sample.py's compiled step. A ratio is of speeds within a round: the median over rounds,
-and the quartiles. `spans` is adaptive_span with four different spans. gla/none decodes gla there and none here: how much
-faster it would be if attention cost nothing.
+and the quartiles. `spans` is adaptive_span with four different spans. gla/none decodes gla there and none here: it says
+how much faster a token would be if attention cost nothing.
 """
 
 import os

@@ -152,12 +152,14 @@ def test_no_step_waits_for_the_gpu(kind):
     assert found["waits"] == 0 and found["operations"] <= limit.get(kind, 35), found
 
 
-@pytest.mark.parametrize("kind", [name for name, attn in ATTENTION.items() if not attn.keeps_keys])
-def test_a_compiled_step_is_few_launches(kind):
+@pytest.mark.parametrize("kinds", [("gla", "gdn"), pytest.param((), marks=pytest.mark.slow)], ids=["two", "all"])
+def test_compiled_steps_are_few_launches(kinds):
     pytest.importorskip("triton")
-    found = launches.of_compiled_step(kind)
-    assert 0 < len(found) <= (9 if kind == "kda" else 8), found
-    assert sum(name.endswith("mm") for name in found) >= (0 if kind == "none" else 2)
+    counts = launches.of_compiled_steps(kinds)
+    assert counts.keys() >= set(kinds or ("gsa", "performer", "deltanet", "kda", "mamba2"))
+    for kind, found in counts.items():
+        assert 0 < len(found) <= (9 if kind == "kda" else 8), (kind, found)
+        assert sum(name.endswith("mm") for name in found) >= (0 if kind == "none" else 2)
 
 
 def test_a_wait_is_counted():
