@@ -253,14 +253,15 @@ def rotate(x, offset, base):
     the angle p base^(-2d/D). x (B, T, H, D). Without a base: x."""
     if base is None:
         return x
-    compiling = torch.compiler.is_compiling()
-    of, made_in = (turns.__wrapped__, None) if compiling else (turns, torch.is_inference_mode_enabled())
-    cos, sin = of(offset, x.shape[1], x.shape[3], base, x.dtype, x.device, made_in)  # autograd refuses inference's own
+    of, mode = (
+        (turns.__wrapped__, None) if torch.compiler.is_compiling() else (turns, torch.is_inference_mode_enabled())
+    )
+    cos, sin = of(offset, x.shape[1], x.shape[3], base, x.dtype, x.device, mode)  # autograd refuses inference's own
     return torch.addcmul(x * cos, x.roll(x.shape[3] // 2, -1), sin)
 
 
 @functools.lru_cache(maxsize=4)  # queries and keys of all layers turn alike
-def turns(offset, T, D, base, dtype, device, made_in):
+def turns(offset, T, D, base, dtype, device, mode):
     """cos and sin (T, 1, D) of the angles, negative in the first half. Angles are integers of 2^-64 turns: products
     overflow just as turns wrap around, so every position is exact without float64, which some devices lack."""
     frequency = [round(base ** (-2 * d / D) / math.tau * 2**64) for d in range(D // 2)]
@@ -1059,11 +1060,11 @@ class ConvolvedAttention(Attention):
         (B, T, _), (width, channels), sizes = x.shape, self.conv_shape, list(self.parts.values())
         x, *rest = self.c_attn(x).split([channels, *sizes[3:]], -1)
         if width:
-            taps = *(past or [x.new_zeros(B, 1, channels)] * (width - 1)), x  # one token is decoded without copies
-            past, w = taps[1:], self.conv.view(width, channels)
-            if T > 1:
+            taps = *(past or [x.new_zeros(B, 1, channels)] * (width - 1)), x
+            if T > 1:  # one token is decoded without copies
                 seen = torch.cat(taps, 1)
-                taps, past = [seen[:, i : i + T] for i in range(width)], seen[:, T:].split(1, 1)[: width - 1]
+                taps = [seen[:, i : i + T] for i in range(width)]
+            past, w = [tap[:, -1:].clone() if T > 1 else tap for tap in taps[1:]], self.conv.view(width, channels)
             x = taps[0] * w[0]
             for tap, weight in zip(taps[1:], w[1:]):
                 x = torch.addcmul(x, tap, weight)
@@ -1112,9 +1113,9 @@ class DeltaNet(ConvolvedAttention):
 
     def _inputs(self, x, past):
         qkv, (b, r, *a), past = self._convolved(x, past)
-        qk, v = qkv.tensor_split([2 * self.parts["q"]], -1)
-        q, k = F.normalize(full_precision(qk.unflatten(-1, (-1, self.d_k))), dim=-1).chunk(2, 2)  # (B, T, H, K)
-        v = v.unflatten(-1, (self.n_head, -1))  # (B, T, H, V)
+        parts = zip(qkv.tensor_split([2 * self.n_head * self.d_k], -1), (self.d_k, self.d_v))
+        qk, v = (t.unflatten(-1, (-1, D)) for t, D in parts)  # (B, T, 2 H, K), (B, T, H, V)
+        q, k = F.normalize(full_precision(qk), dim=-1).chunk(2, 2)
         if self.decay == "channel":
             r, g = self.c_gate(r).sigmoid(), self._decay(self.c_decay(*a))[1]  # g (B, T, H, K)
         else:
@@ -1259,17 +1260,16 @@ class NativeSparseAttention(Attention):
         return NSAState(max_len)
 
     def step(self, x, state):
-        _, stride, _, _, width = self.sizes
-        n, t = state.n, x.size(1)
+        (_, stride, _, _, width), n, t = self.sizes, state.n, x.size(1)
         q, raw, selected, window = self._inputs(x, n)
         raw = raw if n == 0 else torch.cat((state.raw, raw), 1)
         blocks = self._compress(raw)
         new = blocks.size(1)
-        state.raw = raw[:, new * stride :]
         state.blocks = append(state.blocks, state.n_blocks, blocks, state.max_len // stride)
         state.selected = append(state.selected, n, selected, state.max_len)
         window = window if n == 0 else torch.cat((state.window, window), 1)
-        state.window = window[:, -width:]
+        kept = raw[:, new * stride :], window[:, -width:]
+        state.raw, state.window = kept if t == 1 else (x.clone() for x in kept)  # without the rest of a prompt
         state.n, state.n_blocks = n + t, state.n_blocks + new
         caches = state.blocks[:, : state.n_blocks], state.selected[:, : state.n], window
         return self._attend(x, q, *caches, n, "gather" if t <= 16 and not x.is_cuda else "auto"), state

@@ -718,7 +718,10 @@ class BandCache:
         if self.k is None:
             shape = (*k.shape[:2], 2 * L, k.size(3))
             self.k, self.v = k.new_empty(shape), v.new_empty(shape)
-            self.k_first, self.v_first = k[:, :, :0], v[:, :, :0]
+            self.k_first, self.v_first = (
+                k.new_empty(*k.shape[:2], 0, k.size(3)),
+                v.new_empty(*v.shape[:2], 0, v.size(3)),
+            )
         if self.k_first.size(2) < P:
             missing = P - self.k_first.size(2)
             self.k_first = torch.cat((self.k_first, k[:, :, :missing]), 2)
