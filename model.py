@@ -250,21 +250,23 @@ class NoAttention(Attention):
 
 def rotate(x, offset, base):
     """Rotary positions (Su et al. 2021, eq. 34): pair (d, d + D/2) of the vector at position p = offset + t turns by
-    the angle p base^(-2d/D). x (B, T, H, D)."""
-    made_in = torch.is_inference_mode_enabled()  # autograd refuses what inference mode made
-    of = turns.__wrapped__ if torch.compiler.is_compiling() else turns
-    cos, sin = of(offset, x.shape[1], x.shape[3], base, x.dtype, x.device, made_in)  # (T, 1, D/2)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+    the angle p base^(-2d/D). x (B, T, H, D). Without a base: x."""
+    if base is None:
+        return x
+    of, mode = (
+        (turns.__wrapped__, None) if torch.compiler.is_compiling() else (turns, torch.is_inference_mode_enabled())
+    )
+    cos, sin = of(offset, x.shape[1], x.shape[3], base, x.dtype, x.device, mode)  # autograd refuses inference's own
+    return torch.addcmul(x * cos, x.roll(x.shape[3] // 2, -1), sin)
 
 
 @functools.lru_cache(maxsize=4)  # queries and keys of all layers turn alike
-def turns(offset, T, D, base, dtype, device, made_in):
-    """cos and sin of the angles. These are integers in units of 2^-64 turns: their products overflow just as turns wrap
-    around, so every position is exact without float64, which some devices lack."""
+def turns(offset, T, D, base, dtype, device, mode):
+    """cos and sin (T, 1, D) of the angles, negative in the first half. Angles are integers of 2^-64 turns: products
+    overflow just as turns wrap around, so every position is exact without float64, which some devices lack."""
     frequency = [round(base ** (-2 * d / D) / math.tau * 2**64) for d in range(D // 2)]
-    position = torch.arange(offset, offset + T, device=device)
-    phase = position[:, None] * torch.tensor(frequency, device=device)  # (T, D/2) int64, -1/2 to 1/2 turns
+    position = offset + torch.arange(T, device=device)  # a compiled step has its offset in a tensor
+    phase = position[:, None] * torch.tensor([-f for f in frequency] + frequency, device=device)  # -1/2 to 1/2 turns
     angle = phase.to(torch.float64 if dtype == torch.float64 else torch.float32) * (math.tau / 2**64)
     return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
 
@@ -380,13 +382,11 @@ class SoftmaxAttention(Attention):
 
     def _qkv(self, x, offset):
         """q (B, T, H, D), k and v (B, T, Hk, D) of tokens from position `offset` on."""
-        parts = self.c_attn(x).split(list(self.parts.values()), -1)
-        q, k, v = (t.unflatten(-1, (-1, self.d_head)) for t in parts)
+        qk, v = self.c_attn(x).unflatten(-1, (-1, self.d_head)).split([self.n_head + self.n_kv, self.n_kv], 2)
         if self.ln_q is not None:
-            q, k = self.ln_q(q), self.ln_k(k)
-        if self.rope_base is not None:
-            q, k = rotate(q, offset, self.rope_base), rotate(k, offset, self.rope_base)
-        return q, k, v
+            q, k = qk.split([self.n_head, self.n_kv], 2)
+            qk = torch.cat((self.ln_q(q), self.ln_k(k)), 2)
+        return *rotate(qk, offset, self.rope_base).split([self.n_head, self.n_kv], 2), v
 
     def _project(self, y, x):
         """y (B, T, H, D) -> (B, T, C)"""
@@ -408,10 +408,8 @@ class SoftmaxAttention(Attention):
         """Only differences of positions matter to rotary keys: turning them back keeps the angles small for ever."""
         keep = min(state.n, state.max_len)
         k = state.k[:, :, state.n - keep : state.n].clone()
-        if self.rope_base is not None:
-            moved = keep - state.n
-            k = rotate(k.flatten(0, 2)[:, None, None], moved, self.rope_base).view_as(k)
-        state.k[:, :, :keep] = k
+        k = rotate(k.flatten(0, 2)[:, None, None], keep - state.n, self.rope_base)
+        state.k[:, :, :keep] = k.view_as(state.k[:, :, :keep])
         state.v[:, :, :keep] = state.v[:, :, state.n - keep : state.n].clone()
         state.n = keep
 
@@ -996,11 +994,9 @@ class PerformerAttention(Attention):
         return (self.w_q, self.w_k) if self.features == "learned" else (self.w, self.w)
 
     def _qkv(self, x, offset):
-        q, k, v = (t.unflatten(-1, (self.n_head, self.d_head)) for t in self.c_attn(x).chunk(3, -1))  # (B, T, H, D)
-        q, k = (F.normalize(full_precision(t), dim=-1) * self._norm2().sqrt()[:, None] for t in (q, k))
-        if self.rope_base is not None:
-            q, k = rotate(q, offset, self.rope_base), rotate(k, offset, self.rope_base)
-        return q, k, v
+        qk, v = self.c_attn(x).unflatten(-1, (-1, self.d_head)).split([2 * self.n_head, self.n_head], 2)
+        qk = F.normalize(full_precision(qk), dim=-1) * self._norm2().sqrt().repeat(2)[:, None]
+        return *rotate(qk, offset, self.rope_base).chunk(2, 2), v
 
     def _project(self, o, x):
         return self.resid_dropout(self.c_proj(self.output_gate(o.flatten(2), x)))  # (B, T, H D) -> (B, T, C)
@@ -1036,7 +1032,7 @@ class ConvolvedAttention(Attention):
     def init_state(self, batch, max_len):
         w, (width, channels) = self.c_attn.weight, self.conv_shape
         S = torch.zeros(batch, self.n_head, self.d_k, self.d_v, dtype=compute_dtype(w.dtype), device=w.device)
-        return S, w.new_zeros(batch, max(0, width - 1), channels)
+        return S, (w.new_zeros(batch, 1, channels),) * (width - 1)
 
     def step(self, x, state):
         return self._mix(x, state)
@@ -1060,17 +1056,19 @@ class ConvolvedAttention(Attention):
         return self.resid_dropout(self.c_proj(self._gate(o, *rest))), (S, past)
 
     def _convolved(self, x, past):
-        """q, k, v (B, T, H or groups, D), the parts of c_attn after them, and the convolution's next `past`."""
-        (_, T, _), (width, channels), sizes = x.shape, self.conv_shape, list(self.parts.values())
+        """q, k, v side by side (B, T, channels), the parts of c_attn after them, and the convolution's next `past`."""
+        (B, T, _), (width, channels), sizes = x.shape, self.conv_shape, list(self.parts.values())
         x, *rest = self.c_attn(x).split([channels, *sizes[3:]], -1)
         if width:
-            seen = torch.cat((x.new_zeros(x.size(0), width - 1, channels) if past is None else past, x), 1)
-            past, w = seen[:, T:].clone(), self.conv.view(width, channels)
-            x = seen[:, :T] * w[0]
-            for i in range(1, width):
-                x = torch.addcmul(x, seen[:, i : i + T], w[i])
-        qkv = zip(F.silu(x).split(sizes[:3], -1), (self.d_k, self.d_k, self.d_v))
-        return [t.unflatten(-1, (-1, D)) for t, D in qkv], rest, past
+            taps = *(past or [x.new_zeros(B, 1, channels)] * (width - 1)), x
+            if T > 1:  # one token is decoded without copies
+                seen = torch.cat(taps, 1)
+                taps = [seen[:, i : i + T] for i in range(width)]
+            past, w = [tap[:, -1:].clone() if T > 1 else tap for tap in taps[1:]], self.conv.view(width, channels)
+            x = taps[0] * w[0]
+            for tap, weight in zip(taps[1:], w[1:]):
+                x = torch.addcmul(x, tap, weight)
+        return F.silu(x), rest, past
 
     def _decay(self, a):
         """W_a x (B, T, H or H K) -> the softplus and log a_t, (B, T, H, 1 or K)."""
@@ -1114,8 +1112,10 @@ class DeltaNet(ConvolvedAttention):
             self.options = dict(gate_min=config.delta_gate_min)
 
     def _inputs(self, x, past):
-        (q, k, v), (b, r, *a), past = self._convolved(x, past)
-        q, k = (F.normalize(full_precision(t), dim=-1) for t in (q, k))
+        qkv, (b, r, *a), past = self._convolved(x, past)
+        parts = zip(qkv.tensor_split([2 * self.n_head * self.d_k], -1), (self.d_k, self.d_v))
+        qk, v = (t.unflatten(-1, (-1, D)) for t, D in parts)  # (B, T, 2 H, K), (B, T, H, V)
+        q, k = F.normalize(full_precision(qk), dim=-1).chunk(2, 2)
         if self.decay == "channel":
             r, g = self.c_gate(r).sigmoid(), self._decay(self.c_decay(*a))[1]  # g (B, T, H, K)
         else:
@@ -1169,7 +1169,9 @@ class Mamba2(ConvolvedAttention):
         self.skip, self.ln_o = nn.Parameter(torch.ones(H)), RMSNorm(inner)
 
     def _inputs(self, x, past):
-        (q, k, v), (z, a), past = self._convolved(x, past)
+        qkv, (z, a), past = self._convolved(x, past)
+        parts = zip(qkv.split(list(self.parts.values())[:3], -1), (self.d_k, self.d_k, self.d_v))
+        q, k, v = (t.unflatten(-1, (-1, D)) for t, D in parts)  # (B, T, groups, N) twice, (B, T, H, P)
         q, k = (t.repeat_interleave(self.n_head // t.size(2), 2) for t in (q, k))  # (B, T, H, N)
         dt, g = self._decay(a)  # (B, T, H, 1)
         return (q, k, v * dt, g.squeeze(-1)), (v, z), past
@@ -1258,17 +1260,16 @@ class NativeSparseAttention(Attention):
         return NSAState(max_len)
 
     def step(self, x, state):
-        _, stride, _, _, width = self.sizes
-        n, t = state.n, x.size(1)
+        (_, stride, _, _, width), n, t = self.sizes, state.n, x.size(1)
         q, raw, selected, window = self._inputs(x, n)
         raw = raw if n == 0 else torch.cat((state.raw, raw), 1)
         blocks = self._compress(raw)
         new = blocks.size(1)
-        state.raw = raw[:, new * stride :]
         state.blocks = append(state.blocks, state.n_blocks, blocks, state.max_len // stride)
         state.selected = append(state.selected, n, selected, state.max_len)
         window = window if n == 0 else torch.cat((state.window, window), 1)
-        state.window = window[:, -width:]
+        kept = raw[:, new * stride :], window[:, -width:]
+        state.raw, state.window = kept if t == 1 else (x.clone() for x in kept)  # without the rest of a prompt
         state.n, state.n_blocks = n + t, state.n_blocks + new
         caches = state.blocks[:, : state.n_blocks], state.selected[:, : state.n], window
         return self._attend(x, q, *caches, n, "gather" if t <= 16 and not x.is_cuda else "auto"), state
@@ -1323,8 +1324,7 @@ class NativeSparseAttention(Attention):
         """x, q are T tokens from `offset` on; keys and values end with the last of them."""
         *sizes, width = self.sizes
         compressed, index = nsa_compressed(q, *blocks.unbind(2), *sizes, offset=offset)
-        if self.rope_base is not None:
-            q = rotate(q, offset, self.rope_base)
+        q = rotate(q, offset, self.rope_base)
         chosen = nsa_selected(q, *selected.unbind(2), index, sizes[2], backend=backend)
         branches = compressed, chosen, nsa_window(q, *window.unbind(2), width)
         o = sum(g.unsqueeze(-1) * o for g, o in zip(self._gates(x).unbind(2), branches))  # (B, T, H, D)

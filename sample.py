@@ -32,18 +32,21 @@ if __name__ == "__main__":  # Ctrl-C while modules load is no traceback of their
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 import config
 from config import ConfigError, key, printable
 from data import DataError, Dataset, get_codec
 from data.scoring import label_probabilities
 from data.streaming import Text
-from model import GPT, sample_token
+from model import GPT, DecodeState, sample_token
 from plugins import import_plugins
 from weights import ModelError, is_training_folder
 
 LONGEST = 1 << 24  # characters of a prompt file; a device has no end
 LARGEST = 64  # sequences of a batch of several prompts
+CPU_OPTIONS = {"freezing": True, "cpp_wrapper": True}  # weights laid out for products; calls are made from C++
+CUDA_OPTIONS = {"triton.cudagraphs": True, "split_reductions": False}  # one launch of all; sums are short
 
 
 @dataclass
@@ -166,27 +169,68 @@ def encode(model, codec, prompt, where):
     return ids
 
 
+class CompiledStep:
+    """A model's step of one token, compiled. Layers' states are copied once into tensors that stay where they are, as a
+    CUDA graph needs: so of each number of sequences it decodes one batch at a time. Prompts stay eager: each length
+    would be compiled anew."""
+
+    def __init__(self, model):
+        self.model, self.eager, device = model, model.step, next(model.parameters()).device
+        self.own, self.latest = {}, {}  # by number of sequences: the layers' states, and the state that came back last
+        self.position = torch.zeros((), dtype=torch.long, device=device)
+        torch._dynamo.mark_static_address(self.position)
+        self.decode = torch.compile(self._decode, options=CPU_OPTIONS if device.type == "cpu" else CUDA_OPTIONS)
+
+    def _decode(self, x, position, layers):
+        """x (B, 1, C) -> logits (B, 1, V), and new states into `layers`."""
+        for block, own in zip(self.model.transformer.h, layers):
+            x, new = block.step(x, at(position, own))
+            copy_states(own, new)
+        return self.model.lm_head(self.model.transformer.ln_f(x))
+
+    def __call__(self, idx, state):
+        B, t = idx.shape
+        if t > 1:
+            return self.eager(idx, DecodeState(state.pos, at(state.pos, state.layers)))
+        if B not in self.own:
+            self.own[B] = tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, state.layers)
+            for x in filter(torch.is_tensor, tree_leaves(self.own[B])):
+                torch._dynamo.mark_static_address(x)
+        elif state.layers is not self.own[B]:
+            copy_states(self.own[B], state.layers)
+        elif state is not self.latest[B]:
+            raise ModelError("a compiled step decodes one batch at a time, and another one has taken this one's place")
+        self.position.fill_(state.pos)
+        self.latest[B] = DecodeState(state.pos + 1, self.own[B])
+        return self.decode(self.model.embed(idx, state.pos), self.position, self.own[B]).clone(), self.latest[B]
+
+
+def at(position, layers):
+    """States whose numbers, which count the tokens so far, are `position`."""
+    return tree_map(lambda x: position if isinstance(x, int) else x, layers)
+
+
+def copy_states(into, new):
+    for old, value in zip(tree_leaves(into), tree_leaves(new)):
+        if torch.is_tensor(old):
+            old.copy_(value)
+
+
 def compile_step(model, batch):
     """Let the model decode single tokens of `batch` sequences by a compiled step. Returns the seconds that it took, or
-    why the model stays eager. Prompts stay eager: each length would be compiled anew."""
+    why the model stays eager."""
     growing = [name for name, block in zip(model.config.types(), model.transformer.h) if block.attn.keeps_keys]
     if growing:
         return f"eager: the state of {growing[0]} grows with the text"
-    start, eager, device = time.perf_counter(), model.step, next(model.parameters()).device
-    # on a CPU, weights that no longer change are laid out for its products, and the calls of a token are made from C++
-    options = {"freezing": True, "cpp_wrapper": True} if device.type == "cpu" else None
-    compiled = torch.compile(type(model).step.__wrapped__, options=options)
-
-    def step(idx, state):
-        if idx.size(1) > 1:
-            return eager(idx, state)
-        return compiled(model, idx.clone(memory_format=torch.contiguous_format), state)  # other strides compile anew
-
+    start, step = time.perf_counter(), CompiledStep(model)
     try:
         with torch.inference_mode():
-            token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-            state = eager(token, model.init_state(batch))[1]
-            for _ in range(3):  # the second position makes the compiler leave positions open
+            token = torch.zeros(batch, 1, dtype=torch.long, device=step.position.device)
+            state = step.eager(token, model.init_state(batch))[1]
+            for name, layer in zip(model.config.types(), state.layers):
+                if any(not torch.is_tensor(x) and x not in (None, 1) for x in tree_leaves(layer)):
+                    return f"eager: the state of {name} holds more than tensors and the number of tokens"
+            for _ in range(3):  # a CUDA graph is warmed up, recorded and replayed
                 state = step(token, state)[1]
     except Exception as error:  # the compiler or its C++ compiler
         torch._dynamo.reset()

@@ -8,14 +8,29 @@ what an H200 needs for the bytes, at the rate that it copies with, and COST for 
 import contextlib
 import copy
 import importlib
+import multiprocessing
+import re
+import types
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
 import torch
+import torch.utils._triton
+from torch._dynamo import device_interface
+from torch._inductor import config as inductor
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import kernels
+import sample
 from benchmarks.layers import of_type
 from kernels import MODULES, launch
 from model import ATTENTION, GPTConfig
@@ -92,18 +107,94 @@ def of_operator(case):
     return forward, backward
 
 
-def of_step(kind):
-    """The counts of the attention of one layer in a step of one token, after 100 others. The angles of rope, which the
-    first layer makes for all, are there."""
+def one_layer(kind):
+    """The attention of one layer, its state after 100 tokens, and the next token."""
     c = of_type(vars(GPTConfig()) | dict(n_layer=1, n_head=4, n_embd=256, block_size=1024, pos_emb="rope"), kind)
     attn = ATTENTION[kind](c).eval()
     with torch.no_grad():
-        state = attn.step(torch.randn(1, 100, 256), attn.init_state(1, 1024))[1]
-        x = torch.randn(1, 1, 256)
+        return attn, attn.step(torch.randn(1, 100, 256), attn.init_state(1, 1024))[1], torch.randn(1, 1, 256)
+
+
+def of_step(kind):
+    """The counts of the attention of one layer in a step of one token, after 100 others. The angles of rope, which the
+    first layer makes for all, are there."""
+    attn, state, x = one_layer(kind)
+    with torch.no_grad(), mock.patch.object(torch.nn.functional, "rms_norm", one_launch):
         attn.step(x, copy.deepcopy(state))
         with Counted() as counted:
             attn.step(x, state)
     return counted.found
+
+
+def one_launch(x, shape, weight, eps):
+    """RMSNorm, which is one kernel on a GPU and some operations on a CPU."""
+    return torch.add(x, weight)
+
+
+@contextlib.contextmanager
+def pretending():
+    """PyTorch's compiler writes what it would for an H200: asked about the device, PyTorch answers from a table."""
+    properties = types.SimpleNamespace(
+        **dict(name="NVIDIA H200", major=9, minor=0, gcnArchName="", is_integrated=0, total_memory=139 << 30),
+        **dict(multi_processor_count=132, warp_size=32, regs_per_multiprocessor=65536, max_threads_per_block=1024),
+        **dict(max_threads_per_multi_processor=2048, shared_memory_per_block_optin=232448, L2_cache_size=50 << 20),
+    )
+    cuda, workers = device_interface.CudaInterface, device_interface.CudaInterface.Worker
+    answers = [(cuda, "raise_if_triton_unavailable", None), (cuda, "get_compute_capability", 90)]
+    answers += [(torch.cuda, "get_device_capability", (9, 0)), (torch.utils._triton, "triton_hash_with_backend", "")]
+    answers += [(at, "is_available", True) for at in (cuda, torch.cuda)]
+    answers += [(at, "current_device", 0) for at in (workers, torch.cuda)]
+    answers += [(at, "get_device_properties", properties) for at in (cuda, workers, torch.cuda)]
+    with contextlib.ExitStack() as patches:
+        for where, name, answer in answers:
+            patches.enter_context(mock.patch.object(where, name, staticmethod(lambda *_, answer=answer: answer)))
+        yield
+
+
+def of_compiled_steps(kinds=()):
+    """{type: of_compiled_step}, of all types with one. In a process of its own: the compiler remembers its device."""
+    kinds = kinds or [name for name, attn in ATTENTION.items() if not attn.keeps_keys]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(kinds, pool.map(of_compiled_step, kinds)))
+
+
+def of_compiled_step(kind):
+    """The names of what `of_step` launches once `sample.py --compile=True` has compiled it for a GPU."""
+    attn, state, x = one_layer(kind)
+    state, weights = attn.step(x, state)[1], dict(attn.named_parameters()) | dict(attn.named_buffers())
+
+    def step(x, position, held, weights):
+        held = iter(held)
+        own = tree_map(lambda leaf: next(held) if torch.is_tensor(leaf) else position, state)
+        with mock.patch.object(attn, "forward", attn.step):
+            y, new = torch.func.functional_call(attn, weights, (x, own))
+        sample.copy_states(tree_map(lambda x, leaf: x if torch.is_tensor(leaf) else 0, own, state), new)
+        return y
+
+    held = [leaf for leaf in tree_leaves(state) if torch.is_tensor(leaf)]
+    args = x, torch.tensor(101), held, weights
+    with torch.no_grad(), mock.patch.object(torch.compiler, "is_compiling", lambda: True):
+        functional = torch.func.functionalize(step, remove="mutations")
+        graph = make_fx(functional, decomposition_table=select_decomp_table(), tracing_mode="fake")(*args)
+    graph.graph.set_codegen(torch.fx.graph.CodeGen())  # arguments in one row
+    with pretending(), FakeTensorMode(allow_non_fake_inputs=True) as fake, DebugContext():
+        inputs = [
+            torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="cuda")
+            for leaf in tree_leaves(args)
+        ]
+        for node in graph.graph.nodes:
+            if "device" in node.kwargs:
+                node.update_kwarg("device", torch.device("cuda", 0))
+            if node.op == "get_attr":
+                setattr(graph, node.target, torch.empty_like(getattr(graph, node.target), device="cuda"))
+        graph.recompile()
+        FakeTensorProp(graph, fake).propagate(*inputs)
+        lowering = GraphLowering(graph, example_inputs=inputs, is_inference=True)
+        options = inductor.patch(sample.CUDA_OPTIONS)
+        with options, V.set_graph_handler(lowering), V.set_fake_mode(fake):
+            lowering.run(*inputs)
+            code = lowering.codegen()[0].value
+    return re.findall(r"(extern_kernels\.\w+|triton_\w+)(?:\.run)?\(.*(?:out=|stream=)", code)
 
 
 def row(found):
@@ -119,10 +210,11 @@ def main():
     print("|---" * 9 + "|")
     for name, case in operators().items():
         print(f"| `{name}` | {' | '.join(map(row, of_operator(case)))} |", flush=True)
-    print("\n| a step of one token, attention alone | launches | waits |\n|---|---|---|")
+    print("\n| a step of one token, attention alone | launches | compiled | waits |\n|---|---|---|---|")
+    compiled = of_compiled_steps()
     for kind in ATTENTION:
         found = of_step(kind)
-        print(f"| `{kind}` | {found['operations']} | {found['waits']} |", flush=True)
+        print(f"| `{kind}` | {found['operations']} | {len(compiled.get(kind, ())) or '-'} | {found['waits']} |")
 
 
 if __name__ == "__main__":

@@ -171,10 +171,10 @@ def crossover(lengths, ratios):
     return low if low == high else f"uncertain: {low} to {high}"
 
 
-PANELS = {  # column: (label, what is drawn of a cell that is for n tokens)
-    "forward + backward (ms)": ("forward + backward (µs/token)", lambda y, n: 1e3 * y / n),
-    "peak memory (MiB)": ("peak memory (KiB/token)", lambda y, n: 1024 * y / n),
-    "decoding (tokens/s)": ("decoding (µs/token)", lambda y, n: 1e6 / y),
+PANELS = {  # column: (title, label, what is drawn of a cell that is for n tokens)
+    "forward + backward (ms)": ("Forward and backward pass", "time (µs/token)", lambda y, n: 1e3 * y / n),
+    "peak memory (MiB)": ("Forward and backward pass", "peak memory (KiB/token)", lambda y, n: 1024 * y / n),
+    "decoding (tokens/s)": ("Decoding after T - 1 tokens", "time (µs/token)", lambda y, n: 1e6 / y),
 }
 
 
@@ -183,8 +183,8 @@ def plot_overview(rows, path):
     for each of them, and a line at softmax's."""
     types = list(dict.fromkeys(row["attention"] for row in rows if row["executed (MFLOP)"]))
     lengths = sorted({row["T (tokens)"] for row in rows})
-    figure, axes = style.grid(len(PANELS), 5.0, style.height(len(types), 4.6), 3)
-    for axis, (column, (label, drawn)) in zip(axes, PANELS.items()):
+    figure, axes = style.grid(len(PANELS), 5.6, style.height(len(types), 4.6))
+    for axis, (column, (title, label, drawn)) in zip(axes, PANELS.items()):
         found = {}
         for row in rows:
             if row["attention"] in types and row[column] is not None:
@@ -197,6 +197,7 @@ def plot_overview(rows, path):
             draw_lengths(axis, found, lengths, label)
         else:
             draw_single(axis, found, lengths[0], label)
+        axis.set_title(title)
     rounds = "lowest to highest of the rounds"
     note = f"T {lengths[0]:,}; bars: {rounds}; dotted line: softmax" if len(lengths) == 1 else f"bands: {rounds}"
     figure.supxlabel(f"{note}; {tokens_of_a_call(rows)}; lower is better", fontsize=style.SMALL)

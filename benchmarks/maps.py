@@ -108,7 +108,7 @@ def branches_map(attn, x):
     q, raw, selected, window = attn._inputs(x, 0)
     blocks, (block, stride, select_block, _, width) = attn._compress(raw), attn.sizes
     index = nsa_compressed(q, *blocks.unbind(2), *attn.sizes[:4])[1]
-    turned = q if attn.rope_base is None else rotate(q, 0, attn.rope_base)
+    turned = rotate(q, 0, attn.rope_base)
     kinds = [
         (blocks[:, :, 0], lambda k, v: nsa_compressed(q, k, v, *attn.sizes[:4])[0]),
         (selected[:, :, 0], lambda k, v: nsa_selected(turned, k, v, index, select_block)),

@@ -8,21 +8,21 @@ import zlib
 
 from config import ConfigError, printable
 
-COLORS = {  # one hue for a family
+COLORS = {  # light and dark alternate within a hue, so that colour-blind readers tell them apart too
     "softmax": "#222222",
-    "adaptive_span": "#c1440e",
-    "mask_mix": "#e08e0b",
-    "gla": "#0b5fa5",
-    "gsa": "#3d9be0",
-    "deltanet": "#2fb5aa",
-    "gdn": "#0f6b5f",
-    "kda": "#5fae6b",
-    "mamba2": "#7a8f1e",
-    "performer": "#e0569b",
-    "nsa": "#a3123f",
-    "gated": "#6a3d9a",
-    "gated_output": "#8a6d3b",
-    "none": "#8a8a8a",
+    "adaptive_span": "#631903",
+    "mask_mix": "#f99509",
+    "gla": "#0633f8",
+    "gsa": "#1382f9",
+    "deltanet": "#22bcef",
+    "gdn": "#03633c",
+    "kda": "#78be8f",
+    "mamba2": "#6f6f03",
+    "performer": "#89277c",
+    "nsa": "#dd0658",
+    "gated": "#140385",
+    "gated_output": "#d7a65d",
+    "none": "#8c8c8c",
 }
 OTHERS = ("#00a6d6", "#b25de0", "#5b8c00", "#d9381e", "#7d5a00", "#4358c8", "#c9a100", "#008060")  # types of plugins
 CATEGORIES = ("#0b5fa5", "#c1440e", "#2fb5aa", "#e08e0b", "#a3123f", "#7a8f1e", "#6a3d9a", "#8a6d3b")  # no types
@@ -43,10 +43,24 @@ def colour(name):
     return "#" + "".join(f"{round(statistics.mean(channel)):02x}" for channel in zip(*parts))
 
 
+def contrast(code):
+    """Of a colour #rrggbb on white (WCAG 2.1): text needs 4.5."""
+    channels = (int(code[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05)
+
+
+def ink(code):
+    """The colour in which text of that colour is written: as dark as it must be to be read on white."""
+    while contrast(code) < 4.5:
+        code = pale(code, -0.05)
+    return code
+
+
 def pale(code, share):
-    """The colour of a code #rrggbb with that share of white."""
+    """The colour of a code #rrggbb with that share of white, or of black below 0."""
     hue, light, colourful = colorsys.rgb_to_hls(*(int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)))
-    rgb = colorsys.hls_to_rgb(hue, light + (1 - light) * share, colourful)
+    rgb = colorsys.hls_to_rgb(hue, light + (1 - light if share > 0 else light) * share, colourful)
     return "#" + "".join(f"{round(255 * x):02x}" for x in rgb)
 
 
@@ -134,7 +148,7 @@ def label_ends(axis, ends):
         thin = where | dict(scalex=False, scaley=False, marker="", linewidth=0.8)
         axis.plot((x, 1.02), (y, y), linestyle=":" if x < 0.9 else "-", alpha=0.7, **thin)
         axis.plot((1.02, 1.06), (y, height - move), alpha=0.7, **thin)
-        axis.text(1.075, height - move, name, va="center", fontsize=SMALL, **where)
+        axis.text(1.075, height - move, name, va="center", fontsize=SMALL, **where | dict(color=ink(code)))
 
 
 def tokens_axis(axis, lengths):
@@ -154,8 +168,10 @@ def thousands(x, _=None):
 
 
 def log_ticks(axis):
-    """The ticks 1, 2, 5, 10, ... of a logarithmic axis, as plain numbers."""
-    plt = pyplot()
+    """The ticks 1, 2, 5, 10, ... of a logarithmic axis, as plain numbers. Its ends are such ticks."""
+    plt, ends = pyplot(), axis.get_data_interval()
+    ticks = sorted(m * 10.0**e for e in range(-9, 13) for m in (1, 2, 5))
+    axis.set_view_interval(max(t for t in ticks if t <= ends[0]), min(t for t in ticks if t >= ends[1]), ignore=True)
     axis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"{y:,g}"))
     axis.set_minor_locator(plt.NullLocator())
@@ -211,7 +227,7 @@ def name_rows(axis, names, colours):
     axis.set_ylim(len(names) - 0.3 - max(len(names) + 0.4, 5), len(names) - 0.3)
     axis.set_yticks(range(len(names)), names, fontsize=SMALL)
     for label, code in zip(axis.get_yticklabels(), colours):
-        label.set_color(code)
+        label.set_color(ink(code))
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="y", visible=False)
     axis.locator_params(axis="x", nbins=5)

@@ -52,14 +52,14 @@ def draw_scores(axis, found):
     """A dot with its standard deviation for each type, the best at the top; the control is a dashed line."""
     control, *_ = found.pop("none")
     order = sorted(found, key=lambda name: found[name][0], reverse=True)
-    for y, (name, line) in enumerate(zip(order, style.lines(order))):
+    for y, name in enumerate(order):
         mean, deviation, _ = found[name]
-        axis.errorbar(mean, y, xerr=deviation, color=COLORS[name], marker=line["marker"], capsize=4, linewidth=2)
+        axis.errorbar(mean, y, xerr=deviation, color=COLORS[name], marker="o", markersize=4, capsize=5, linewidth=1.5)
     axis.axvline(control, color=COLORS["none"], linestyle="--", linewidth=1.5)
     place = dict(xytext=(-8, 0), textcoords="offset points", ha="right", va="center", color=COLORS["none"])
     axis.annotate("none\n(no attention)", (control, (len(order) - 1) / 2), **place)
     axis.set_xlabel("bits per byte (lower is better)")
-    axis.set_title("Loss at equal tokens")
+    axis.set_title("Loss after 1.0 M tokens, context 128")
     style.name_rows(axis, order, [COLORS[name] for name in order])
 
 
@@ -95,10 +95,11 @@ def draw_heads(axis, table, name):
             axis.text(x, head, "alone", color="white", ha="center", va="center", size=10)
         if row["distributed"] == "yes":
             axis.add_patch(style.pyplot().Rectangle((x - 0.5, -0.5), 1, n, color="#f0c9b8"))
-            axis.text(x, n / 2 - 0.5, "only\ntogether", ha="center", va="center", size=10)
+            axis.text(x, n / 2 - 0.5, "no head\nalone", ha="center", va="center", size=10)
     axis.set(xlim=(-0.5, len(rows) - 0.5), ylim=(n - 0.5, -0.5), ylabel="head", aspect=0.4, anchor="N")
     axis.set_xticks(range(len(rows)), [row["trigram"].replace("->", "→") for row in rows])
     axis.set_yticks(range(n), range(n))
+    axis.set_xlabel("skip trigram: A … B → C", fontsize=style.SMALL)
     axis.set_title(f"{name}, {n} heads")
     axis.tick_params(length=0)
     axis.grid(False)
@@ -109,10 +110,12 @@ def main():
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(1, 1.25))
     draw_scores(left, scores())
     draw_times(right, costs())
+    note = "bars: ± one standard deviation over seeds; bands: lowest to highest of the rounds; none takes no time"
+    figure.supxlabel(note, fontsize=style.SMALL)
     style.save_figure(figure, str(HERE / "overview.png"))
 
     toy, block = json.loads((HERE / "superposition.json").read_text())["tables"].values()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     draw_heads(left, toy, "softmax")
     draw_heads(right, block, "gated")
     style.save_figure(figure, str(HERE / "superposition.png"))

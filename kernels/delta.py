@@ -22,9 +22,11 @@ from .gla import (
     compute_dtype,
     gate_sums,
     head_decays,
+    joined,
     load_gates,
     next_gates,
     pair_decays,
+    row_product,
     store,
 )
 from .gsa import below
@@ -49,10 +51,10 @@ def delta_recurrent(q, k, v, beta, g=None, scale=None, gate_min=None, initial_st
         if decay is not None:
             state = state * decay[:, t, :, :, None]
         kt = k[:, t, :, None, :]  # (B, H, 1, K)
-        u = beta[:, t, :, None, None] * (v[:, t, :, None, :] - kt @ state)  # (B, H, 1, V)
-        state = state + kt.mT @ u
-        out.append(q[:, t, :, None, :] @ state)
-    return torch.cat(out, 2).transpose(1, 2).to(out_dtype), state
+        u = beta[:, t, :, None, None] * (v[:, t, :, None, :] - row_product(kt, state))  # (B, H, 1, V)
+        state = torch.addcmul(state, kt.mT, u)
+        out.append(row_product(q[:, t, :, None, :], state))
+    return joined(out, 2).transpose(1, 2).to(out_dtype), state
 
 
 def bounded(g, gate_min):

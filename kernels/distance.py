@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
 from . import Case, check, in_autocast, leave_autocast, like_inputs, operator
-from .gla import compute_dtype
+from .gla import compute_dtype, joined
 
 SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
 CALLS = 2**13  # scores that take the time of a segment's calls
@@ -718,7 +718,10 @@ class BandCache:
         if self.k is None:
             shape = (*k.shape[:2], 2 * L, k.size(3))
             self.k, self.v = k.new_empty(shape), v.new_empty(shape)
-            self.k_first, self.v_first = k[:, :, :0], v[:, :, :0]
+            self.k_first, self.v_first = (
+                k.new_empty(*k.shape[:2], 0, k.size(3)),
+                v.new_empty(*v.shape[:2], 0, v.size(3)),
+            )
         if self.k_first.size(2) < P:
             missing = P - self.k_first.size(2)
             self.k_first = torch.cat((self.k_first, k[:, :, :missing]), 2)
@@ -763,7 +766,7 @@ class BandCache:
             if not group.sees_itself and (P or oldest < self.reach - 1):  # its first tokens may be blind
                 y = y.masked_fill((bias == -math.inf).all(1)[:, None, None], 0.0)
             outputs.append(y)
-        return torch.cat(outputs, 1).transpose(1, 2)
+        return joined(outputs, 1).transpose(1, 2)
 
 
 class HeadGroup(NamedTuple):

@@ -26,6 +26,11 @@ def compute_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def joined(outputs, dim):
+    """torch.cat, without a copy of what is one already."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim)
+
+
 # ----------------------------------------------------------------------------- oracle
 
 
@@ -39,11 +44,15 @@ def gla_recurrent(q, k, v, g=None, scale=None, gate_min=None, initial_state=None
     state = q.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state.to(dtype)
     out = []
     for t in range(T):
-        if g is not None:
-            state = state * decay[:, t, :, :, None]
-        state = torch.addcmul(state, k[:, t, :, :, None], v[:, t, :, None, :])  # (B, H, K, V)
-        out.append(torch.matmul(q[:, t, :, None, :], state))  # (B, H, 1, V)
-    return torch.cat(out, 2).transpose(1, 2).to(out_dtype), state
+        product = k[:, t, :, :, None], v[:, t, :, None, :]  # (B, H, K, V)
+        state = torch.addcmul(state, *product) if g is None else (state * decay[:, t, :, :, None]).addcmul_(*product)
+        out.append(row_product(q[:, t, :, None, :], state))  # (B, H, 1, V)
+    return joined(out, 2).transpose(1, 2).to(out_dtype), state
+
+
+def row_product(x, S):
+    """x S for rows x (B, H, 1, K). A compiler fuses a sum with what makes S; a matrix product would stand alone."""
+    return (x.mT * S).sum(-2, keepdim=True) if torch.compiler.is_compiling() else x @ S
 
 
 # ----------------------------------------------------------------------------- chunked PyTorch

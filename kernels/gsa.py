@@ -14,7 +14,18 @@ import torch
 import torch.nn.functional as F
 
 from . import Case, at_once, check, in_autocast, in_steps, jit, leave_autocast, operator, tl, triton
-from .gla import LOG2E, compute_dtype, double_sums, floor, is_factorised, pick_row, tree_level, weigh_launch
+from .gla import (
+    LOG2E,
+    compute_dtype,
+    double_sums,
+    floor,
+    is_factorised,
+    joined,
+    pick_row,
+    row_product,
+    tree_level,
+    weigh_launch,
+)
 from .launch import Kernel, choose, configurations, dot, dot_type, operand, power, split
 
 CHUNK = 64  # tokens a chunk, in every backend
@@ -32,6 +43,7 @@ def gsa_recurrent(q, k, v, s, g, scale=None, initial_state=None, gate_min=None):
     scale = K**-0.5 if scale is None else scale
     dtype, acc = v.dtype, compute_dtype(q.dtype)
     q, k, v, s, g = (x.to(acc) for x in (q, k, v, s, g))
+    q = q if scale == 1.0 else q * scale
     g = g if gate_min is None else g.clamp(min=gate_min)
     if initial_state is None:
         hk, hv = q.new_zeros(B, H, K, M), q.new_zeros(B, H, M, V)
@@ -40,11 +52,11 @@ def gsa_recurrent(q, k, v, s, g, scale=None, initial_state=None, gate_min=None):
     out = []
     for t in range(T):
         decay, write = g[:, t].exp(), s[:, t]  # (B, H, M)
-        hk = hk * decay.unsqueeze(-2) + k[:, t].unsqueeze(-1) * write.unsqueeze(-2)
-        hv = hv * decay.unsqueeze(-1) + write.unsqueeze(-1) * v[:, t].unsqueeze(-2)
-        p = torch.softmax(scale * (q[:, t].unsqueeze(-1) * hk).sum(-2), -1)  # (B, H, M)
-        out.append((p.unsqueeze(-1) * hv).sum(-2))
-    return torch.stack(out, 1).to(dtype), (hk, hv)
+        hk = (hk * decay.unsqueeze(-2)).addcmul_(k[:, t].unsqueeze(-1), write.unsqueeze(-2))
+        hv = (hv * decay.unsqueeze(-1)).addcmul_(write.unsqueeze(-1), v[:, t].unsqueeze(-2))
+        p = torch.softmax(row_product(q[:, t].unsqueeze(-2), hk), -1)  # (B, H, 1, M)
+        out.append(row_product(p, hv))
+    return joined(out, 2).transpose(1, 2).to(dtype), (hk, hv)
 
 
 # ----------------------------------------------------------------------------- chunked PyTorch

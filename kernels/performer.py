@@ -86,7 +86,10 @@ def performer_recurrent(q, k, v, wq, wk, features="softmax", state=None):
     """Token by token, in fp64 for fp64 inputs and fp32 otherwise. Differentiable; also the decoding step."""
     dtype, out_dtype = compute_dtype(q.dtype), v.dtype
     q, k, v, wq, wk = (x.to(dtype) for x in (q, k, v, wq, wk))
-    q, k = feature_map(q, wq, features), feature_map(k, wk, features)
+    if wq is wk:
+        q, k = feature_map(torch.cat((q, k), 1), wq, features).chunk(2, 1)
+    else:
+        q, k = feature_map(q, wq, features), feature_map(k, wk, features)
     o, state = gla_recurrent(q, k, F.pad(v, (0, 1), value=1.0), None, 1.0, None, state)
     return divide(o).to(out_dtype), state
 

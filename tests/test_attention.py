@@ -1,5 +1,6 @@
 """The protocol that every attention type of the registry obeys: a new type is tested by being registered."""
 
+import io
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from conftest import NoFloat64
 
 import train
+from benchmarks.clocks import state_bytes
 from config import resolve_device
 from data.scoring import compare_with_teacher, token_nats
 from kernels import launch
@@ -163,8 +165,18 @@ def test_eval_is_deterministic_and_free_of_penalty(name, fresh_rng):
 
 
 @pytest.mark.parametrize("name", TYPES)
+def test_a_state_holds_no_more_than_it_needs(name):
+    """No view that keeps all tokens of a prompt in memory."""
+    attn, stored = make(name, torch.float32, block_size=512), io.BytesIO()
+    with torch.no_grad():
+        _, state = attn.step(torch.randn(1, 500, 32), attn.init_state(1, 512))
+        torch.save(state, stored)
+    assert stored.tell() < state_bytes(state) + 25_000
+
+
+@pytest.mark.parametrize("name", TYPES)
 def test_compiles_without_a_break(name, fresh_rng):
-    attn = make(name, torch.float32).train()
+    attn = make(name, torch.float32, pos_emb="rope").train()
     x = torch.randn(2, 64, 32)
     compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x)[0], attn(x)[0], rtol=1e-5, atol=1e-5)

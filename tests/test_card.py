@@ -60,8 +60,10 @@ def test_a_part_is_run_once(text_dataset, tmp_path, monkeypatch, started, capsys
         assert cell["attention"] == "none" and cell["parameters"] > 0 and cell["seconds"] >= 0 and cell["commit"]
         assert cell["settings"]["max_iters"] == 6 and "n_layer" in cell["settings"] and "bias" not in cell["settings"]
         assert max(map(int, cell["score"]["by position"])) == 16
+    monkeypatch.setattr(card, "code_commit", lambda: "of later code")
     assert card.main(["--part=length", "--types=none", *where]) == 0 and len(started) == 3
     (longer,) = read(tmp_path / "json", "length")
+    assert longer["commit"] == cells.git_commit() != "of later code", "a run keeps the commit that trained it"
     by_context = longer["score"]["by context"]
     assert [*by_context] == ["16", "32", "64"] and max(map(int, longer["score"]["by position"])) == 64
     assert by_context["16"] == next(c["score"]["bits/byte"] for c in scored if c["seed"] == 1)

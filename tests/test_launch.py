@@ -148,7 +148,18 @@ def test_no_operator_waits_for_the_gpu_or_launches_more(monkeypatch):
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_no_step_waits_for_the_gpu(kind):
     found = launches.of_step(kind)
-    assert found["waits"] == 0 and found["operations"] <= 60, found
+    limit = dict.fromkeys(("softmax", "adaptive_span", "mask_mix"), 8) | {"nsa": 50}
+    assert found["waits"] == 0 and found["operations"] <= limit.get(kind, 35), found
+
+
+@pytest.mark.parametrize("kinds", [("gla", "gdn"), pytest.param((), marks=pytest.mark.slow)], ids=["two", "all"])
+def test_compiled_steps_are_few_launches(kinds):
+    pytest.importorskip("triton")
+    counts = launches.of_compiled_steps(kinds)
+    assert counts.keys() >= set(kinds or ("gsa", "performer", "deltanet", "kda", "mamba2"))
+    for kind, found in counts.items():
+        assert 0 < len(found) <= (9 if kind == "kda" else 8), (kind, found)
+        assert sum(name.endswith("mm") for name in found) >= (0 if kind == "none" else 2)
 
 
 def test_a_wait_is_counted():

@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks import maps
 from kernels.gla import gla
-from model import ATTENTION, Attention, GPTConfig
+from model import ATTENTION, GPT, Attention, GPTConfig
 
 T, C = 21, 32
 
@@ -90,6 +90,20 @@ def test_a_type_of_a_plugin_has_a_map(fresh_rng, monkeypatch):
     v, o = values_and_output(attn, x, monkeypatch)
     torch.testing.assert_close(torch.einsum("hts,shd->thd", weights, v), o, rtol=1e-3, atol=1e-4)
     assert globals()["gla"] is maps.gla  # nothing stays replaced
+
+
+def test_layers_share_one_scale(fresh_rng, monkeypatch, tmp_path):
+    """The largest weight of all layers, those of the first three queries left out."""
+    config = GPTConfig(attention_type="softmax", n_layer=2, n_head=2, n_embd=C, block_size=T, vocab_size=7)
+    model, drawn = GPT(config).eval(), []
+    torch.nn.init.normal_(model.transformer.h[1].attn.c_attn.weight, std=1.0)  # its weights are far larger
+    draw = maps.draw_layer
+    monkeypatch.setattr(maps, "draw_layer", lambda *args: drawn.append((args[3], draw(*args))) or drawn[-1][1])
+    idx = torch.randint(7, (1, T))
+    assert maps.draw_maps(model, [0, 1], idx, ["x"] * T, str(tmp_path / "maps.png")) == 2
+    largest = [weights[:, 3:].max().item() for weights, _ in drawn]
+    assert largest[1] > 1.5 * largest[0]
+    assert [image.norm.vmax for _, image in drawn] == pytest.approx([largest[1]] * 2)
 
 
 def test_none_has_no_map():

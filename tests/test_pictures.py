@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 
 import bench
@@ -174,7 +175,7 @@ def test_no_row_of_the_overview_lacks_its_baseline(drawn):
             marks = [line for line in time.lines if line.get_marker() == "o" and line.get_color() == base.get_color()]
             assert {*base.get_xdata()} == {*marks[0].get_xdata()} and len(marks) == 1
         else:
-            assert text_colours(time) == {name: style.colour(name) for name in ("softmax", "gla", "gsa")}
+            assert text_colours(time) == {name: style.ink(style.colour(name)) for name in ("softmax", "gla", "gsa")}
 
 
 @pytest.mark.parametrize("name", [name for name in ATTENTION if name != "none"])
@@ -219,3 +220,32 @@ def test_the_check_finds_what_cannot_be_read():
     figure.text(0.95, 0.5, "beyond the edge")
     with pytest.raises(AssertionError, match="cut off"):
         legible(figure)
+
+
+def seen(code, cone):
+    """CIE Lab of a colour #rrggbb as somebody sees it without long or middle cones (Machado et al. 2009), or with."""
+    matrices = {
+        "all": np.eye(3),
+        "without middle": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+        "without long": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    }
+    channels = np.array([int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(np.array(matrices[cone]) @ linear, 0, 1)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = np.cbrt(np.array(to_xyz) @ linear / [0.9505, 1, 1.089])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("cone", ["all", "without middle", "without long"])
+def test_colours_of_types_are_told_apart(cone):
+    codes = [style.colour(name) for name in ATTENTION]
+    pairs = [(a, b) for i, a in enumerate(codes) for b in codes[:i]]
+    assert min(np.linalg.norm(seen(a, cone) - seen(b, cone)) for a, b in pairs) > 15
+
+
+def test_text_is_dark_enough_to_read():
+    for code in [style.colour(name) for name in ATTENTION] + list(style.OTHERS):
+        assert style.contrast(style.ink(code)) >= 4.5
+    assert style.contrast("#ffffff") == 1 and style.contrast("#000000") == pytest.approx(21)
+    assert style.ink("#222222") == "#222222" and style.contrast(style.pale("#222222", 0.5)) < style.contrast("#222222")

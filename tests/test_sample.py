@@ -17,7 +17,8 @@ import train
 from benchmarks import curves, operators, peers, runs, steps, style
 from data import BytesCodec, DataError, SymbolsCodec
 from data.scoring import evaluate
-from model import GPT
+from model import GPT, GPTConfig, NoAttention
+from weights import ModelError
 
 
 def text_of(capsys, *arguments):
@@ -274,4 +275,45 @@ def test_compiled_steps_are_the_same_text(tiny, tmp_path, capsys):
         if name == "softmax":
             assert "eager: the state of softmax grows" in err and not counters["unique_graphs"]
         else:
-            assert "step compiled in" in err and counters["unique_graphs"] == 2  # one position, then any
+            assert "step compiled in" in err and counters["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(attention_type="performer,kda", pos_emb="rope", delta_conv=3),
+        dict(attention_type="gsa,mamba2,none", pos_emb="learned", mamba2_conv=2),
+    ],
+    ids=["rope", "learned"],
+)
+def test_a_compiled_step_goes_where_the_eager_one_goes(keys, fresh_rng):
+    """Token by token, with several at once between, for two batches one after the other, and for one of another size;
+    two batches in turns are refused."""
+    torch._dynamo.reset()
+    lm = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=64, vocab_size=11, **keys)).eval()
+    compiled = sample.CompiledStep(lm)
+
+    def logits(step, idx, sizes):
+        found, state, at = [], lm.init_state(len(idx)), 0
+        for n in sizes:
+            y, state = step(idx[:, at : at + n], state)
+            found.append(y)
+            at += n
+        return torch.cat(found, 1), state
+
+    with torch.no_grad():
+        for rows, sizes in ((2, [5, 1, 1, 1, 4, 1, 1]), (2, [1, 1, 1]), (1, [3, 1, 1]), (2, [2, 1])):
+            idx = torch.randint(11, (rows, sum(sizes)))
+            found, state = logits(compiled, idx, sizes)
+            torch.testing.assert_close(found, logits(lm.step, idx, sizes)[0], rtol=1e-5, atol=1e-5)
+        token = torch.randint(11, (2, 1))
+        compiled(token, lm.step(token, lm.init_state(2))[1])
+        with pytest.raises(ModelError, match="one batch at a time"):
+            compiled(token, state)
+
+
+def test_a_step_whose_state_is_no_tensor_stays_eager(tiny, monkeypatch):
+    lm = GPT(GPTConfig(attention_type="none", n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=5))
+    monkeypatch.setattr(NoAttention, "init_state", lambda self, batch, max_len: {"seen": "nothing"})
+    assert "the state of none holds more than tensors" in sample.compile_step(lm, 1)
+    assert "step" not in vars(lm)
