@@ -26,7 +26,19 @@ from .gla import (
     tree_level,
     weigh_launch,
 )
-from .launch import Kernel, choose, configurations, dot, dot_type, operand, power, product_type, split
+from .launch import (
+    Kernel,
+    add_product,
+    choose,
+    configurations,
+    dot,
+    dot_type,
+    operand,
+    power,
+    product,
+    product_type,
+    split,
+)
 
 CHUNK = 64  # tokens a chunk, in every backend
 SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its blocks stay in cache
@@ -102,7 +114,6 @@ class Decay:
 
     def gather(self, P, base):
         """head_i * base_i + sum_{j<i} P_ij e^(b_i - b_j) s_j, in place of base. P (N, C, C) strictly lower."""
-        P = P.to(base.dtype)  # gates feel what is rounded here
         if self.lifted is not None:
             return base.baddbmm_(P, self.lifted).mul_(self.head)
         base.mul_(self.head)
@@ -110,12 +121,11 @@ class Decay:
             base.view(-1, 2, h, base.shape[-1])[:, 1].addcmul_(right, torch.bmm(below(P, h).reshape(-1, h, h), written))
         return base
 
-    def scatter(self, P, x, Q, y):
+    def scatter(self, P, x, Q, y, low):
         """sum_{i>j} e^(b_i - b_j) (P_ij x_i + Q_ij y_i). P, Q (N, C, C) strictly lower, x, y (N, C, M)."""
-        P, Q = P.to(x.dtype), Q.to(x.dtype)
         if self.lifted is not None:
-            out = torch.bmm(P.mT, x * self.head)
-            return out.baddbmm_(Q.mT, y * self.head).div_(self.head)
+            out = product(P.mT, x * self.head, low).to(x.dtype)
+            return add_product(out, Q.mT, y * self.head, low).div_(self.head)
         out, M = torch.zeros_like(x), x.shape[-1]
         for h, left, right, _ in self.levels:
             part = torch.bmm(below(P, h).reshape(-1, h, h).mT, x.view(-1, 2, h, M)[:, 1] * right)
@@ -133,16 +143,6 @@ def below(A, h):
     N, C, _ = A.shape
     pairs = A.view(N, C // (2 * h), 2 * h, C // (2 * h), 2 * h).diagonal(dim1=1, dim2=3)  # (N, 2h, 2h, C / 2h)
     return pairs[:, h:, :h].permute(0, 3, 1, 2)
-
-
-def product(a, b, low):
-    """a b with operands of type low, and of that type: each sum is rounded once."""
-    return torch.bmm(a.to(low), b.to(low))
-
-
-def add_product(base, a, b, low):
-    """base + a b, in place."""
-    return base.baddbmm_(a, b) if low == base.dtype else base.add_(product(a, b, low))
 
 
 def causal_scores(q, k, dtype):
@@ -208,17 +208,16 @@ def chunk_fwd(q, k, v, s, g, hk, hv, scale, gate_min):
         borders[0, ..., K:].copy_(hv.flatten(0, 1))
     for t, size, n, C in segments(q):
         here = slice(t, t + size)
-        qc = load(n, C, low, q[:, here]).mul_(scale)
-        kv = load(n, C, low, k[:, here], v[:, here])
+        qc = load(n, C, acc, q[:, here]).mul_(scale)
+        kv = load(n, C, acc, k[:, here], v[:, here])
         sc, gc = load(n, C, acc, s[:, here]), load(n, C, acc, g[:, here])
         decay = Decay(gc if gate_min is None else gc.clamp_(min=gate_min), sc)
         S = walk(borders[t // C : t // C + n + 1], decay, kv)
-        S = S.to(low)
         P, own = causal_scores(qc, kv[..., :K], acc)
-        zc = decay.gather(P, torch.bmm(qc, S[..., :K].mT).to(acc))
+        zc = decay.gather(P, torch.bmm(qc, S[..., :K].mT))  # a softmax turns errors of logits into relative ones
         store(z[:, here], zc)
         p = torch.softmax(zc.addcmul_(own, sc), -1)
-        oc = torch.bmm(decay.scores(p, low), kv[..., K:]).to(acc)
+        oc = product(decay.scores(p, low), kv[..., K:], low).to(acc)
         store(o[:, here], add_product(oc, p.mul_(decay.head), S[..., K:], low))
     last = borders[-1].view(B, H, M, K + V)
     return o, *(x.clone(memory_format=torch.contiguous_format) for x in (last[..., :K].mT, last[..., K:])), z, borders
@@ -231,7 +230,7 @@ def borders_shape(q, v, s):
 
 def walk(S, decay, kv):
     """From the state S[0] the others of S (n + 1, BH, M, K + V), at the borders of n chunks. -> S[:n] (N, M, K + V)"""
-    U = product((decay.s * decay.tail).mT, kv, kv.dtype).to(S.dtype).view(-1, *S.shape[1:])
+    U = torch.bmm((decay.s * decay.tail).mT, kv).view(-1, *S.shape[1:])
     total = decay.head[:, -1].view(len(U), -1, S.shape[2], 1)
     for c in range(len(U)):
         torch.addcmul(U[c], total[c], S[c], out=S[c + 1])
@@ -252,8 +251,9 @@ def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale, gate_min):
     for t, size, n, C in reversed(segments(q)):
         here = slice(t, t + size)
         q_, k_, v_, s_, g_, z_, do_ = (x[:, here] for x in (q, k, v, s, g, z, do))
-        qc, kv, dc = load(n, C, low, q_).mul_(scale), load(n, C, low, k_, v_), load(n, C, low, do_)
-        sc, gc, zc = (load(n, C, acc, x) for x in (s_, g_, z_))
+        kv, dc = load(n, C, low, k_, v_), load(n, C, low, do_)
+        qc, sc, gc, zc = (load(n, C, acc, x) for x in (q_, s_, g_, z_))
+        qc.mul_(scale)
         bounded = gc if gate_min is None else gc.clamp(min=gate_min)
         *parts, dS = segment_bwd(qc, kv, sc, bounded, zc, dc, borders[t // C : t // C + n], dS)
         if gate_min is not None:  # no gradient below
@@ -268,15 +268,16 @@ def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale, gate_min):
 def segment_bwd(q, kv, s, g, z, do, S, last):
     """One segment of n chunks; every block is (N, C, its width), q scaled. S: the states at the chunks' starts, `last`:
     the gradient of the state at the segment's end. -> the gradients of scaled q, k, v, s, g, and of the first state."""
-    K, n, acc, low = q.shape[-1], len(S), z.dtype, q.dtype
+    K, n, acc, low = q.shape[-1], len(S), z.dtype, kv.dtype
     k, v = kv[..., :K], kv[..., K:]
     decay = Decay(g, s)
     S = S.flatten(0, 1)  # (N, M, K + V)
     S_low = S.to(low)
     # second pass: o = A v + (p * head) S, then the softmax
-    P, own = causal_scores(q, k, acc)
+    P, own = causal_scores(q, k.to(acc), acc)  # as precise as z: gates see their difference
     p = torch.softmax(torch.addcmul(z, own, s), -1)
     dA, dA_own = causal_scores(do, v, acc)
+    dA = dA.to(acc)
     dp = decay.gather(dA, torch.bmm(do, S_low[..., K:].mT).to(acc))
     x = dp * p  # what the gates see: every sum without its own token
     dy = torch._softmax_backward_data(dp.addcmul_(dA_own, s), p, -1, p.dtype)
@@ -298,7 +299,7 @@ def segment_bwd(q, kv, s, g, z, do, S, last):
     dv = add_product(dkv[..., K:], decay.scores(p, low).mT, do, low)
     dq = add_product(product(dy * decay.head, S_low[..., :K], low).to(acc), dP, k, low)
     # writes and gates
-    ds = decay.scatter(dA, p, P, dy)
+    ds = decay.scatter(dA, p, P, dy, low)
     x.addcmul_(s, ds, value=-1)
     carried = torch.bmm(kv, end_low.mT).to(acc).mul_(decay.tail)
     dg = gate_gradient(x, carried * s, torch.mul(S, end, out=U.flatten(0, 1)).sum(-1).mul_(decay.head[:, -1]))
