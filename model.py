@@ -1326,8 +1326,8 @@ class NativeSparseAttention(Attention):
         compressed, index = nsa_compressed(q, *blocks.unbind(2), *sizes, offset=offset)
         q = rotate(q, offset, self.rope_base)
         chosen = nsa_selected(q, *selected.unbind(2), index, sizes[2], backend=backend)
-        branches = compressed, chosen, nsa_window(q, *window.unbind(2), width)
-        o = sum(g.unsqueeze(-1) * o for g, o in zip(self._gates(x).unbind(2), branches))  # (B, T, H, D)
+        near, (a, b, c) = nsa_window(q, *window.unbind(2), width), self._gates(x).unsqueeze(-1).unbind(2)
+        o = torch.addcmul(torch.addcmul(a * compressed, b, chosen), c, near)  # (B, T, H, D)
         return self.resid_dropout(self.c_proj(self.output_gate(o.flatten(2), x)))
 
 
