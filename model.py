@@ -496,19 +496,19 @@ class GatedAttention(SoftmaxAttention):
         return gates.chunk(2, -1)
 
     def _qkv(self, x, offset):
-        """In the ring a key's gate is one more channel of its value."""
+        """A query's gate is one more channel of it, and a key's one of its value, also in the ring."""
         q, k, v = super()._qkv(x, offset)
-        b = self._gates(x)[1].unsqueeze(-1)
-        return q, k, torch.cat((v, b.to(v.dtype)), -1)  # (B, T, H, D + 1)
+        a, b = (gate.unsqueeze(-1).to(v.dtype) for gate in self._gates(x))
+        return torch.cat((q, a), -1), k, torch.cat((v, b), -1)  # (B, T, H, D + 1), (B, T, H, D), (B, T, H, D + 1)
 
     def _read(self, x, q, k, v, mask):
-        return self._gated_map(x, q, k, v, mask)[0].to(v.dtype) @ v[..., :-1]
+        return self._gated_map(q, k, v, mask)[0].to(v.dtype) @ v[..., :-1]
 
-    def _gated_map(self, x, q, k, v, mask):
+    def _gated_map(self, q, k, v, mask):
         """gamma p and gamma, (B, H, t, S)."""
-        if mask is None:
-            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - q.size(2))
-        return gated_map(q, k, self._gates(x)[0].transpose(1, 2), v[..., -1], mask)
+        if mask is None and q.size(2) > 1:
+            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - q.size(2))
+        return gated_map(q[..., :-1], k, q[..., -1], v[..., -1], mask)
 
     def flops(self, T):
         """Scores, values and gates of all pairs, and of those that the blocks of a training step hold."""
@@ -521,7 +521,7 @@ class GatedAttention(SoftmaxAttention):
         first token, the mean gate, the share of gates that are 0, and whether all of them are; the mean output gate."""
         if x is None:
             return {}
-        y, gamma = self._gated_map(x, *(t.transpose(1, 2) for t in self._qkv(x, 0)), None)
+        y, gamma = self._gated_map(*(t.transpose(1, 2) for t in self._qkv(x, 0)), None)
         causal = torch.ones(gamma.shape[-2:], dtype=torch.bool, device=x.device).tril()
         gates = gamma[..., causal].transpose(0, 1).flatten(1).float()  # (H, pairs)
         found = {"attention_map": y[0], "first_token": y[..., 0].float().mean((0, 2)), "gate": gates.mean(1)}
@@ -1326,8 +1326,8 @@ class NativeSparseAttention(Attention):
         compressed, index = nsa_compressed(q, *blocks.unbind(2), *sizes, offset=offset)
         q = rotate(q, offset, self.rope_base)
         chosen = nsa_selected(q, *selected.unbind(2), index, sizes[2], backend=backend)
-        branches = compressed, chosen, nsa_window(q, *window.unbind(2), width)
-        o = sum(g.unsqueeze(-1) * o for g, o in zip(self._gates(x).unbind(2), branches))  # (B, T, H, D)
+        near, (a, b, c) = nsa_window(q, *window.unbind(2), width), self._gates(x).unsqueeze(-1).unbind(2)
+        o = torch.addcmul(torch.addcmul(a * compressed, b, chosen), c, near)  # (B, T, H, D)
         return self.resid_dropout(self.c_proj(self.output_gate(o.flatten(2), x)))
 
 

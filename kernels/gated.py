@@ -49,11 +49,12 @@ def gated_dense(q, k, v, a, b, scale, penalise=True):
 
 def gated_map(q, k, a, b, mask):
     """gamma p and gamma (B, H, t, S) of a few queries, as decoding reads them: q (B, H, t, D), k (B, H, S, D),
-    a (B, H, t), b (B, H, S), mask (t, S), True where a key is seen."""
+    a (B, H, t), b (B, H, S), mask (t, S), True where a key is seen; None: all are."""
     dtype = compute_dtype(q.dtype)
     q, k, a, b = (x.to(dtype) for x in (q, k, a, b))
     with leave_autocast(q):
-        p = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -torch.inf).softmax(-1)
+        s = q @ k.mT / math.sqrt(q.shape[-1])
+        p = (s if mask is None else s.masked_fill(~mask, -torch.inf)).softmax(-1)
     gamma = (a.unsqueeze(-1) * b.unsqueeze(-2)).clamp(0, 1)
     return gamma * p, gamma
 

@@ -26,7 +26,19 @@ from .gla import (
     tree_level,
     weigh_launch,
 )
-from .launch import Kernel, choose, configurations, dot, dot_type, operand, power, split
+from .launch import (
+    Kernel,
+    add_product,
+    choose,
+    configurations,
+    dot,
+    dot_type,
+    operand,
+    power,
+    product,
+    product_type,
+    split,
+)
 
 CHUNK = 64  # tokens a chunk, in every backend
 SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its blocks stay in cache
@@ -89,16 +101,16 @@ class Decay:
             head[:, 1] *= head[:, 0, -1:]
             h *= 2
 
-    def scores(self, x):
-        """A_ij = sum_m x_im s_jm e^(b_i - b_j) for j <= i, else 0. (N, C, C)"""
+    def scores(self, x, low):
+        """A_ij = sum_m x_im s_jm e^(b_i - b_j) for j <= i, else 0. (N, C, C), as operands of type low."""
         N, C, M = x.shape
         if self.lifted is not None:
-            return torch.bmm(x * self.head, self.lifted.mT).tril_()
+            return product(x * self.head, self.lifted.mT, low).tril_()
         A = torch.diag_embed((x * self.s).sum(-1))
         for h, _, right, written in self.levels:
             block = below(A, h)
             block.copy_(torch.bmm(x.view(-1, 2, h, M)[:, 1] * right, written.mT).view(block.shape))
-        return A
+        return A.to(low)
 
     def gather(self, P, base):
         """head_i * base_i + sum_{j<i} P_ij e^(b_i - b_j) s_j, in place of base. P (N, C, C) strictly lower."""
@@ -109,11 +121,11 @@ class Decay:
             base.view(-1, 2, h, base.shape[-1])[:, 1].addcmul_(right, torch.bmm(below(P, h).reshape(-1, h, h), written))
         return base
 
-    def scatter(self, P, x, Q, y):
+    def scatter(self, P, x, Q, y, low):
         """sum_{i>j} e^(b_i - b_j) (P_ij x_i + Q_ij y_i). P, Q (N, C, C) strictly lower, x, y (N, C, M)."""
         if self.lifted is not None:
-            out = torch.bmm(P.mT, x * self.head)
-            return out.baddbmm_(Q.mT, y * self.head).div_(self.head)
+            out = product(P.mT, x * self.head, low).to(x.dtype)
+            return add_product(out, Q.mT, y * self.head, low).div_(self.head)
         out, M = torch.zeros_like(x), x.shape[-1]
         for h, left, right, _ in self.levels:
             part = torch.bmm(below(P, h).reshape(-1, h, h).mT, x.view(-1, 2, h, M)[:, 1] * right)
@@ -133,10 +145,10 @@ def below(A, h):
     return pairs[:, h:, :h].permute(0, 3, 1, 2)
 
 
-def causal_scores(q, k):
-    """The strictly lower part of q k^T (N, C, C), and its diagonal (N, C, 1)."""
+def causal_scores(q, k, dtype):
+    """The strictly lower part of q k^T (N, C, C), and its diagonal (N, C, 1), which is of that type."""
     P = torch.bmm(q, k.mT)
-    diagonal = P.diagonal(dim1=1, dim2=2).clone().unsqueeze(-1)
+    diagonal = P.diagonal(dim1=1, dim2=2).to(dtype, copy=True).unsqueeze(-1)
     return P.tril_(-1), diagonal
 
 
@@ -187,6 +199,7 @@ def chunk_fwd(q, k, v, s, g, hk, hv, scale, gate_min):
     chunk borders, keys and values side by side (chunks + 1, B * H, M, K + V)."""
     (B, _, H, K), V, M = q.shape, v.shape[-1], s.shape[-1]
     acc = compute_dtype(q.dtype)
+    low = product_type(v.dtype, acc)
     o, z = v.new_empty(v.shape), s.new_empty(s.shape, dtype=acc)
     borders = z.new_empty(borders_shape(q, v, s))
     borders[0].zero_()
@@ -200,12 +213,12 @@ def chunk_fwd(q, k, v, s, g, hk, hv, scale, gate_min):
         sc, gc = load(n, C, acc, s[:, here]), load(n, C, acc, g[:, here])
         decay = Decay(gc if gate_min is None else gc.clamp_(min=gate_min), sc)
         S = walk(borders[t // C : t // C + n + 1], decay, kv)
-        P, own = causal_scores(qc, kv[..., :K])
-        zc = decay.gather(P, torch.bmm(qc, S[..., :K].mT))
+        P, own = causal_scores(qc, kv[..., :K], acc)
+        zc = decay.gather(P, torch.bmm(qc, S[..., :K].mT))  # a softmax turns errors of logits into relative ones
         store(z[:, here], zc)
         p = torch.softmax(zc.addcmul_(own, sc), -1)
-        oc = torch.bmm(decay.scores(p), kv[..., K:])
-        store(o[:, here], oc.baddbmm_(p.mul_(decay.head), S[..., K:]))
+        oc = product(decay.scores(p, low), kv[..., K:], low).to(acc)
+        store(o[:, here], add_product(oc, p.mul_(decay.head), S[..., K:], low))
     last = borders[-1].view(B, H, M, K + V)
     return o, *(x.clone(memory_format=torch.contiguous_format) for x in (last[..., :K].mT, last[..., K:])), z, borders
 
@@ -228,6 +241,7 @@ def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale, gate_min):
     """-> dq, dk, dv, ds, dg, and the gradients of the initial states."""
     (B, _, H, K), V, M = q.shape, v.shape[-1], s.shape[-1]
     acc = z.dtype
+    low = product_type(v.dtype, acc)
     grads = [x.new_empty(x.shape) for x in (q, k, v, s, g)]
     dS = borders.new_zeros(B * H, M, K + V)  # the gradient of the state at the end of the segment
     if dhk is not None:
@@ -237,8 +251,9 @@ def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale, gate_min):
     for t, size, n, C in reversed(segments(q)):
         here = slice(t, t + size)
         q_, k_, v_, s_, g_, z_, do_ = (x[:, here] for x in (q, k, v, s, g, z, do))
-        qc, kv = load(n, C, acc, q_).mul_(scale), load(n, C, acc, k_, v_)
-        sc, gc, zc, dc = (load(n, C, acc, x) for x in (s_, g_, z_, do_))
+        kv, dc = load(n, C, low, k_, v_), load(n, C, low, do_)
+        qc, sc, gc, zc = (load(n, C, acc, x) for x in (q_, s_, g_, z_))
+        qc.mul_(scale)
         bounded = gc if gate_min is None else gc.clamp(min=gate_min)
         *parts, dS = segment_bwd(qc, kv, sc, bounded, zc, dc, borders[t // C : t // C + n], dS)
         if gate_min is not None:  # no gradient below
@@ -253,37 +268,40 @@ def chunk_bwd(do, dhk, dhv, q, k, v, s, g, z, borders, scale, gate_min):
 def segment_bwd(q, kv, s, g, z, do, S, last):
     """One segment of n chunks; every block is (N, C, its width), q scaled. S: the states at the chunks' starts, `last`:
     the gradient of the state at the segment's end. -> the gradients of scaled q, k, v, s, g, and of the first state."""
-    K, n = q.shape[-1], len(S)
+    K, n, acc, low = q.shape[-1], len(S), z.dtype, kv.dtype
     k, v = kv[..., :K], kv[..., K:]
     decay = Decay(g, s)
     S = S.flatten(0, 1)  # (N, M, K + V)
+    S_low = S.to(low)
     # second pass: o = A v + (p * head) S, then the softmax
-    P, own = causal_scores(q, k)
+    P, own = causal_scores(q, k.to(acc), acc)  # as precise as z: gates see their difference
     p = torch.softmax(torch.addcmul(z, own, s), -1)
-    dA, dA_own = causal_scores(do, v)
-    dp = decay.gather(dA, torch.bmm(do, S[..., K:].mT))
+    dA, dA_own = causal_scores(do, v, acc)
+    dA = dA.to(acc)
+    dp = decay.gather(dA, torch.bmm(do, S_low[..., K:].mT).to(acc))
     x = dp * p  # what the gates see: every sum without its own token
     dy = torch._softmax_backward_data(dp.addcmul_(dA_own, s), p, -1, p.dtype)
     x.addcmul_(z, dy)
     # the gradient of the state, from the last chunk to the first
     U, dS = torch.empty_like(S), last.new_empty(n + 1, *last.shape)
-    U[..., :K] = torch.bmm((dy * decay.head).mT, q)
-    U[..., K:] = torch.bmm((p * decay.head).mT, do)
+    U[..., :K] = product((dy * decay.head).mT, q, low)
+    U[..., K:] = product((p * decay.head).mT, do, low)
     dS[n] = last
     U, total = U.view(n, *last.shape), decay.head[:, -1].view(n, -1, s.shape[-1], 1)
     for c in reversed(range(n)):
         torch.addcmul(U[c], total[c], dS[c + 1], out=dS[c])
     end = dS[1:].flatten(0, 1)  # (N, M, K + V), at the end of each chunk
     # keys, values, queries: first pass and state together
-    dkv = torch.bmm(s * decay.tail, end)
-    dP = decay.scores(dy)
-    dk = torch.baddbmm(dkv[..., :K], dP.mT, q)
-    dv = torch.baddbmm(dkv[..., K:], decay.scores(p).mT, do)
-    dq = torch.bmm(dy * decay.head, S[..., :K]).baddbmm_(dP, k)
+    end_low = end.to(low)
+    dkv = product(s * decay.tail, end_low, low).to(acc)
+    dP = decay.scores(dy, low)
+    dk = add_product(dkv[..., :K], dP.mT, q, low)
+    dv = add_product(dkv[..., K:], decay.scores(p, low).mT, do, low)
+    dq = add_product(product(dy * decay.head, S_low[..., :K], low).to(acc), dP, k, low)
     # writes and gates
-    ds = decay.scatter(dA, p, P, dy)
+    ds = decay.scatter(dA, p, P, dy, low)
     x.addcmul_(s, ds, value=-1)
-    carried = torch.bmm(kv, end.mT).mul_(decay.tail)
+    carried = torch.bmm(kv, end_low.mT).to(acc).mul_(decay.tail)
     dg = gate_gradient(x, carried * s, torch.mul(S, end, out=U.flatten(0, 1)).sum(-1).mul_(decay.head[:, -1]))
     ds.add_(carried).addcmul_(own, dy).addcmul_(dA_own, p)
     return dq, dk, dv, ds, dg, dS[0]

@@ -46,6 +46,16 @@ def product_type(inputs, sums):
     return torch.bfloat16 if inputs == torch.bfloat16 and native_bfloat16() else sums
 
 
+def product(a, b, low):
+    """a b (N, ...) with operands of type low, and of that type."""
+    return torch.bmm(a.to(low), b.to(low))
+
+
+def add_product(base, a, b, low):
+    """base + a b, in place."""
+    return base.baddbmm_(a, b) if low == base.dtype else base.add_(product(a, b, low))
+
+
 def power(n):
     """The least tile that holds n: a power of two, from the 16 on that a product needs."""
     return max(16, 1 << (n - 1).bit_length())

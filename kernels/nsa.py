@@ -223,11 +223,33 @@ def compressed_forward(q, k, v, scale, block, stride, select_block, select_count
             p = p.unflatten(1, (hi - lo, -1)).sum(2)  # over the group's heads
             score = importance(p, n_blocks, block, stride, select_block)
             candidate = torch.arange(1, n_blocks + 1, device=q.device)
-            rank = score.div_(RESOLUTION).round_().long().mul_(n_blocks + 1).add_(candidate)  # no two are equal
-            rank, best = rank.masked_fill_(candidate > own[lo:hi, None] - 2, -1).topk(count, -1, sorted=False)
+            rank = ranked(score, n_blocks).masked_fill_(candidate > own[lo:hi, None] - 2, -1)
+            rank, best = rank.topk(count, -1, sorted=False)
             index[rows, lo:hi, FORCED : FORCED + count] = (best + 1).masked_fill_(rank < 0, -1)
     index = index.view(B, Hk, T, -1).transpose(1, 2).contiguous()
     return o if by_triton else ungrouped(o, like), index, lse
+
+
+def compressed_token(q, k, v, scale, block, stride, select_block, select_count, offset):
+    """The output and the blocks of one query, as decoding asks for them."""
+    (B, _, H, D), (N, Hk), own, dtype = q.shape, k.shape[1:3], offset // select_block, compute_dtype(q.dtype)
+    index = torch.full((B, 1, Hk, min(select_count, own + 1)), own, device=q.device)
+    index[..., 1:2], index[..., 2:3] = 0, own - 1
+    if N == 0:
+        return torch.zeros_like(q), index
+    heads = (q.to(dtype) * scale).view(B, Hk, -1, D)
+    p = torch.softmax(heads @ k.to(dtype).permute(0, 2, 3, 1), -1)  # (B, Hk, G, N)
+    count = min(own - 2, index.shape[3] - FORCED)
+    if count > 0:
+        score = importance(p.detach().sum(2), own - 2, block, stride, select_block)
+        index[:, 0, :, FORCED:] = ranked(score, own - 2).topk(count, -1, sorted=False)[1] + 1
+    return (p @ v.to(dtype).transpose(1, 2)).view(B, 1, H, D).to(q.dtype), index
+
+
+def ranked(score, n_blocks):
+    """Integers in the order of the scores of blocks 1 ... n_blocks, in place; of equal ones the last is the largest."""
+    candidate = torch.arange(1, n_blocks + 1, device=score.device)
+    return score.div_(RESOLUTION).round_().long().mul_(n_blocks + 1).add_(candidate)  # no two are equal
 
 
 def importance(p, n_blocks, block, stride, select_block):
@@ -1029,6 +1051,8 @@ def nsa_compressed(q, k, v, block, stride, select_block, select_count, offset=0,
     if k.shape[1] != seen:
         raise ValueError(f"nsa_compressed: k must hold the {seen} complete blocks, got {k.shape[1]}")
     sizes = block, stride, select_block, select_count, offset
+    if backend == "auto" and q.shape[1] == 1 and not torch.is_grad_enabled():
+        return compressed_token(q, k, v, scaling(q, scale), *sizes)
     by_triton = seen > 0 and choose("nsa_compressed", backend, q, too_large(q, 1, q.shape[2] // k.shape[2])) == "triton"
     return compressed_op(q, k, v, scaling(q, scale), *sizes, by_triton)[:2]
 
@@ -1059,6 +1083,9 @@ def nsa_window(q, k, v, window, scale=None, backend="auto"):
     q, k, v = in_autocast(q, k, v)
     if window < 1:
         raise ValueError(f"nsa_window: window must be at least 1, got {window}")
+    if backend == "auto" and q.shape[1] == 1:  # a decoded token: all that is left is seen
+        q, k, v = q.transpose(1, 2), k[:, -window:].transpose(1, 2), v[:, -window:].transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, scale=scaling(q, scale), enable_gqa=True).transpose(1, 2)
     by_triton = choose("nsa_window", backend, q, too_large(q, 1, q.shape[2] // k.shape[2])) == "triton"
     return window_op(q, k, v, scaling(q, scale), window, by_triton)[0]
 

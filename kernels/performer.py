@@ -31,14 +31,13 @@ from .gla import (
     gla_read_kernel,
     gla_recurrent,
     gla_scan_kernel,
-    load,
     read_launch,
     regular,
     scan_launch,
     store,
     too_wide,
 )
-from .launch import Kernel, choose, configurations, dot, dot_type, operand, split
+from .launch import Kernel, add_product, choose, configurations, dot, dot_type, operand, split
 
 SEGMENT = 2**18  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
 FLOOR = 1e-3  # of the relu features: no query is without keys
@@ -138,17 +137,25 @@ def states_kept(q, state, backend, chunk=CHUNK):
 
 
 def segment_features(x, w, features, segment, chunk, new):
-    """x and phi(x), (N, C, D) and (N, C, M). Padded tokens have features too: it is their values that are 0."""
-    x = load(x, segment, chunk, new)
+    """x, phi(x), and the same as operands: (N, C, D), (N, C, M). Padded tokens have features too: it is their values
+    that are 0. An exponent needs its digits, so features are products in full precision."""
+    x = chunked(x, segment, chunk)
+    x = new(*x.shape).copy_(x).flatten(0, 2)
     phi = new(*x.shape[:2], w.shape[0])
     torch.mm(x.flatten(0, 1), w.mT, out=phi.flatten(0, 1))
-    return x, activate(phi, features)
+    return x, activate(phi, features), new.operand(phi)
+
+
+def operands(v, features):
+    """The type whose products may be those of operands. Learned features are nearly alike, so their differences, which
+    gradients are made of, need full precision."""
+    return None if features == "learned" else v.dtype
 
 
 def with_ones(v, segment, chunk, new):
-    """u = [v, 1] (N, C, V + 1), 0 for padded tokens."""
+    """u = [v, 1] (N, C, V + 1), 0 for padded tokens, as operands."""
     lo, hi, n = segment
-    u = new(n, v.shape[0], 1, chunk, v.shape[3] + 1)
+    u = new(n, v.shape[0], 1, chunk, v.shape[3] + 1, dtype=new.low)
     u[..., :-1].copy_(chunked(v, segment, chunk))
     u[..., -1] = 1
     u[-1, ..., hi - lo - (n - 1) * chunk :, -1] = 0
@@ -181,17 +188,18 @@ def operations(T, H, D, V, M):
 def chunk_forward(q, k, v, wq, wk, state, features, chunk=CHUNK):
     """o (B, T, H, V), 1/z (B, T, H, 1), the last state (B, H, M, V + 1), and those at the start of each segment."""
     o, inverse = v.new_empty(v.shape), state.new_empty(*v.shape[:3], 1)
-    starts, state, new = state.new_empty(states_kept(q, state, "torch", chunk)), state.clone(), Workspace(state)
+    starts, state = state.new_empty(states_kept(q, state, "torch", chunk)), state.clone()
+    new = Workspace(state, operands(v, features))
     for rows, h, segment, here in pieces(q, state.shape[2], chunk):
         new.taken = 0
-        _, fq = segment_features(q[rows, :, h], wq[h.start], features, segment, chunk, new)
-        _, fk = segment_features(k[rows, :, h], wk[h.start], features, segment, chunk, new)
+        *_, fq = segment_features(q[rows, :, h], wq[h.start], features, segment, chunk, new)
+        *_, fk = segment_features(k[rows, :, h], wk[h.start], features, segment, chunk, new)
         u = with_ones(v[rows, :, h], segment, chunk, new)
         carry = state[rows, h]
         starts[here] = carry[:, 0]
-        x = new.bmm(fk.mT, u)
-        S = running_sums(x, carry, new(*x.shape), carry)
-        n = new.bmm(fq, S).baddbmm_(new.bmm(fq, fk.mT).tril_(), u)
+        x = new.full(new.bmm(fk.mT, u))
+        S = new.operand(running_sums(x, carry, new(*x.shape), carry))
+        n = add_product(new.full(new.bmm(fq, S)), new.bmm(fq, fk.mT).tril_(), u, new.low)
         n, z = n.view(-1, carry.shape[0], 1, chunk, n.shape[2]).split((v.shape[3], 1), -1)
         z = z.clamp(min=torch.finfo(z.dtype).tiny).reciprocal_()
         store(o[rows, :, h], segment, chunk, lambda place: torch.mul(n, z, out=place))  # noqa: B023
@@ -203,25 +211,26 @@ def chunk_backward(q, k, v, wq, wk, o, inverse, starts, do, dstate, features, we
     """Gradients of q, k, v, wq, wk (empty unless `weights`) and the initial state. dstate: that of the last state."""
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dwq, dwk = (torch.zeros_like(w) if weights else w.new_empty(0) for w in (wq, wk))
-    new, dstate = Workspace(starts), dstate.clone()
-    V = v.shape[3]
+    new, dstate = Workspace(starts, operands(v, features)), dstate.clone()
+    V, low = v.shape[3], new.low
     for rows, h, segment, here in reversed(pieces(q, wq.shape[1], chunk)):
         new.taken = 0
-        xq, fq = segment_features(q[rows, :, h], wq[h.start], features, segment, chunk, new)
-        xk, fk = segment_features(k[rows, :, h], wk[h.start], features, segment, chunk, new)
+        xq, phi_q, fq = segment_features(q[rows, :, h], wq[h.start], features, segment, chunk, new)
+        xk, phi_k, fk = segment_features(k[rows, :, h], wk[h.start], features, segment, chunk, new)
         u = with_ones(v[rows, :, h], segment, chunk, new)
-        du = read_gradient(do[rows, :, h], o[rows, :, h], inverse[rows, :, h], segment, chunk, new)
-        x = new.bmm(fk.mT, u)
+        full = read_gradient(do[rows, :, h], o[rows, :, h], inverse[rows, :, h], segment, chunk, new)
+        du = new.operand(full)
+        x = new.full(new.bmm(fk.mT, u))
         S = running_sums(x, starts[here].unsqueeze(1), new(*x.shape))
         carry = dstate[rows, h]
-        torch.bmm(fq.mT, du, out=x)
-        dS = running_sums(x, carry, new(*x.shape), carry, reverse=True)
-        A, dA = new.bmm(fq, fk.mT).tril_(), new.bmm(du, u.mT).tril_()
+        new.bmm(fq.mT, du, out=x)
+        dS = new.operand(running_sums(x, carry, new(*x.shape), carry, reverse=True))
+        A, dA = new.bmm(fq, fk.mT).tril_(), new.operand(new.bmm(full, new.full(u).mT).tril_())
         dvs = new.bmm(fk, dS[:, :, :V]).baddbmm_(A.mT, du[:, :, :V])
         store(dv[rows, :, h], segment, chunk, lambda place: place.copy_(dvs.view(place.shape)))  # noqa: B023
-        dfq = new.bmm(du, S.mT).baddbmm_(dA, fk)
-        dfk = new.bmm(u, dS.mT).baddbmm_(dA.mT, fq)
-        for w, dw, x, f, df, dx in ((wq, dwq, xq, fq, dfq, dq), (wk, dwk, xk, fk, dfk, dk)):
+        dfq = add_product(new.full(new.bmm(du, new.operand(S).mT)), dA, fk, low)
+        dfk = add_product(new.full(new.bmm(u, dS.mT)), dA.mT, fq, low)
+        for w, dw, x, f, df, dx in ((wq, dwq, xq, phi_q, dfq, dq), (wk, dwk, xk, phi_k, dfk, dk)):
             dz = through_features(df, f, features).flatten(0, 1)  # (N C, M)
             if weights:
                 dw[h.start].addmm_(dz.mT, x.flatten(0, 1))

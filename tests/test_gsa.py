@@ -231,6 +231,22 @@ def test_bf16_inputs():
     assert o.dtype == torch.bfloat16 and {x.dtype for x in state} == {torch.float32}
 
 
+@pytest.mark.parametrize("native", [False, True], ids=["float32 products", "bfloat16 products"])
+@pytest.mark.parametrize("gate", ["normaliser 0.1", "normaliser 16", -1e-4, 0.0, "mixed"])
+@pytest.mark.parametrize("sizes", [(60, 32, 24), (64, 64, 64), (192, 96, 128)])
+def test_products_in_bf16(sizes, gate, native, fresh_rng, monkeypatch):
+    """Whatever the processor, of widths whose scale is no power of two as well. Gates come in fp32, as in the model."""
+    monkeypatch.setattr("kernels.launch.native_bfloat16", lambda: native)
+    ins, _ = draw(int(fresh_rng.integers(2, 300)), *sizes, gate=gate, seed=int(fresh_rng.integers(2**31)))
+    low = [x.bfloat16() if i < 3 else x.float() for i, x in enumerate(ins[:5])]
+    do, found = torch.randn(low[2].shape).bfloat16(), []
+    for dtype, backend in ((None, "torch"), (torch.float64, "recurrent")):
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in low]
+        o, _ = gsa(*leaves, backend=backend)
+        found.append([x.double() for x in (o, *torch.autograd.grad(o, leaves, do.to(o.dtype)))])
+    assert_close(*found, TOLERANCE["bf16"], ["o", "dq", "dk", "dv", "ds", "dg"])
+
+
 def test_mixed_types_and_autocast():
     """bf16 projections beside fp32 gates: given so, or made so by autocast. The gates, too fine for bf16, stay fp32."""
     ins, _ = draw(80, 32, 32, 32, gate=-1e-4)
