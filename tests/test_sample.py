@@ -282,7 +282,7 @@ def test_compiled_steps_are_the_same_text(tiny, tmp_path, capsys):
     "keys",
     [
         dict(attention_type="performer,kda", pos_emb="rope", delta_conv=3),
-        dict(attention_type="gsa,mamba2,none", pos_emb="learned", mamba2_conv=2),
+        pytest.param(dict(attention_type="gsa,mamba2,none", pos_emb="learned", mamba2_conv=2), marks=pytest.mark.slow),
     ],
     ids=["rope", "learned"],
 )
