@@ -141,7 +141,7 @@ def main(argv):
     style.check_name(bench.png)
     if bench.what == "all" and bench.png:
         raise ConfigError("--png names one picture: without it --what=all writes one for each kind")
-    runtime = config.resolve_device(bench.device, bench.dtype, bench.compile)
+    runtime = config.resolve_device(bench.device, bench.dtype, bench.compile, training=bench.what == "step")
     explicit = config.explicit(model_config, given)
     report = tables.Report(bench, runtime, explicit)
     if bench.compare:
