@@ -179,7 +179,8 @@ class CompiledStep:
         self.own, self.latest = {}, {}  # by number of sequences: the layers' states, and the state that came back last
         self.position = torch.zeros((), dtype=torch.long, device=device)
         torch._dynamo.mark_static_address(self.position)
-        self.decode = torch.compile(self._decode, options=CPU_OPTIONS if device.type == "cpu" else CUDA_OPTIONS)
+        options = {"cpu": CPU_OPTIONS, "cuda": CUDA_OPTIONS}.get(device.type)
+        self.decode = torch.compile(self._decode, options=options)
 
     def _decode(self, x, position, layers):
         """x (B, 1, C) -> logits (B, 1, V), and new states into `layers`."""

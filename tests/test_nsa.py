@@ -130,7 +130,7 @@ def test_sizes_of_windows(window):
     compare_window(draw(2, 150, 2, 1, 8), window)
 
 
-@pytest.mark.parametrize("T, past", [(1, 100), (3, 1), (21, 77), (100, 5)])
+@pytest.mark.parametrize("T, past", [*((1, past) for past in (6, 8, 16, 24, 31, 100)), (3, 1), (21, 77), (100, 5)])
 def test_continuing_a_sequence(T, past):
     """The queries are the last T of past + T tokens."""
     compare_compressed(draw_compressed(2, T, 4, 2, 8, offset=past), SIZES, past)
