@@ -151,8 +151,15 @@ def test_a_classifier_answers_with_a_label(tiny, tmp_path, labelled_dataset, cap
         sample.main([f"--out_dir={folder}", "--start= "])
 
 
-def test_a_text_is_stripped_as_the_records_were(tiny, tmp_path, capsys, fresh_rng):
+def test_a_text_is_stripped_as_the_records_were(tiny, tmp_path, capsys, fresh_rng, monkeypatch):
     """A file's last newline is not the byte at which a model of stripped sentences has learnt to answer."""
+    read, original = [], sample.label_probabilities
+
+    def spy(model, tokens, *rest):
+        read.append(list(tokens))
+        return original(model, tokens, *rest)
+
+    monkeypatch.setattr(sample, "label_probabilities", spy)
     codec, labels = data.BytesCodec(), data.byte_labels(["no", "yes"])
     tokens, targets = fresh_rng.integers(97, 123, (50, 8)), np.full((50, 8), -1)
     targets[:, -1] = fresh_rng.integers(254, 256, 50)
@@ -164,8 +171,10 @@ def test_a_text_is_stripped_as_the_records_were(tiny, tmp_path, capsys, fresh_rn
         train.main(tiny(dataset=str(tmp_path / "set"), max_iters=5, learning_rate=0.1, init_from="scratch"))
         capsys.readouterr()
         run = f"--out_dir={tmp_path / 'run'}"
-        answers = [text_of(capsys, run, f"--start={s}") for s in (f"FILE:{tmp_path / 'prompt'}", " ab cd\n", "ab cd")]
-        assert answers[0] == answers[1] and (answers[1] == answers[2]) == stripped
+        read.clear()
+        for start in (f"FILE:{tmp_path / 'prompt'}", " ab cd\n", "ab cd"):
+            text_of(capsys, run, f"--start={start}")
+        assert read[0] == read[1] and read[2] == list(b"ab cd") and (read[1] == read[2]) == stripped
     with pytest.raises(config.ConfigError, match="empty"):
         sample.main([run, "--start= \n"])
     path = tmp_path / "run" / "config.json"
