@@ -91,8 +91,7 @@ def operators(bench, runtime, report, rows):
     columns = "operator, B x T x H x K x V, forward (ms), forward + backward (ms), of softmax (ratio), ns/token, "
     columns += "of the matmul peak (share), peak memory (MiB)"
     peers = runtime.device_type == "cuda" and importlib.util.find_spec("fla") is not None
-    shapes, last = parse_shapes(TIMED[runtime.device_type]), ("span", "mask_mix")  # FlexAttention compiles for long
-    ours = sorted((name for name in OPERATORS if name != "softmax"), key=lambda name: name in last)
+    shapes, ours = parse_shapes(TIMED[runtime.device_type]), [name for name in OPERATORS if name != "softmax"]
     wanted = [(False, shape, name) for shape in shapes for name in ours]
     wanted += [(True, shape, name) for shape in shapes for name in ("gla", "gsa") if peers]  # last: they tune for long
     title = f"operators: 64 slots, 256 features, {bench.rounds} rounds; memory beyond the inputs, forward + backward"

@@ -91,7 +91,7 @@ def operators():
     """{row: Case} of the operators that have Triton kernels, bf16 inputs."""
     B, T, H, D = SHAPE
     q, k, v = (torch.randn(B, T, H, D, dtype=torch.bfloat16) for _ in range(3))
-    modules = [importlib.import_module(f"kernels.{name}") for name in MODULES if name != "distance"]
+    modules = [importlib.import_module(f"kernels.{name}") for name in MODULES]
     return {row: case for module in modules for make in module.CASES.values() for row, case in make(q, k, v).items()}
 
 

@@ -5,9 +5,9 @@
 
 `distance` is the public function. A query that sees no key has output 0. Three forms of the same equations: `dense`,
 the oracle; `banded`, which reads the kept distances off the table at each call (nothing can be stale) and computes only
-blocks that hold some; `flex`, PyTorch's FlexAttention over the blocks that hold some, for GPUs. Axes: B batch, T time,
-H heads, D key width, V value width, C queries a block, W keys that a block sees, n blocks in a segment, R rows (batch
-and heads worked on together), N = R * n.
+blocks that hold some; `triton`, one kernel over the tiles that hold some, and two backward. Axes: B batch, T time, H
+heads, D key width, V value width, C queries a block, W keys that a block sees, n blocks in a segment, R rows (batch and
+heads worked on together), N = R * n; M rows of the table: H, or 1 for all heads.
 """
 
 import bisect
@@ -20,20 +20,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils._triton import has_triton
 
-from . import Case, check, in_autocast, leave_autocast, like_inputs, operator
-from .gla import compute_dtype, joined
+from . import Case, check, in_autocast, jit, leave_autocast, like_inputs, operator, tl, triton
+from .gated import MAX_WIDTH, load_rows, programs, store_rows, widths
+from .gla import LOG2E, compute_dtype, dense, joined
+from .launch import Kernel, choose, configurations, dot, operand, split
 
 SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
 CALLS = 2**13  # scores that take the time of a segment's calls
 BLOCKS = (16, 32, 64, 128)  # queries a block
 FLAT_BLOCKS = (128, 256)  # queries a block, where SDPA takes the keys that no query of it masks
 BATCH = 4  # sequences that the choice of a plan counts with: several share the calls of a segment
-TILE = 128  # queries and keys of a block of FlexAttention
 HIDDEN = -1e30  # a logit that softmax turns into an exact 0, without the NaN of a row of infinities
-FLEX = dict(fwd_num_stages=1, bwd_num_stages=1)  # with more, tables loaded ahead need more shared memory than there is
 
 
 # ----------------------------------------------------------------------------- oracle
@@ -118,12 +116,12 @@ def make_plan(kept, flat, prefix, heads=1):
     if flat == T:
         return Plan(1, 0, (), 0)
     stride = 1 if prefix or len(offsets) < 2 else max(1, int(np.gcd.reduce(offsets)))
-    candidates = [Plan(stride, block, split(offsets // stride, block), prefix) for block in BLOCKS]
+    candidates = [Plan(stride, block, runs_of(offsets // stride, block), prefix) for block in BLOCKS]
     candidates += [Plan(1, block, ((0, int(offsets[-1])),), 0, flat) for block in FLAT_BLOCKS if flat > block]
     return min(candidates, key=lambda plan: cost(plan, T, heads))
 
 
-def split(offsets, block):
+def runs_of(offsets, block):
     if not len(offsets):
         return ()
     cuts = np.flatnonzero(np.diff(offsets) > block) + 1
@@ -161,21 +159,21 @@ def segments(plan, T):
     are in none."""
     C = plan.block
     found, a = [], 0 if plan.prefix else min((lo for lo, _ in plan.runs), default=0) // C * C
-    bearable = CALLS // max(1, SEGMENT // (T * max(1, widths(plan, T)[1])))
+    bearable = CALLS // max(1, SEGMENT // (T * max(1, seen_runs(plan, T)[1])))
     while a < T:
-        n, waste, width = 1, 0, widths(plan, a)[1]
+        n, waste, width = 1, 0, seen_runs(plan, a)[1]
         while a + n * C < T:
-            wider = widths(plan, a + n * C)[1]
+            wider = seen_runs(plan, a + n * C)[1]
             waste += n * C * (wider - width)
             if waste > bearable or C * (n + 1) * wider > SEGMENT:
                 break
             n, width = n + 1, wider
-        found.append((a, n, *widths(plan, a + (n - 1) * C)))
+        found.append((a, n, *seen_runs(plan, a + (n - 1) * C)))
         a += n * C
     return found
 
 
-def widths(plan, last):
+def seen_runs(plan, last):
     """The runs that a block beginning at `last` sees, and the keys in them."""
     seen = [(i, lo, min(hi, last)) for i, (lo, hi) in enumerate(plan.runs) if lo < last + plan.block]
     seen = [(i, hi, hi - lo + plan.block) for i, lo, hi in seen]
@@ -572,105 +570,345 @@ def in_rows(*xs):
     return [x if fits else x.clone(memory_format=torch.contiguous_format) for x, fits in zip(xs, whole)]
 
 
-distance_op = operator(
+# ----------------------------------------------------------------------------- Triton
+#
+#     forward    o and the log of each softmax's denominator, base 2; a tile of queries goes along its tiles of keys
+#     query      dq, along the keys
+#     key        dk and dv, along the queries
+#     table      the table's gradient, along a diagonal of tiles
+#
+# A mask by distance keeps or drops whole diagonals of tiles. The list of kept ones is made on the table's device: a
+# change of the kept set is a change of data, and nothing waits for the GPU. A tile without a mask reads none. The
+# table's gradient costs two more products a tile, and 2 BT atomic additions for up to RUN tiles, not BT^2 for each.
+
+if triton:
+    LOWEST = tl.constexpr(HIDDEN)
+
+
+def tile_size(dtype, width):
+    """Queries and keys of a tile, for heads `width` wide: fp32 needs thrice the registers."""
+    return 64 if dtype != torch.float32 else 32 if width <= 64 else 16
+
+
+def diagonals(table, size, constant_ones):
+    """(M, 3, n) for a table (M, T) and diagonals of tiles 0 .. n - 1: those that hold a kept distance, in order; how
+    many of them are not beyond each; and of each, 1 if it has a mask, 2 if that has a gradient. Diagonal i has the
+    distances size (i - 1) + 1 .. size (i + 1) - 1."""
+    kept = table > -math.inf
+    asked = torch.stack((kept, table != 0, kept & ~flat(table) if constant_ones else kept))  # (3, M, T)
+    asked = F.pad(asked, (0, -table.shape[1] % size)).unflatten(2, (-1, size))
+    own, before = asked.any(3), asked[..., 1:].any(3)
+    own[..., 1:] |= before[..., :-1]
+    some, masked, slope = own.int()
+    masked[:, 0] = 1  # the diagonal cuts the first
+    order = some.argsort(dim=1, descending=True, stable=True)
+    return torch.stack((order, some.cumsum(1), masked + 2 * slope), 1).int()
+
+
+@jit
+def pair_bias(p_table, p_first, t, s, T, P, PREFIX: tl.constexpr):
+    """The log-mask of queries t and keys s, base 2; -inf where the key is later."""
+    far = t - s
+    inside = (far >= 0) & (far < T)
+    b_bias = tl.load(p_table + far, mask=inside & (s >= P), other=float("-inf"))
+    if PREFIX:
+        b_bias = tl.where(s < P, tl.load(p_first + s * T + far, mask=inside & (s < P), other=float("-inf")), b_bias)
+    return b_bias * LOG2E
+
+
+@jit
+def query_tiles(p_tiles, i_t, n, first):
+    """How many tiles of keys the tile i_t of queries sees, and how many of them are of first keys."""
+    first = tl.minimum(first, i_t + 1)
+    return first + tl.load(p_tiles + n + i_t - first, mask=i_t >= first, other=0), first
+
+
+@jit
+def key_tile(p_tiles, x, i_t, first):
+    """The x-th of them."""
+    i_s = i_t - tl.load(p_tiles + x - first, mask=x >= first, other=0)
+    return tl.where(x < first, x, i_s)
+
+
+@jit
+def distance_forward_kernel(
+    p_q, p_k, p_v, p_table, p_first, p_tiles, p_o, p_lse, T, H, M, D, V, P, scale,
+    BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PREFIX: tl.constexpr,
+):  # fmt: skip
+    n = tl.cdiv(T, BT)
+    i_t, i_bh = split(tl.program_id(0), n)
+    i_t = n - 1 - i_t  # the longest first
+    row, i_m = (i_bh // H).to(tl.int64) * T * H + i_bh % H, i_bh % H % M
+    p_q, p_k, p_v, p_o = p_q + row * D, p_k + row * D, p_v + row * V, p_o + row * V
+    p_table, p_first, p_tiles = p_table + i_m * T, p_first + i_m.to(tl.int64) * P * T, p_tiles + i_m * 3 * n
+    o_x, o_d, o_v = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BV)
+    o_t = i_t * BT + o_x
+    b_q = load_rows(p_q, o_t, H * D, o_t < T, o_d, D)  # (BT, BD)
+    b_top, b_z = tl.full([BT], LOWEST, tl.float32), tl.zeros([BT], tl.float32)
+    b_o = tl.zeros([BT, BV], tl.float32)
+    steps, first = query_tiles(p_tiles, i_t, n, tl.cdiv(P, BT))
+    for x in range(0, steps):
+        i_s = key_tile(p_tiles, x, i_t, first)
+        o_s = i_s * BT + o_x
+        b_k = load_rows(p_k, o_s, H * D, o_s < T, o_d, D)  # (BT, BD)
+        b_v = load_rows(p_v, o_s, H * V, o_s < T, o_v, V)  # (BT, BV)
+        b_s = dot(b_q, tl.trans(operand(b_k, DOT)), DOT) * (scale * LOG2E)
+        if (tl.load(p_tiles + 2 * n + i_t - i_s) % 2 == 1) | (x < first):
+            b_s += pair_bias(p_table, p_first, o_t[:, None], o_s[None, :], T, P, PREFIX)
+        b_before = b_top
+        b_top = tl.maximum(b_top, tl.max(b_s, 1))
+        b_shrink = tl.exp2(b_before - b_top)
+        b_p = tl.exp2(b_s - b_top[:, None])
+        b_z = b_z * b_shrink + tl.sum(b_p, 1)
+        b_o = b_o * b_shrink[:, None] + dot(b_p, b_v, DOT)
+    b_z = tl.where(b_z > 0.0, b_z, 1.0)  # a query that sees no key
+    store_rows(p_o, b_o / b_z[:, None], o_t, H * V, o_t < T, o_v, V)
+    tl.store(p_lse + i_bh.to(tl.int64) * T + o_t, b_top + tl.log2(b_z), mask=o_t < T)
+
+
+@jit
+def distance_query_kernel(
+    p_q, p_k, p_v, p_table, p_first, p_tiles, p_do, p_lse, p_delta, p_dq, T, H, M, D, V, P, scale,
+    BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PREFIX: tl.constexpr,
+):  # fmt: skip
+    n = tl.cdiv(T, BT)
+    i_t, i_bh = split(tl.program_id(0), n)
+    i_t = n - 1 - i_t
+    row, i_m = (i_bh // H).to(tl.int64) * T * H + i_bh % H, i_bh % H % M
+    p_q, p_k, p_v, p_do = p_q + row * D, p_k + row * D, p_v + row * V, p_do + row * V
+    p_table, p_first, p_tiles = p_table + i_m * T, p_first + i_m.to(tl.int64) * P * T, p_tiles + i_m * 3 * n
+    o_x, o_d, o_v = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BV)
+    o_t = i_t * BT + o_x
+    b_q = load_rows(p_q, o_t, H * D, o_t < T, o_d, D)  # (BT, BD)
+    b_do = load_rows(p_do, o_t, H * V, o_t < T, o_v, V)  # (BT, BV)
+    b_lse = tl.load(p_lse + i_bh.to(tl.int64) * T + o_t, mask=o_t < T, other=float("inf"))
+    b_delta = tl.load(p_delta + row + o_t * H, mask=o_t < T, other=0.0)
+    b_dq = tl.zeros([BT, BD], tl.float32)
+    steps, first = query_tiles(p_tiles, i_t, n, tl.cdiv(P, BT))
+    for x in range(0, steps):
+        i_s = key_tile(p_tiles, x, i_t, first)
+        o_s = i_s * BT + o_x
+        b_k = load_rows(p_k, o_s, H * D, o_s < T, o_d, D)  # (BT, BD)
+        b_v = load_rows(p_v, o_s, H * V, o_s < T, o_v, V)  # (BT, BV)
+        b_s = dot(b_q, tl.trans(operand(b_k, DOT)), DOT) * (scale * LOG2E)
+        if (tl.load(p_tiles + 2 * n + i_t - i_s) % 2 == 1) | (x < first):
+            b_s += pair_bias(p_table, p_first, o_t[:, None], o_s[None, :], T, P, PREFIX)
+        b_r = dot(b_do, tl.trans(operand(b_v, DOT)), DOT) - b_delta[:, None]
+        b_dq += dot(tl.exp2(b_s - b_lse[:, None]) * b_r, b_k, DOT)
+    store_rows(p_dq + row * D, b_dq * scale, o_t, H * D, o_t < T, o_d, D)
+
+
+@jit
+def distance_key_kernel(
+    p_q, p_k, p_v, p_table, p_first, p_tiles, p_do, p_lse, p_delta, p_dk, p_dv, T, H, M, D, V, P, scale,
+    BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PREFIX: tl.constexpr,
+):  # fmt: skip
+    """Tiles are transposed: keys by queries."""
+    n = tl.cdiv(T, BT)
+    i_s, i_bh = split(tl.program_id(0), n)
+    row, i_m = (i_bh // H).to(tl.int64) * T * H + i_bh % H, i_bh % H % M
+    p_q, p_k, p_v, p_do = p_q + row * D, p_k + row * D, p_v + row * V, p_do + row * V
+    p_table, p_first, p_tiles = p_table + i_m * T, p_first + i_m.to(tl.int64) * P * T, p_tiles + i_m * 3 * n
+    o_x, o_d, o_v = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BV)
+    o_s = i_s * BT + o_x
+    b_k = load_rows(p_k, o_s, H * D, o_s < T, o_d, D)  # (BT, BD)
+    b_v = load_rows(p_v, o_s, H * V, o_s < T, o_v, V)  # (BT, BV)
+    b_dk, b_dv = tl.zeros([BT, BD], tl.float32), tl.zeros([BT, BV], tl.float32)
+    whole = i_s * BT < P  # all queries see first keys
+    steps = tl.where(whole, n - i_s, tl.load(p_tiles + 2 * n - 1 - i_s))
+    for x in range(0, steps):
+        far = tl.where(whole, x, tl.load(p_tiles + x))  # in tiles
+        o_t = (i_s + far) * BT + o_x
+        b_q = load_rows(p_q, o_t, H * D, o_t < T, o_d, D)  # (BT, BD)
+        b_do = load_rows(p_do, o_t, H * V, o_t < T, o_v, V)  # (BT, BV)
+        b_lse = tl.load(p_lse + i_bh.to(tl.int64) * T + o_t, mask=o_t < T, other=float("inf"))
+        b_delta = tl.load(p_delta + row + o_t * H, mask=o_t < T, other=0.0)
+        b_s = dot(b_k, tl.trans(operand(b_q, DOT)), DOT) * (scale * LOG2E)
+        if (tl.load(p_tiles + 2 * n + far) % 2 == 1) | whole:
+            b_s += pair_bias(p_table, p_first, o_t[None, :], o_s[:, None], T, P, PREFIX)
+        b_p = tl.exp2(b_s - b_lse[None, :])
+        b_dv += dot(b_p, b_do, DOT)
+        b_p *= dot(b_v, tl.trans(operand(b_do, DOT)), DOT) - b_delta[None, :]
+        b_dk += dot(b_p, b_q, DOT)
+    store_rows(p_dk + row * D, b_dk * scale, o_s, H * D, o_s < T, o_d, D)
+    store_rows(p_dv + row * V, b_dv, o_s, H * V, o_s < T, o_v, V)
+
+
+@jit
+def distance_table_kernel(
+    p_q, p_k, p_v, p_table, p_tiles, p_do, p_lse, p_delta, p_dtable, T, H, M, D, V, P, scale,
+    BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Up to RUN tiles of one diagonal, whose pairs have the same distances: their sum, then its along its diagonals."""
+    n = tl.cdiv(T, BT)
+    far, i = split(tl.program_id(0), n)
+    i_run, i_bh = split(i, tl.cdiv(n, RUN))
+    row, i_m = (i_bh // H).to(tl.int64) * T * H + i_bh % H, i_bh % H % M
+    p_q, p_k, p_v, p_do = p_q + row * D, p_k + row * D, p_v + row * V, p_do + row * V
+    o_x, o_d, o_v = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BV)
+    b_far = far * BT + o_x[:, None] - o_x[None, :]
+    b_bias = tl.load(p_table + i_m * T + b_far, mask=(b_far >= 0) & (b_far < T), other=float("-inf")) * LOG2E
+    b_sum = tl.zeros([BT, BT], tl.float32)
+    stop = tl.where(tl.load(p_tiles + (i_m * 3 + 2) * n + far) >= 2, tl.minimum(n - far, (i_run + 1) * RUN), 0)
+    for i_s in range(i_run * RUN, stop):
+        o_s, o_t = i_s * BT + o_x, (i_s + far) * BT + o_x
+        b_q = load_rows(p_q, o_t, H * D, o_t < T, o_d, D)  # (BT, BD)
+        b_do = load_rows(p_do, o_t, H * V, o_t < T, o_v, V)  # (BT, BV)
+        b_k = load_rows(p_k, o_s, H * D, o_s < T, o_d, D)  # (BT, BD)
+        b_v = load_rows(p_v, o_s, H * V, o_s < T, o_v, V)  # (BT, BV)
+        b_lse = tl.load(p_lse + i_bh.to(tl.int64) * T + o_t, mask=o_t < T, other=float("inf"))
+        b_delta = tl.load(p_delta + row + o_t * H, mask=o_t < T, other=0.0)
+        b_s = dot(b_q, tl.trans(operand(b_k, DOT)), DOT) * (scale * LOG2E) + b_bias - b_lse[:, None]
+        b_p = tl.exp2(tl.where(o_s[None, :] >= P, b_s, float("-inf")))
+        b_sum += b_p * (dot(b_do, tl.trans(operand(b_v, DOT)), DOT) - b_delta[:, None])
+    turn = o_x[:, None] - o_x[None, :]  # row r of the turned sum has the distance far BT + x, or BT less, in column x
+    b_sum = tl.gather(b_sum, (turn + BT) % BT, 1)
+    o_f, m_f = far * BT + o_x, stop > i_run * RUN
+    p_dtable += i_bh % H * T
+    tl.atomic_add(p_dtable + o_f, tl.sum(tl.where(turn >= 0, b_sum, 0.0), 0), mask=m_f & (o_f < T), sem="relaxed")
+    m_f = m_f & (far > 0) & (o_f < T + BT)
+    tl.atomic_add(p_dtable + o_f - BT, tl.sum(tl.where(turn >= 0, 0.0, b_sum), 0), mask=m_f, sem="relaxed")
+
+
+RUN, WARPS = 64, "num_warps num_stages"
+KERNELS = {
+    "forward": Kernel(
+        distance_forward_kernel,
+        configurations(WARPS, (4, 2), (8, 2), (4, 1)),
+        fp32=dict(num_warps=4, num_stages=1),
+        serial="T / BT",
+    ),
+    "query": Kernel(distance_query_kernel, configurations(WARPS, (4, 1), (8, 1), (8, 2)), serial="T / BT"),
+    "key": Kernel(distance_key_kernel, configurations(WARPS, (8, 1), (4, 1), (8, 2)), serial="T / BT"),
+    "table": Kernel(
+        distance_table_kernel,
+        configurations(WARPS, (8, 2), (8, 1), (4, 1)),
+        fp32=dict(num_warps=4, num_stages=2),
+        serial=f"{RUN}",
+    ),
+}
+
+
+def fp32_sizes(constants):
+    """For the report."""
+    return dict(BT=tile_size(torch.float32, constants["BD"]))
+
+
+def distance_fwd(q, k, v, table, prefix, scale, constant_ones):
+    """o, the log of each softmax's denominator (B, H, T), base 2, and what `diagonals` says, in one launch after it."""
+    dtype, (B, T, H, _) = v.dtype, q.shape
+    q, k, v, table, prefix = *dense(q, k, v), table.float().contiguous(), prefix.float().contiguous()
+    o, lse, size = (
+        torch.empty_like(v),
+        q.new_empty(B, H, T, dtype=torch.float32),
+        tile_size(q.dtype, max(q.shape[3], v.shape[3])),
+    )
+    tiles = diagonals(table, size, constant_ones)
+    sizes = dict(H=H, M=len(table), P=prefix.shape[1], scale=scale, BT=size, PREFIX=prefix.shape[1] > 0)
+    args = q, k, v, table, prefix, tiles, o, lse, T
+    KERNELS["forward"].launch(programs(B, H, T, "BT"), *args, **sizes, **widths(q, v))
+    return o.to(dtype), lse, tiles
+
+
+def distance_bwd(q, k, v, table, prefix, o, lse, tiles, do, scale, constant_ones, masks):
+    """Gradients of q, k, v, table and prefix, in two launches, and one for the table."""
+    like, (B, T, H, _), P = (q, k, v, table, prefix), q.shape, prefix.shape[1]
+    delta = (o.float() * do.float()).sum(-1)  # (B, T, H)
+    q, k, v, do, table, prefix = *dense(q, k, v, do), table.float().contiguous(), prefix.float().contiguous()
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    args, size = (q, k, v, table, prefix, tiles, do, lse, delta), tile_size(q.dtype, max(q.shape[3], v.shape[3]))
+    sizes = dict(H=H, M=len(table), P=P, scale=scale, BT=size, **widths(q, v))
+    KERNELS["query"].launch(programs(B, H, T, "BT"), *args, dq, T, PREFIX=P > 0, **sizes)
+    KERNELS["key"].launch(programs(B, H, T, "BT"), *args, dk, dv, T, PREFIX=P > 0, **sizes)
+    dtable, dprefix = table.new_zeros(H, T), torch.zeros_like(prefix)
+    if masks:
+        runs = triton.cdiv(triton.cdiv(T, size), RUN)
+        rest = q, k, v, table, tiles, do, lse, delta, dtable
+        KERNELS["table"].launch(programs(B * runs, H, T, "BT"), *rest, T, RUN=RUN, **sizes)
+        dprefix = prefix_gradient(q, k, v, prefix, lse, delta, do, scale) if P else dprefix
+    dtable = dtable.sum(0, keepdim=True) if len(table) < H else dtable
+    dtable = dtable.masked_fill(flat(table), 0.0) if constant_ones else dtable
+    return tuple(x.to(y.dtype) for x, y in zip((dq, dk, dv, dtable, dprefix), like))
+
+
+def prefix_gradient(q, k, v, prefix, lse, delta, do, scale):
+    """Of the masks of the first keys, which are few: from their whole columns of pairs, (B, H, T, P)."""
+    T, P = q.shape[1], min(q.shape[1], prefix.shape[1])
+    q, k, v, do = (x.transpose(1, 2).float() for x in (q, k[:, :P], v[:, :P], do))
+    far = torch.arange(T, device=q.device)[:, None] - torch.arange(P, device=q.device)  # (T, P)
+    bias = prefix[:, torch.arange(P, device=q.device), far.clamp(min=0)].masked_fill(far < 0, -math.inf)
+    p = (scale * q @ k.mT + bias - lse.unsqueeze(-1) * math.log(2)).exp()
+    ds = (p * (do @ v.mT - delta.transpose(1, 2).unsqueeze(-1))).sum(0)  # (H, T, P)
+    ds = ds.sum(0, keepdim=True) if len(prefix) < len(ds) else ds
+    s = torch.arange(P, device=q.device)[:, None]
+    grad = ds.mT.gather(2, (torch.arange(T, device=q.device) + s).clamp(max=T - 1).expand(len(ds), -1, -1))
+    return F.pad(grad.masked_fill(torch.arange(T, device=q.device) + s >= T, 0.0), (0, 0, 0, prefix.shape[1] - P))
+
+
+def aot_specs():
+    """(name, kernel, signature, constants) of every kernel and configuration, for the report. Default first."""
+    bf16, specs = {"p_q", "p_k", "p_v", "p_o", "p_do", "p_dq", "p_dk", "p_dv"}, []
+    for name, kernel in KERNELS.items():
+        for width, prefix in ((64, False), (128, False), (64, True))[: 2 if name == "table" else 3]:
+            for i, option in enumerate(kernel.options({})):
+                names = kernel.function.arg_names
+                constants = dict(BT=64, BD=width, BV=width, DOT="bf16", PREFIX=prefix, RUN=RUN, **option)
+                constants = {x: constants[x] for x in constants if x in names or x[:4] == "num_"}
+                signature = {x: "*bf16" if x in bf16 else "*fp32" for x in names if x[:2] == "p_"} | {"p_tiles": "*i32"}
+                signature |= dict.fromkeys("THMP", "i32") | dict.fromkeys("DV", "i32:16") | {"scale": "fp32"}
+                form = f"distance_{name}{' prefix' if prefix else ''} {width} #{i}"
+                specs.append((form, kernel.function, signature, constants))
+    return specs
+
+
+# ----------------------------------------------------------------------------- op
+
+
+@operator(
     "distance",
-    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, float scale, bool constant_ones) -> (Tensor, Tensor)",
-)(banded_forward)
+    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, float scale, bool constant_ones, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def distance_op(q, k, v, table, prefix, scale, constant_ones, backend):
+    if backend == "triton":
+        return distance_fwd(q, k, v, table, prefix, scale, constant_ones)
+    return *banded_forward(q, k, v, table, prefix, scale, constant_ones), q.new_empty(0, dtype=torch.int32)
 
 
 @distance_op.register_fake
-def _(q, k, v, table, prefix, scale, constant_ones):
+def _(q, k, v, table, prefix, scale, constant_ones, backend):
     B, T, H, _ = q.shape
-    return v.new_empty(v.shape), q.new_empty(B, H, T, dtype=compute_dtype(q.dtype))
+    tiles = (len(table), 3, -(-T // tile_size(q.dtype, max(q.shape[3], v.shape[3])))) if backend == "triton" else (0,)
+    lse = q.new_empty(B, H, T, dtype=compute_dtype(q.dtype))
+    return v.new_empty(v.shape), lse, q.new_empty(tiles, dtype=torch.int32)
 
 
-distance_backward_op = operator(
+@operator(
     "distance_backward",
-    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, Tensor o, Tensor lse, Tensor do, float scale,"
-    " bool constant_ones) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)(banded_backward)
+    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, Tensor o, Tensor lse, Tensor tiles, Tensor do,"
+    " float scale, bool constant_ones, bool masks, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def distance_backward_op(q, k, v, table, prefix, o, lse, tiles, do, scale, constant_ones, masks, backend):
+    if backend == "triton":
+        return distance_bwd(q, k, v, table, prefix, o, lse, tiles, do, scale, constant_ones, masks)
+    return banded_backward(q, k, v, table, prefix, o, lse, do, scale, constant_ones)
+
+
 distance_backward_op.register_fake(like_inputs(5))
 
 
 def setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.constant_ones = inputs
+    *tensors, ctx.scale, ctx.constant_ones, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
-def backward(ctx, do, _):
-    return *distance_backward_op(*ctx.saved_tensors, do, ctx.scale, ctx.constant_ones), None, None
+def backward(ctx, do, *_):
+    masks = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    grads = distance_backward_op(*ctx.saved_tensors, do, ctx.scale, ctx.constant_ones, masks, ctx.backend)
+    return *grads, None, None, None
 
 
 distance_op.register_autograd(backward, setup_context=setup_context)
-
-
-# ----------------------------------------------------------------------------- FlexAttention
-
-
-def flex_fits(x, width):
-    """Whether FlexAttention takes inputs like x, the narrower of keys and values `width` wide: it has no backward pass
-    on a CPU, no fp64, and is compiled by Triton."""
-    return x.device.type == "cuda" and x.dtype != torch.float64 and width >= 16 and has_triton()
-
-
-def seen_tiles(table, prefix):
-    """(H or 1, n, n) tiles of TILE queries by TILE keys that hold a kept distance, or some of the first keys. In tile
-    (i, j) are the distances TILE (i - j - 1) + 1 .. TILE (i - j + 1) - 1."""
-    n = -(-table.shape[1] // TILE)
-    kept = F.pad(table > -math.inf, (0, n * TILE - table.shape[1])).unflatten(1, (n, TILE))
-    some = kept.any(2)
-    some[:, 1:] |= kept[:, :-1, 1:].any(2)
-    i = torch.arange(n, device=table.device)
-    far = i[:, None] - i
-    seen = some[:, far.clamp(min=0)] | (i * TILE < prefix.shape[1])
-    return seen & (far >= 0)
-
-
-def biased_flex(q, k, v, table, prefix, tiles, scale):
-    """FlexAttention over tiles, with what is added to the scores: a prefix for the first keys, else table; -inf hides a
-    key. tiles: how many of each row of tiles the diagonal cuts, and which; then those that it leaves whole."""
-    T, shared, P = q.shape[1], len(table) == 1, prefix.shape[1]
-
-    def mask_mod(b, h, t, s):
-        return t >= s
-
-    def score_mod(score, b, h, t, s):
-        h, far = torch.zeros_like(h) if shared else h, (t - s).clamp(min=0)
-        bias = table[h, far]
-        return score + (torch.where(s < P, prefix[h, s.clamp(max=P - 1), far], bias) if P else bias)
-
-    tiles = BlockMask.from_kv_blocks(*tiles, BLOCK_SIZE=TILE, mask_mod=mask_mod, seq_lengths=(T, T))
-    xs = (x.transpose(1, 2) for x in (q, k, v))
-    options = dict(score_mod=score_mod, block_mask=tiles, scale=scale, kernel_options=FLEX)
-    return flex_attention(*xs, **options).transpose(1, 2)
-
-
-@functools.cache
-def compiled_flex():
-    return torch.compile(biased_flex, dynamic=False)
-
-
-@torch.compiler.disable
-def distance_flex(q, k, v, table, prefix, scale, constant_ones):
-    """One fused kernel over the seen tiles, for each head its own. Sequences are filled up to whole tiles; a tile on
-    the diagonal alone asks which keys are later. The tiles are made of the table on its device, so that a change of the
-    kept set is a change of data: nothing waits for the GPU, nothing is compiled again. Compiled by itself, within a
-    compiled model too, for each number of tiles once: past dynamo's usual limit of 8 it would hold all T x T scores;
-    and tables that it had to compute would be computed for every score."""
-    table, prefix = (x.to(compute_dtype(q.dtype)) for x in (table, prefix))
-    table = drop_ones(table) if constant_ones else table
-    if missing := -q.shape[1] % TILE:
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (q, k, v))
-        table, prefix = (F.pad(x, (0, missing), value=-math.inf) for x in (table, prefix))
-    seen, tiles = seen_tiles(table, prefix).expand(q.shape[2], -1, -1)[None], []  # (1, H, n, n)
-    for some in (seen & torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device), seen.tril(-1)):
-        some = some.int()
-        tiles += [some.sum(-1, dtype=torch.int32), some.argsort(dim=-1, descending=True, stable=True).int()]
-    inputs = q, k, v, table, prefix, tiles, scale
-    if not q.is_cuda:
-        return biased_flex(*inputs)[:, : q.shape[1] - missing]
-    with torch._dynamo.config.patch(recompile_limit=256):
-        return compiled_flex()(*inputs)[:, : q.shape[1] - missing]
 
 
 # ----------------------------------------------------------------------------- decoding
@@ -801,13 +1039,17 @@ class HeadGroup(NamedTuple):
 
 def paths(table, prefix, width, constant_ones=False):
     """(what computes it, query-key pairs that a forward pass computes) for each row of the table, on the table's device
-    and of its precision; width: the smaller of D and V."""
+    and of its precision; width: the larger of D and V."""
     T = table.shape[1]
     prefix = table.new_empty(len(table), 0, T) if prefix is None else prefix
-    if not flex_fits(table, width):
+    if backend_of("auto", table, width) == "torch":
         return [(str(plan), executed_pairs(plan, T)) for plan in plans(table, prefix, constant_ones)]
-    tiles, n = seen_tiles(table, prefix).sum((1, 2)).tolist(), -(-T // TILE)
-    return [(f"FlexAttention, {m} of {n * (n + 1) // 2} blocks of {TILE}", m * TILE**2) for m in tiles]
+    size = tile_size(torch.bfloat16, width)
+    n = -(-T // size)
+    first = min(n, -(-prefix.shape[1] // size))
+    counts = diagonals(table, size, constant_ones)[:, 1, : n - first].sum(1).tolist()
+    tiles = [m + sum(n - i for i in range(first)) for m in counts]  # those of first keys are seen by all
+    return [(f"Triton, {m} of {n * (n + 1) // 2} tiles of {size}", m * size**2) for m in tiles]
 
 
 @torch.no_grad()
@@ -817,7 +1059,7 @@ def operations(table, prefix, H, D, V, constant_ones=False):
     T, P = table.shape[1], 0 if prefix is None else prefix.shape[1]
     each = 2 * (D + V) * H // len(table)
     seen = ((table > -math.inf).sum(0) * (T - torch.arange(T, device=table.device))).sum()
-    executed = sum(pairs for _, pairs in paths(table, prefix, min(D, V), constant_ones))
+    executed = sum(pairs for _, pairs in paths(table, prefix, max(D, V), constant_ones))
     for s in range(min(T, P)):  # the first keys have masks of their own
         seen += (prefix[:, s, : T - s] > -math.inf).sum() - (table[:, : T - s] > -math.inf).sum()
     return each * int(seen), each * executed
@@ -828,8 +1070,8 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_o
 
     q, k (B, T, H, D)   v (B, T, H, V)   table (H or 1, T) log-mask of distances 0 .. T-1, -inf drops one
     prefix (H or 1, P, T) log-mask of the first P keys by distance, in place of the table   scale: D^-1/2 unless given
-    backend: auto (flex on a GPU where `flex_fits`, else banded) | banded | flex | dense. Dropped distances are not
-    computed, and have gradient 0.
+    backend: auto (triton on a GPU, else banded) | banded | triton | dense. Dropped distances are not computed, and have
+    gradient 0.
     constant_ones: where the table is flat at 0, which masks nothing, it is a constant: it has gradient 0 and, on a CPU,
     becomes PyTorch's attention. So it is where the table needs no gradient.
     """
@@ -841,13 +1083,18 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_o
     if backend == "dense":
         with leave_autocast(q):
             return distance_dense(q, k, v, table, prefix, scale, constant_ones)
-    if backend == "flex" or (backend == "auto" and flex_fits(q, min(q.shape[3], v.shape[3]))):
-        return distance_flex(q, k, v, table, prefix, scale, constant_ones)
-    return distance_op(q, k, v, table, prefix, scale, constant_ones)[0]
+    backend = backend_of(backend, q, max(q.shape[3], v.shape[3]))
+    return distance_op(q, k, v, table, prefix, scale, constant_ones, backend)[0]
+
+
+def backend_of(backend, x, width):
+    """triton or torch, for inputs like x and the wider of keys and values."""
+    obstacle = f"the Triton kernels take heads up to {MAX_WIDTH} wide" if width > MAX_WIDTH else None
+    return choose("distance", "torch" if backend == "banded" else backend, x, obstacle)
 
 
 def check_inputs(q, k, v, table, prefix, backend):
-    check("distance", q, k, v, backend, "auto", "banded", "flex", "dense")
+    check("distance", q, k, v, backend, "auto", "banded", "triton", "dense")
     _, T, H, _ = q.shape
     if table.shape not in ((H, T), (1, T)):
         raise ValueError(f"distance: table must be {(H, T)} or {(1, T)}, got {tuple(table.shape)}")
@@ -869,7 +1116,7 @@ def span_cases(q, k, v, spans=(256,), **_):
     for span in spans:
         table = ((span - x) / 32).clamp(0, 1).log().repeat(q.shape[2], 1)
         case = found[f"span {span}"] = masked(q, k, v, table, constant_ones=True)
-        if q.is_cuda:  # where FlexAttention is taken: the form that it must beat
+        if q.is_cuda:  # the form that Triton's must beat
             banded = functools.partial(case.call, backend="banded")
             found[f"span {span}, banded"] = case._replace(call=banded, executed=None)
     return found

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 
-OPERATORS = ("gla", "delta", "gsa", "performer", "nsa", "gated")
+OPERATORS = ("gla", "delta", "gsa", "performer", "nsa", "distance", "gated")
 ARCHS = (80, 90)
 SMALL_SHARED = 99 * 1024
 FP32_STACK = 2048  # bytes; three products in place of one need three times the operands
@@ -57,7 +57,7 @@ def fp32_default(module, name, kernel, signature, constants):
 def in_fp32(name, kernel, signature, constants):
     """A default with inputs of fp32, as it is launched for them."""
     own = next(k.fp32 or {} for k in launched(name) if k.function is kernel)
-    own = own | getattr(module_of(name), "FP32_SIZES", {})
+    own = own | getattr(module_of(name), "fp32_sizes", lambda _: {})(constants)
     own = {x: min(n, constants[x]) if x in ("BK", "BV") else n for x, n in own.items()}
     signature = {x: kind.replace("bf16", "fp32") for x, kind in signature.items()}
     return name.replace(" #", " fp32 #"), kernel, signature, constants | own | dict(DOT="tf32x3")
@@ -175,6 +175,9 @@ def main():
             serial = next(k.serial for k in launched(name) if k.function is spec[1])
             cells = "".join(f"{row[x]:>10}" for x in COLUMNS)
             print(f"{cells}  {serial}{', spills' if spills(row) else ''}", flush=True)
+    for name, arch in [x for x, row in rows.items() if row["shared"] > SMALL_SHARED]:  # is there a smaller one?
+        others = (spec[0] for spec in specs() if spec[0].startswith(name.rsplit("0", 1)[0]))
+        rows |= {(other, arch): by_name(other, arch) for other in others if (other, arch) not in rows}
     found = faults(rows)
     fine = "no default spills too much, and every kernel has a configuration for consumer cards"
     print("\n".join(found) or fine)

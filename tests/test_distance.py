@@ -1,14 +1,14 @@
 """Masks by distance: the banded form against the dense oracle, what a mask drops, and the two types that learn one."""
 
-import functools
+import itertools
 import json
 import math
 
 import pytest
 import torch
-import torch._dynamo.testing
 from conftest import check_units
 from hypothesis import given, settings, strategies as st
+from test_gla import GPU, INTERPRETED, interpret
 
 import bench
 import train
@@ -246,55 +246,101 @@ def test_opcheck(fresh_rng):
     tensors.append(tensors[3].new_empty(2, 0, 40))
     for table in (tensors[3], torch.zeros(2, 40, requires_grad=True)):
         for constant_ones in (False, True):
-            torch.library.opcheck(D.distance_op, (*tensors[:3], table, tensors[4], 0.3, constant_ones))
+            torch.library.opcheck(D.distance_op, (*tensors[:3], table, tensors[4], 0.3, constant_ones, "torch"))
 
 
-# ----------------------------------------------------------------------------- FlexAttention
+# ----------------------------------------------------------------------------- Triton
 
 
-@pytest.fixture
-def flex_on_cpu(monkeypatch):
-    """FlexAttention's own eager form has gradients on a CPU; PyTorch refuses because its compiled form has none."""
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("T", [128, 300])
+@pytest.mark.parametrize("size", [16, 64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_flex(kind, T, flex_on_cpu, fresh_rng):
-    for P, shared in ((0, False), (3, False), (2, True)):
-        inputs = draw(2, T, 2, 16, 16, kind, P, fresh_rng, shared)
-        found, wanted = run(inputs, torch.float32, "flex"), run(inputs, torch.float64, "dense")
-        agree(found, wanted, TOLERANCES[torch.float32], for_zero=1)  # dp - o . do, each of its own rounding
+def test_diagonals_are_those_that_hold_something(kind, size, fresh_rng):
+    """Against the distances of each tile's pairs, one by one."""
+    for T in (1, size, 5 * size + 7):
+        table, n = draw(1, T, 2, 1, 1, kind, 0, fresh_rng)[3], -(-T // size)
+        for constant_ones in (False, True):
+            order, count, kinds = D.diagonals(table, size, constant_ones).unbind(1)
+            slope = (table > -math.inf) & ~(D.flat(table) & constant_ones)
+            for h, i in itertools.product(range(2), range(n)):
+                far = torch.arange(max(0, size * (i - 1) + 1), min(T, size * (i + 1)))
+                kept = [
+                    x for x in range(n) if (table[h, max(0, size * (x - 1) + 1) : size * (x + 1)] > -math.inf).any()
+                ]
+                assert order[h, : len(kept)].tolist() == kept and count[h, i] == sum(x <= i for x in kept)
+                masked = i == 0 or bool((table[h, far] != 0).any())
+                assert kinds[h, i] == masked + 2 * bool(slope[h, far].any())
 
 
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_triton_under_the_interpreter(which):
+    interpret(__file__, which)
+
+
+def compare_triton(inputs):
+    agree(run(inputs, torch.float32, "triton"), run(inputs, torch.float64, "dense"), TOLERANCES[torch.float32], 1)
+
+
+@INTERPRETED
 @pytest.mark.parametrize("kind", KINDS)
-def test_flex_sees_the_tiles_that_hold_something(kind, fresh_rng):
-    T, n = 700, 6
-    _, _, _, table, prefix, _ = draw(1, T, 2, 1, 1, kind, 0, fresh_rng)
-    far = torch.arange(n * D.TILE)[:, None] - torch.arange(n * D.TILE)
-    kept = (table > -math.inf)[:, far.clamp(0, T - 1)] & (far >= 0) & (far < T)
-    wanted = kept.unflatten(2, (n, D.TILE)).unflatten(1, (n, D.TILE)).any(4).any(2)
-    assert torch.equal(D.seen_tiles(table, table.new_empty(2, 0, T)), wanted)
-    first = D.seen_tiles(table, table.new_zeros(2, 3, T))
-    assert first[:, :, 0].all() and torch.equal(first[:, :, 1:], wanted[:, :, 1:])
+@pytest.mark.parametrize("T, P, shared", [(70, 0, False), (100, 3, True), (33, 40, False)])
+def test_interpreted(T, P, shared, kind, fresh_rng):
+    """P 40: first keys that fill more than a tile, and more than there are."""
+    compare_triton(draw(2, T, 2, 16, 24, kind, P, fresh_rng, shared))
 
 
-@pytest.mark.parametrize("within", [False, True])
-def test_flex_is_one_graph_whatever_is_kept(within, flex_on_cpu, fresh_rng, monkeypatch):
-    """Also within a compiled model, which it is no part of."""
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    monkeypatch.setattr(D, "biased_flex", torch.compile(D.biased_flex, backend=counter, fullgraph=True, dynamic=False))
-    call = functools.partial(distance, backend="flex")
-    call = torch.compile(call, backend="eager") if within else call
-    for kind in ("span", "wave", "multiples", "few"):
-        q, k, v, table, _, _ = (x if x is None else x.float() for x in draw(1, 256, 2, 16, 16, kind, 0, fresh_rng))
-        torch.testing.assert_close(call(q, k, v, table), distance(q, k, v, table), rtol=1e-4, atol=1e-5)
-    assert counter.frame_count == 1
+@INTERPRETED
+@pytest.mark.parametrize("kind", ["span", "few", "far"])
+def test_interpreted_tiles(kind, fresh_rng, monkeypatch):
+    """Those of bf16, whose products the interpreter cannot do."""
+    monkeypatch.setattr(D, "tile_size", lambda *_: 64)
+    compare_triton(draw(1, 140, 2, 16, 16, kind, 2, fresh_rng))
 
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@INTERPRETED
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T, K, V", [(1, 8, 8), (32, 40, 8), (65, 8, 72), (200, 16, 16)])
+def test_interpreted_shapes(T, K, V, kind, fresh_rng):
+    for P, shared in ((0, False), (2, False), (min(T, 20), True)):
+        compare_triton(draw(2, T, 3, K, V, kind, P, fresh_rng, shared))
+
+
+@INTERPRETED
+def test_interpreted_runs_of_a_diagonal(fresh_rng, monkeypatch):
+    """A diagonal that several programs share."""
+    monkeypatch.setattr(D, "RUN", 2)
+    compare_triton(draw(1, 200, 2, 16, 16, "wave", 3, fresh_rng))
+
+
+@INTERPRETED
+def test_interpreted_constant_ones(fresh_rng):
+    """Whole diagonals that are flat have no gradient; the others have all of theirs."""
+    q, k, v, table, _, do = draw(1, 150, 3, 16, 16, "span", 0, fresh_rng)
+    found = []
+    for dtype, backend in ((torch.float64, "dense"), (torch.float32, "triton")):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v, table)]
+        o = distance(*leaves, backend=backend, constant_ones=True)
+        found.append([o, *torch.autograd.grad(o, leaves, do.to(dtype))])
+    wanted, found = ([x.detach().double() for x in xs] for xs in found)
+    agree(found, wanted, TOLERANCES[torch.float32], for_zero=1)
+    assert not found[4][D.flat(table)].any()
+
+
+@INTERPRETED
+def test_interpreted_is_causal(fresh_rng):
+    q, k, v, table, _, _ = (x if x is None else x.float() for x in draw(1, 90, 2, 16, 16, "span", 0, fresh_rng))
+    before = distance(q, k, v, table, backend="triton")
+    for x in (k, v):
+        x[:, 60] += 1
+    after = distance(q, k, v, table, backend="triton")
+    assert torch.equal(after[:, :60], before[:, :60]) and not torch.equal(after[:, 60:], before[:, 60:])
+
+
+@INTERPRETED
+def test_interpreted_op(fresh_rng):
+    q, k, v, table, prefix, _ = draw(1, 40, 2, 8, 8, "span", 2, fresh_rng)
+    tensors = [x.float().requires_grad_() for x in (q, k, v, table.clamp(min=-50), prefix.clamp(min=-50))]
+    torch.library.opcheck(D.distance_op, (*tensors, 0.3, False, "triton"), test_utils="test_faketensor")
 
 
 @GPU
@@ -302,9 +348,9 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 @pytest.mark.parametrize("backend", ["auto", "banded"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_gpu(kind, backend, fresh_rng):
-    """FlexAttention, compiled, and the banded form against the oracle, all gradients; bf16 to its own rounding."""
+    """Triton and the banded form against the oracle, all gradients; bf16 to its own rounding."""
     for P, shared in ((0, False), (3, False), (0, True)):
-        *tensors, do = draw(2, 512, 3, 64, 64, kind, P, fresh_rng, shared)
+        *tensors, do = draw(2, 500, 3, 64, 64, kind, P, fresh_rng, shared)
         for dtype, tolerances in ((torch.float32, (2e-5,) + (2e-4,) * 5), (torch.bfloat16, (1e-2,) + (2e-2,) * 5)):
             rounded = [x.to(dtype).double() for x in tensors[:3]]
             wanted = run((*rounded, *tensors[3:], do.to(dtype).double()), torch.float64, "dense")
@@ -313,17 +359,24 @@ def test_on_a_gpu(kind, backend, fresh_rng):
             o = distance(*leaves, backend=backend)
             grads = torch.autograd.grad(o, [x for x in leaves if x is not None], do.cuda().to(dtype))
             agree([x.detach().double().cpu() for x in (o, *grads)], wanted, tolerances, for_zero=1)
-    assert "FlexAttention" in D.paths(leaves[3].detach(), leaves[3].detach().new_empty(1, 0, 512), 64)[0][0]
+    assert "Triton" in D.paths(leaves[3].detach(), None, 64)[0][0]
 
 
 @GPU
 @pytest.mark.gpu
-def test_a_gpu_compiles_once_whatever_is_kept(fresh_rng, monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    for kind in ("span", "wave", "multiples", "few"):
-        drawn = draw(1, 512, 2, 32, 32, kind, 0, fresh_rng)[:4]
-        distance(*(x.float().cuda() for x in drawn))
+@pytest.mark.parametrize("name", ["forward", "query", "key", "table"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_every_configuration_on_a_gpu(name, width, fresh_rng, monkeypatch):
+    *tensors, do = draw(1, 300, 2, width, width, "wave", 0, fresh_rng)
+    rounded = [x.bfloat16().double() for x in tensors[:3]]
+    wanted = run((*rounded, *tensors[3:], do.bfloat16().double()), torch.float64, "dense")
+    for option in D.KERNELS[name].configs:
+        monkeypatch.setattr(D.KERNELS[name], "configs", [option])
+        monkeypatch.setattr(D.KERNELS[name], "runs", {})
+        leaves = [x.cuda().bfloat16().requires_grad_() for x in rounded] + [tensors[3].cuda().float().requires_grad_()]
+        o = distance(*leaves)
+        grads = torch.autograd.grad(o, leaves, do.cuda().bfloat16())
+        agree([x.detach().double().cpu() for x in (o, *grads)], wanted, (1e-2,) + (2e-2,) * 5, for_zero=1)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +385,7 @@ def test_a_gpu_compiles_once_whatever_is_kept(fresh_rng, monkeypatch):
         (dict(k=torch.randn(2, 9, 3, 8)), "k must have q's shape"),
         (dict(table=torch.zeros(3, 9)), "table must be (3, 10) or (1, 10)"),
         (dict(prefix=torch.zeros(3, 2, 9)), "prefix must be (3, P, 10)"),
-        (dict(backend="fast"), "backend must be auto, banded, flex or dense"),
+        (dict(backend="fast"), "backend must be auto, banded, triton or dense"),
         (dict(q=torch.randn(10, 3, 8)), "q must be a float (B, T, H, D)"),
     ],
 )

@@ -129,22 +129,9 @@ FORMS = {  # by PyTorch's own operations: steps of decoding, and oracles
     "gated dense": (draw_gated, call_gated("dense")),
     "gated map": (draw_map, call_map),
     "distance dense": (draw_distance("prefix"), call_distance("dense")),
-    "distance flex": (draw_distance("prefix"), call_distance("flex")),
     "nsa gather": (draw_nsa, call_selected("gather")),
 }
-NAMES = [pytest.param(x, marks=pytest.mark.slow) if "flex" in x else x for x in OPS | FORMS]
-
-
-@pytest.fixture(autouse=True)
-def flex_on_cpu(monkeypatch):
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-
-
-flex_unfused = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-
-
-def shape_for(name):
-    return (1, 128, 2, 16, 16) if "flex" in name else (2, 70, 3, 16, 12)
+NAMES, SHAPE = [*OPS, *FORMS], (2, 70, 3, 16, 12)
 
 
 def leaves(xs, dtype):
@@ -154,13 +141,12 @@ def leaves(xs, dtype):
 # ----------------------------------------------------------------------------- autocast
 
 
-@flex_unfused
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast_casts_the_inputs_of_products_and_nothing_else(name):
     """Digit for digit what inputs give that were cast by hand, outside autocast; also where the backward pass of an op
     runs inside it."""
     draw, call = (OPS | FORMS)[name]
-    low, own = draw(*shape_for(name))
+    low, own = draw(*SHAPE)
     by_hand = leaves(low, torch.bfloat16) + leaves(own, torch.float32)
     wanted = call(*by_hand)
     weights = [torch.randn_like(o) for o in wanted]
@@ -178,7 +164,7 @@ def test_autocast_casts_the_inputs_of_products_and_nothing_else(name):
 @pytest.mark.parametrize("name", OPS)
 def test_autocast_in_a_compiled_graph(name):
     draw, call = OPS[name]
-    low, own = draw(*shape_for(name))
+    low, own = draw(*SHAPE)
     inputs = leaves(low + own, torch.float32)
     torch._dynamo.reset()
     compiled, found = torch.compile(call, fullgraph=True, backend="aot_eager"), []
@@ -193,12 +179,11 @@ def test_autocast_in_a_compiled_graph(name):
 # ----------------------------------------------------------------------------- mixed types
 
 
-@flex_unfused
 @pytest.mark.parametrize("name", NAMES)
 def test_any_types_go_together(name):
     """Products and the other inputs each of any type: the output is of the first kind, a gradient of its input's."""
     draw, call = (OPS | FORMS)[name]
-    drawn = draw(*shape_for(name))
+    drawn = draw(*SHAPE)
     for types in itertools.product(*(DTYPES if xs else (torch.float64,) for xs in drawn)):
         inputs = [x for xs, dtype in zip(drawn, types) for x in leaves(xs, dtype)]
         exact = [x.detach().double().requires_grad_() for x in inputs]
