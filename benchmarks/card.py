@@ -123,9 +123,13 @@ class Card:
         return [of(score) for score in own if "failure" not in score]
 
     def cost(self, name, T, column):
-        """The median over rounds of a column of docs/bench.json, as a list of one; [] where it was not timed."""
-        cell = self.costs.get(name, {}).get(T, {}).get(column)
-        return [] if cell is None else [statistics.median(cell) if isinstance(cell, list) else cell]
+        """The median over rounds of a column of docs/bench.json, as a list of one; [] where it was not timed. Of a
+        pattern the mean of its layers."""
+        found = [self.costs.get(layer, {}).get(T, {}).get(column) for layer in name.split(",")]
+        if None in found:
+            return []
+        mean = statistics.harmonic_mean if column.endswith("/s)") else statistics.mean
+        return [mean([statistics.median(cell) if isinstance(cell, list) else cell for cell in found])]
 
     def columns(self):
         """[(group, heading, which is best, format, {type: scores})]"""
@@ -181,26 +185,30 @@ def order(columns):
     return sorted(bits, key=lambda name: statistics.mean(bits[name]) if bits[name] else 99.0)
 
 
-def table(card):
-    """A row a type, in Markdown: mean, standard deviation over seeds (n - 1) and their number, the best in bold. `none`
-    costs nothing, and is not the best for that."""
-    columns = card.columns()
-    lines = ["| attention | " + " | ".join(f"{group}: {heading}" for group, heading, *_ in columns) + " |"]
-    lines += ["|---" + "|---:" * len(columns) + "|"]
-    best = []
-    for *_, which, spec, scores in columns:
-        means = [format(statistics.mean(own), spec) for name, own in scores.items() if own and name != "none"]
-        best.append(MARKS[which](means, key=lambda text: float(text.replace(",", "")), default=None))
-    for name in order(columns):
-        cells = []
-        for (*_, spec, scores), first in zip(columns, best):
-            mean, deviation = mean_and_deviation(scores[name])
+def cells(columns):
+    """{heading: {type: its cell}}: mean, standard deviation over seeds (n - 1) and their number; the best is in bold,
+    unless most types share it. `none` costs nothing, and is not the best for that."""
+    found = {}
+    for group, heading, which, spec, scores in columns:
+        means = {n: format(statistics.mean(own), spec) for n, own in scores.items() if own and n != "none"}
+        best = MARKS[which](means.values(), key=lambda text: float(text.replace(",", "")), default=None)
+        alone = list(means.values()).count(best) <= max(1, len(means) / 2)
+        rows = found.setdefault(f"{group}: {heading}", {})
+        for name, own in scores.items():
+            mean, deviation = mean_and_deviation(own)
             text = "-" if mean is None else format(mean, spec)
-            text = f"**{text}**" if text == first and name != "none" else text
-            text += f" ± {deviation:{spec.lstrip('+')}} ({len(scores[name])})" if deviation is not None else ""
-            cells.append(text)
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    return lines
+            text = f"**{text}**" if alone and means.get(name) == best and own else text
+            text += f" ± {deviation:{spec.lstrip('+')}} ({len(own)})" if deviation is not None else ""
+            rows[name] = text
+    return found
+
+
+def table(card):
+    """A row a type, in Markdown."""
+    columns = card.columns()
+    found = cells(columns)
+    lines = ["| attention | " + " | ".join(found) + " |", "|---" + "|---:" * len(found) + "|"]
+    return lines + [f"| `{n}` | " + " | ".join(rows[n] for rows in found.values()) + " |" for n in order(columns)]
 
 
 def draw(card, path):

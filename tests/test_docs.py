@@ -9,7 +9,7 @@ import pytest
 
 import bench
 import model
-from benchmarks import layers
+from benchmarks import card, layers
 
 ROOT = pathlib.Path(bench.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,13 +60,16 @@ def test_toys_show_the_committed_heads():
     measured("superposition.json", (ROOT / "docs" / "toys.md").read_text(encoding="utf-8"))
 
 
-def test_the_first_table_shows_each_type(figures):
-    costs, scores = figures.costs(), figures.scores()
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.M))
-    for name, row in costs.items():
-        cells = rows[name].split(" | ")  # idea, paper, cost, state, bits, time, positions
-        assert cells[3:6] == list(figures.cells(scores.get(name), row[max(row)])), name
-    assert set(costs) <= set(model.ATTENTION)
+def test_the_first_table_shows_the_card(figures):
+    found = [line.split(" | ") for line in re.findall(r"^\| `(.*) \|$", README, re.M)]
+    rows = {cells[0].rstrip("`"): cells[3:] for cells in found if len(cells) > 8}  # type, idea, cost; figures
+    rows.pop("attention_type", None)
+    assert list(rows.items()) == list(figures.first_table().items()), "python docs/figures.py prints the rows"
+    assert set(model.ATTENTION) < set(rows)
+
+
+def test_results_show_the_committed_card():
+    assert "\n".join(card.table(card.Card(ROOT / "docs" / "card"))) in RESULTS, "paste what make card-table prints"
 
 
 def test_pictures_are_there():
