@@ -37,7 +37,7 @@ from .gla import (
     store,
     too_wide,
 )
-from .launch import Kernel, add_product, choose, configurations, dot, dot_type, operand, split
+from .launch import Kernel, add_product, choose, configurations, dot, dot_type, operand, power, split
 
 SEGMENT = 2**18  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
 FLOOR = 1e-3  # of the relu features: no query is without keys
@@ -256,8 +256,7 @@ def read_gradient(do, o, inverse, segment, chunk, new):
 #     feature  phi(x) in the type of products, of exponents in fp32, and its sum over each chunk, weighed or not
 #     scan     S at the start of each chunk, the last state          REVERSE: dS at the end of each chunk, and the first
 #     read     o, 1/z from phi(q), phi(k), v, S, z                   REVERSE: dv from phi(k), phi(q), dn, dS
-#     grad     dphi(q), dphi(k)
-#     input    dq, dk from those
+#     grad     dq, dk, through the gradients of their features
 
 
 @jit
@@ -298,71 +297,70 @@ def performer_feature_kernel(
 
 
 @jit
-def performer_input_kernel(
-    p_df, p_f, p_w, p_dx, T, H, K, D,
-    C: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
-    """dx = (dphi * slope) W, BD channels of a chunk; the slope of each map is a function of its value."""
-    i_d, i = split(tl.program_id(0), tl.cdiv(D, BD))
-    i_t, i_bh = split(i, tl.cdiv(T, C))
-    o_t, o_d = i_t * C + tl.arange(0, C), i_d * BD + tl.arange(0, BD)
-    m_t, m_d = o_t < T, o_d < D
-    b_dx = tl.zeros([C, BD], tl.float32)
-    for i in range(0, tl.cdiv(K, BK)):
-        o_k = i * BK + tl.arange(0, BK)
-        o_f = first_of(i_bh, T, H * K, H, K) + o_t[:, None] * (H * K) + o_k[None, :]
-        m_f = m_t[:, None] & (o_k < K)[None, :]
-        b_df = tl.load(p_df + o_f, mask=m_f, other=0.0)
-        b_f = tl.load(p_f + o_f, mask=m_f, other=0.0).to(tl.float32)
-        if FEATURES == "softmax":
-            b_df *= b_f
-        elif FEATURES == "relu":
-            b_df = tl.where(b_f > LEAST, b_df, 0.0)
-        else:
-            b_df *= 1.0 - tl.exp2(-b_f * LOG2E)
-        o_w = (i_bh % H * K + o_k)[:, None] * D + o_d[None, :]
-        b_w = tl.load(p_w + o_w, mask=(o_k < K)[:, None] & m_d[None, :], other=0.0)  # (BK, BD)
-        b_dx += dot(b_df, b_w, DOT)
-    o_x = first_of(i_bh, T, H * D, H, D) + o_t[:, None] * (H * D) + o_d[None, :]
-    tl.store(p_dx + o_x, b_dx.to(p_dx.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
+def through_map(b_df, b_f, FEATURES: tl.constexpr):
+    """The gradient of W x from that of its features; the slope of each map is a function of its value."""
+    b_f = b_f.to(tl.float32)
+    if FEATURES == "softmax":
+        return b_df * b_f
+    elif FEATURES == "relu":
+        return tl.where(b_f > LEAST, b_df, 0.0)
+    else:
+        return b_df * (1.0 - tl.exp2(-b_f * LOG2E))
 
 
 @jit
 def performer_grad_kernel(
-    p_q, p_k, p_v, p_dn, p_dz, p_s, p_ds, p_z, p_dzs, p_dq, p_dk, T, H, K, V,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    p_q, p_k, p_v, p_dn, p_dz, p_s, p_ds, p_z, p_dzs, p_wq, p_wk, p_dq, p_dk, p_mq, p_mk, T, H, K, V, D,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, MAP: tl.constexpr,
+    FEATURES: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """dphi(q), dphi(k) of one (C, BK) tile. p_z, p_dzs: of the state; p_dz: of each token's normaliser."""
-    i_k, i = split(tl.program_id(0), tl.cdiv(K, BK))
-    i_t, i_bh = split(i, tl.cdiv(T, C))
-    o_c, o_k = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
+    """dq, dk of a chunk, BK features at a time. p_q, p_k: features; p_z, p_dzs: of the state; p_dz: of each token's
+    normaliser; p_mq, p_mk: the gradients of W x, which those of W need. MAP: the products with W."""
+    i_t, i_bh = split(tl.program_id(0), tl.cdiv(T, C))
+    o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
     o_t = i_t * C + o_c
-    m_t, m_k = o_t < T, o_k < K
+    m_t, m_d = o_t < T, o_d < D
     row = (i_bh // H).to(tl.int64) * T * H + i_bh % H
     p_v, p_dn = p_v + row * V, p_dn + row * V
     chunk = i_bh.to(tl.int64) * tl.cdiv(T, C) + i_t
     b_dz = tl.load(p_dz + row + o_t * H, mask=m_t, other=0.0)  # (C)
-    b_z = tl.load(p_z + chunk * K + o_k, mask=m_k, other=0.0)  # (BK)
-    b_dzs = tl.load(p_dzs + chunk * K + o_k, mask=m_k, other=0.0)  # (BK)
     b_dA, b_dAT = tl.zeros([C, C], tl.float32) + b_dz[:, None], tl.zeros([C, C], tl.float32) + b_dz[None, :]
-    b_dq, b_dk = b_dz[:, None] * b_z[None, :], tl.zeros([C, BK], tl.float32) + b_dzs[None, :]
     for i_v in range(0, tl.cdiv(V, BV)):
         o_v = i_v * BV + tl.arange(0, BV)
         o_y, m_y = o_t[:, None] * (H * V) + o_v[None, :], m_t[:, None] & (o_v < V)[None, :]
         b_v = tl.load(p_v + o_y, mask=m_y, other=0.0)  # (C, BV)
         b_dn = tl.load(p_dn + o_y, mask=m_y, other=0.0)  # (C, BV)
-        o_s, m_s = chunk * K * V + o_k[None, :] * V + o_v[:, None], m_k[None, :] & (o_v < V)[:, None]
-        b_s = operand(tl.load(p_s + o_s, mask=m_s, other=0.0), DOT)  # (BV, BK)
-        b_ds = operand(tl.load(p_ds + o_s, mask=m_s, other=0.0), DOT)  # (BV, BK)
         b_dA += dot(b_dn, tl.trans(b_v), DOT)
         b_dAT += dot(b_v, tl.trans(b_dn), DOT)
-        b_dq += dot(b_dn, b_s, DOT)
-        b_dk += dot(b_v, b_ds, DOT)
-    o_x, m_x = row * K + o_t[:, None] * (H * K) + o_k[None, :], m_t[:, None] & m_k[None, :]
-    b_q = tl.load(p_q + o_x, mask=m_x, other=0.0)  # (C, BK)
-    b_k = tl.load(p_k + o_x, mask=m_x, other=0.0)  # (C, BK)
-    b_dq += dot(tl.where(o_c[:, None] >= o_c[None, :], b_dA, 0.0), b_k, DOT)
-    b_dk += dot(tl.where(o_c[:, None] <= o_c[None, :], b_dAT, 0.0), b_q, DOT)
+    b_dA = operand(tl.where(o_c[:, None] >= o_c[None, :], b_dA, 0.0), DOT)
+    b_dAT = operand(tl.where(o_c[:, None] <= o_c[None, :], b_dAT, 0.0), DOT)
+    b_dq, b_dk = tl.zeros([C, BD], tl.float32), tl.zeros([C, BD], tl.float32)
+    for i_k in range(0, tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        m_k = o_k < K
+        b_z = tl.load(p_z + chunk * K + o_k, mask=m_k, other=0.0)  # (BK)
+        b_dzs = tl.load(p_dzs + chunk * K + o_k, mask=m_k, other=0.0)  # (BK)
+        b_mq, b_mk = b_dz[:, None] * b_z[None, :], tl.zeros([C, BK], tl.float32) + b_dzs[None, :]
+        for i_v in range(0, tl.cdiv(V, BV)):
+            o_v = i_v * BV + tl.arange(0, BV)
+            o_y, m_y = o_t[:, None] * (H * V) + o_v[None, :], m_t[:, None] & (o_v < V)[None, :]
+            o_s, m_s = chunk * K * V + o_k[None, :] * V + o_v[:, None], m_k[None, :] & (o_v < V)[:, None]
+            b_s = operand(tl.load(p_s + o_s, mask=m_s, other=0.0), DOT)  # (BV, BK)
+            b_ds = operand(tl.load(p_ds + o_s, mask=m_s, other=0.0), DOT)  # (BV, BK)
+            b_mq += dot(tl.load(p_dn + o_y, mask=m_y, other=0.0), b_s, DOT)
+            b_mk += dot(tl.load(p_v + o_y, mask=m_y, other=0.0), b_ds, DOT)
+        o_x, m_x = row * K + o_t[:, None] * (H * K) + o_k[None, :], m_t[:, None] & m_k[None, :]
+        b_q = tl.load(p_q + o_x, mask=m_x, other=0.0)  # (C, BK)
+        b_k = tl.load(p_k + o_x, mask=m_x, other=0.0)  # (C, BK)
+        b_mq = through_map(b_mq + dot(b_dA, b_k, DOT), b_q, FEATURES)
+        b_mk = through_map(b_mk + dot(b_dAT, b_q, DOT), b_k, FEATURES)
+        if WEIGHTS:
+            tl.store(p_mq + o_x, b_mq, mask=m_x)
+            tl.store(p_mk + o_x, b_mk, mask=m_x)
+        o_w, m_w = (i_bh % H * K + o_k)[:, None] * D + o_d[None, :], m_k[:, None] & m_d[None, :]
+        b_dq += dot(b_mq, tl.load(p_wq + o_w, mask=m_w, other=0.0), MAP)
+        b_dk += dot(b_mk, tl.load(p_wk + o_w, mask=m_w, other=0.0), MAP)
+    o_x, m_x = row * D + o_t[:, None] * (H * D) + o_d[None, :], m_t[:, None] & m_d[None, :]
     tl.store(p_dq + o_x, b_dq.to(p_dq.dtype.element_ty), mask=m_x)
     tl.store(p_dk + o_x, b_dk.to(p_dk.dtype.element_ty), mask=m_x)
 
@@ -374,12 +372,6 @@ KERNELS = {
         configurations(FEATURE_TILES, (64, 32, 8, 1), (32, 32, 4, 1)),
         FEATURE_WIDTHS,
         serial="D / BD",
-    ),
-    "input": Kernel(
-        performer_input_kernel,
-        configurations(FEATURE_TILES, (32, 64, 4, 1), (16, 64, 4, 1)),
-        FEATURE_WIDTHS,
-        serial="K / BK",
     ),
     "scan": Kernel(
         gla_scan_kernel,
@@ -395,7 +387,9 @@ KERNELS = {
         dict(BK=32, BV=32, num_warps=4, num_stages=1),
         serial="K / BK",
     ),
-    "grad": Kernel(performer_grad_kernel, configurations(COLUMNS, (32, 32, 8, 1)), TILES, serial="V / BV"),
+    "grad": Kernel(
+        performer_grad_kernel, configurations(COLUMNS, (16, 32, 8, 1), (32, 32, 8, 1)), TILES, serial="K / BK"
+    ),
 }
 
 
@@ -421,18 +415,6 @@ def feature_launch(x, w, features, dtype, weight=None):
     return phi, sums
 
 
-def input_gradient(df, f, x, w, features):
-    """The gradient of x from that of its features."""
-    (B, T, H, D), dx = x.shape, torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    def programs(meta):
-        return (triton.cdiv(D, meta["BD"]) * triton.cdiv(T, CHUNK) * B * H,)
-
-    options = dict(C=CHUNK, DOT=dot_type(torch.float32), FEATURES=features)
-    KERNELS["input"].launch(programs, df, f, w, dx, T, H, K=f.shape[3], D=D, **options)
-    return dx
-
-
 def product_inputs(v, state):
     """The type of products, fp32 or bf16, values in it, and the two parts of the state."""
     dtype = torch.float32 if v.dtype == torch.float32 else torch.bfloat16
@@ -450,7 +432,7 @@ def performer_fwd(q, k, v, wq, wk, state, features):
 
 
 def performer_bwd(q, k, v, wq, wk, state, o, inverse, do, dstate, features, weights):
-    """The gradients of q, k, v, wq, wk and the initial state, in eight launches."""
+    """The gradients of q, k, v, wq, wk and the initial state, in six launches."""
     dtype, y, first, z = product_inputs(v, state)
     (B, T, H, _), V, M = q.shape, v.shape[3], wq.shape[1]
     dn = (do.float() * inverse).to(dtype)
@@ -462,21 +444,18 @@ def performer_bwd(q, k, v, wq, wk, state, o, inverse, do, dstate, features, weig
     dstates, dfirst = scan_launch(fq, dn, None, dlast, torch.float32, reverse=True, kernels=KERNELS)
     dzs, dz_first = normalisers(dsums, dstate[..., -1], True)
     dv, _ = read_launch(fk, fq, dn, None, dstates, reverse=True, kernels=KERNELS)
-    dfq, dfk = (torch.empty_like(fq, dtype=torch.float32) for _ in range(2))
+    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    through = [torch.empty_like(fq, dtype=torch.float32) for _ in range(2)] if weights else (dq, dk)
 
-    def programs(meta):
-        return (triton.cdiv(M, meta["BK"]) * states.shape[2] * B * H,)
+    def programs(_):
+        return (states.shape[2] * B * H,)
 
-    args = fq, fk, y, dn, dz, states, dstates, zs, dzs, dfq, dfk, T, H
-    KERNELS["grad"].launch(programs, *args, K=M, V=V, C=CHUNK, DOT=dot_type(fq.dtype))
-    grads, dws = [], []
-    for x, w, f, df in ((q, wq, fq, dfq), (k, wk, fk, dfk)):
-        grads.append(input_gradient(df, f, x, w, features))
-        if weights:
-            dws.append(torch.einsum("bthm,bthd->hmd", through_features(df, f.float(), features), x.float()))
-        else:
-            dws.append(w.new_empty(0))
-    return *grads, dv.to(v.dtype), *dws, torch.cat((dfirst, dz_first.unsqueeze(-1)), -1)
+    args = fq, fk, y, dn, dz, states, dstates, zs, dzs, wq.contiguous(), wk.contiguous(), dq, dk, *through, T, H
+    kinds = dict(DOT=dot_type(fq.dtype), MAP=dot_type(torch.float32), FEATURES=features, WEIGHTS=weights)
+    KERNELS["grad"].launch(programs, *args, K=M, V=V, D=q.shape[3], C=CHUNK, BD=power(q.shape[3]), **kinds)
+    dws = [torch.einsum("bthm,bthd->hmd", x, y.float()) for x, y in zip(through, (q, k)) if weights]
+    dws = dws or [wq.new_empty(0), wk.new_empty(0)]
+    return dq, dk, dv.to(v.dtype), *dws, torch.cat((dfirst, dz_first.unsqueeze(-1)), -1)
 
 
 def aot_specs():
@@ -487,24 +466,23 @@ def aot_specs():
     specs = []
     for name, flags in forms:
         for M, V in ((128, 32), (256, 64), (512, 128)):
-            wide = {"p_first", "p_last", "p_z", "p_dz", "p_dzs", "p_inverse", "p_ds", "p_dq", "p_dk"}
+            wide = {"p_first", "p_last", "p_z", "p_dz", "p_dzs", "p_inverse", "p_ds", "p_wq", "p_wk", "p_mq", "p_mk"}
             wide |= {"p_all", "p_s"} if flags.get("REVERSE", True) else set()
             kernel = KERNELS[name].function
             signature = {x: "*fp32" if x in wide else "*bf16" for x in kernel.arg_names if x[:2] == "p_"}
-            signature |= dict.fromkeys("TH", "i32") | dict.fromkeys(("K", "V", "SX", "SY", "SW"), "i32:16")
+            signature |= dict.fromkeys("TH", "i32") | dict.fromkeys(("K", "V", "D", "SX", "SY", "SW"), "i32:16")
             signature |= dict.fromkeys(("scale", "gate_min", "tiny"), "fp32")
             constants = KERNELS[name].options(dict(K=M, V=V))[0] | flags | dict(C=CHUNK, DOT="bf16")
-            constants |= {} if name == "grad" else dict(GATED=False, HEAD=False)
+            through = dict(BD=V, MAP="tf32x3", FEATURES="softmax", WEIGHTS=False)
+            constants |= through if name == "grad" else dict(GATED=False, HEAD=False)
             form = " reverse" if flags.get("REVERSE") else ""
             specs.append((f"performer_{name}{form} {V} #0", kernel, signature, constants))
-    for name, low in (("feature", {"p_f"}), ("input", {"p_f", "p_dx"})):
-        for width, i in itertools.product((64, 128), range(len(KERNELS[name].configs))):
-            kernel, config = KERNELS[name].function, KERNELS[name].options(dict(K=256, D=width))[i]
-            signature = {x: "*bf16" if x in low else "*fp32" for x in kernel.arg_names if x[:2] == "p_"}
-            signature |= dict.fromkeys("TH", "i32") | dict.fromkeys(("K", "D", "SX"), "i32:16")
-            constants = dict(C=CHUNK, DOT="tf32x3", FEATURES="softmax", **config)
-            constants |= dict(WEIGHED=False) if name == "feature" else {}
-            specs.append((f"performer_{name} {width} #{i}", kernel, signature, constants))
+    for width, i in itertools.product((64, 128), range(len(KERNELS["feature"].configs))):
+        kernel, config = performer_feature_kernel, KERNELS["feature"].options(dict(K=256, D=width))[i]
+        signature = {x: "*bf16" if x == "p_f" else "*fp32" for x in kernel.arg_names if x[:2] == "p_"}
+        signature |= dict.fromkeys("TH", "i32") | dict.fromkeys(("K", "D", "SX"), "i32:16")
+        constants = dict(C=CHUNK, DOT="tf32x3", FEATURES="softmax", WEIGHED=False, **config)
+        specs.append((f"performer_feature {width} #{i}", kernel, signature, constants))
     return specs
 
 
