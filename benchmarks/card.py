@@ -216,26 +216,36 @@ def draw(card, path):
     for each type."""
     columns = {heading: rest for _, heading, *rest in card.columns()}
     names = order(card.columns())[::-1]
-    shown = {
-        "enwik8 (bits/byte)": "Language\nbits per byte",
-        "recall": "Recall\nshare right, by pairs (full: all)",
-        "parity": "State\nparity at 41 to 256 symbols",
-        "8 times (bits/byte more)": "Length\nbits per byte more at 8 times",
-        "time at 8,192 (softmax's)": "Cost\ntime at 8,192, of softmax's",
+    near, far = (f"time at {T} (softmax's)" for T in ("1,024", "8,192"))
+    shown = {  # title, and a line to compare with
+        "enwik8 (bits/byte)": ("Language\nbits per byte", None),
+        "recall": ("Recall of 4 to 32 pairs\nheight of a row: 0 to 1 found", None),
+        "parity": ("Parity of 41 to 256 symbols\nshare right; dashed: chance", 0.5),
+        "8 times (bits/byte more)": ("Length\nbits per byte more at 8 times", 0.0),
+        far: ("Cost: time, softmax's is 1\ndot: at 8,192; ring: at 1,024", 1.0),
     }
     size = (14, 1.2 + 0.36 * len(names))
     figure, panels = pyplot().subplots(1, len(shown), figsize=size, layout="constrained", sharey=True)
-    for panel, (heading, title) in zip(panels, shown.items()):
+    for panel, (heading, (title, line)) in zip(panels, shown.items()):
         panel.set_title(title, fontsize=SMALL)
         if heading == "recall":
             draw_recall(panel, card, names)
             continue
         which, _, scores = columns[heading]
         for y, name in enumerate(names):
-            if scores[name] and (name != "none" or "time at" not in heading):
-                panel.plot(scores[name], [y] * len(scores[name]), "|", color=colour(name), alpha=0.6, markersize=10)
+            if heading == far and name == "none":  # no place on a logarithmic axis
+                panel.annotate("0 →", (0.99, y), xycoords=("axes fraction", "data"), ha="right", va="center")
+            elif scores[name]:
+                seeds = scores[name] if len(scores[name]) > 1 else []
+                panel.plot(seeds, [y] * len(seeds), "|", color=colour(name), alpha=0.6, markersize=10)
                 panel.plot(statistics.mean(scores[name]), y, "o", color=colour(name), markersize=6)
-        if "time at" in heading:
+            if heading == far and name != "none":
+                panel.plot(
+                    columns[near][2][name], [y] * len(columns[near][2][name]), "o", color=colour(name), mfc="none"
+                )
+        if line is not None:
+            panel.axvline(line, color="grey", linestyle="--", linewidth=1)
+        if heading == far:
             panel.set_xscale("log")
             panel.set_xticks((0.1, 0.2, 0.5, 1, 2), ("0.1", "0.2", "0.5", "1", "2"))
             panel.minorticks_off()
@@ -243,20 +253,23 @@ def draw(card, path):
             panel.invert_xaxis()
     name_rows(panels[0], names, [colour(name) for name in names])
     panels[0].set_ylim(-0.7, len(names) - 0.3)
-    figure.supxlabel("further right is better; in recall, fuller", fontsize=SMALL)
+    note = "further right is better, in recall fuller; dot: mean, tick or thin line: a seed; rows in order of language"
+    figure.supxlabel(note, fontsize=SMALL)
     save_figure(figure, path)
 
 
 def draw_recall(panel, card, names):
-    """Accuracy from 0 to 1 within each row, against the number of pairs."""
+    """Accuracy from 0 to 1 within each row, against the number of pairs: the mean, filled, and each seed."""
     for y, name in enumerate(names):
         for edge in (y - 0.4, y + 0.4):
             panel.axhline(edge, color="grey", linewidth=0.5, alpha=0.4)
-        curves = [card.scores("recall", "recall", name, lambda s, at=at: s["by part"][at]) for at in PAIRS.values()]
-        if all(curves):
-            heights = [y - 0.4 + 0.8 * statistics.mean(scores) for scores in curves]
+        seeds = card.scores("recall", "recall", name, lambda s: [s["by part"][pairs] for pairs in PAIRS.values()])
+        seeds = [[y - 0.4 + 0.8 * share for share in shares] for shares in seeds]
+        if seeds:
+            heights = [statistics.mean(heights) for heights in zip(*seeds)]
             panel.fill_between(range(len(PAIRS)), y - 0.4, heights, color=colour(name), alpha=0.35, linewidth=0)
             panel.plot(range(len(PAIRS)), heights, color=colour(name))
+            panel.plot(range(len(PAIRS)), list(zip(*seeds)), color=colour(name), linewidth=0.6)
     panel.set_xticks(range(len(PAIRS)), PAIRS)
     panel.grid(axis="y", visible=False)
 

@@ -39,11 +39,14 @@ def costs():
 
 
 def first_table():
-    """{type: [what the README's first table says of it]}, in the order of the card's table: without the number of seeds,
-    which is 3, and deviations that are 0."""
+    """{type: [what the README's first table says of it]}, in the order of the card's table: without the number of
+    seeds, which is 3, and deviations that are 0."""
     columns = card.Card(HERE / "card").columns()
     found = card.cells(columns)
-    short = lambda text: text.replace(" (3)", "").replace(" ± 0.00", "")  # noqa: E731
+
+    def short(cell):
+        return re.sub(r" ± 0\.00$", "", cell.replace(" (3)", ""))
+
     return {name: [short(found[heading][name]) for heading in FIRST] for name in card.order(columns)}
 
 
