@@ -786,12 +786,14 @@ KERNELS = {
             COLUMNS, (32, 64, 4, 1), (64, 64, 8, 1), (32, 64, 4, 2), (64, 128, 8, 1), (32, 32, 4, 2), (32, 128, 8, 2)
         ),
         TILES,
+        dict(BK=16, BV=32, num_warps=4, num_stages=1),
         serial="K / BK",
     ),
     "read tree": Kernel(
         gla_read_kernel,
         configurations(COLUMNS, (32, 64, 8, 1), (32, 32, 4, 2), (64, 64, 8, 1), (32, 64, 4, 1)),
         TILES,
+        dict(BK=16, BV=32, num_warps=4, num_stages=1),
         serial="K / BK",
     ),
     "grad": Kernel(
@@ -800,12 +802,14 @@ KERNELS = {
             COLUMNS, (32, 32, 8, 1), (32, 64, 8, 1), (64, 32, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1), (32, 64, 8, 2)
         ),
         TILES,
+        dict(BK=16, BV=16, num_warps=8, num_stages=1),
         serial="V / BV",
     ),
     "grad tree": Kernel(
         gla_grad_kernel,
         configurations(COLUMNS, (16, 32, 8, 1), (32, 32, 8, 1), (16, 32, 4, 1), (32, 64, 8, 1)),
         TILES,
+        dict(BK=16, BV=16, num_warps=8, num_stages=1),
         serial="V / BV",
     ),
 }

@@ -792,7 +792,11 @@ KERNELS = {
         nsa_band_key_kernel, configurations(TILED, (64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 1)), fp32=SMALL
     ),
     "chosen": Kernel(nsa_chosen_kernel, configurations(WARPS, (4, 2), (2, 2), (4, 1))),
-    "chosen_query": Kernel(nsa_chosen_query_kernel, configurations(WARPS, (2, 2), (4, 2), (4, 1))),
+    "chosen_query": Kernel(
+        nsa_chosen_query_kernel,
+        configurations(WARPS, (2, 2), (4, 2), (4, 1)),
+        fp32=dict(num_warps=4, num_stages=1),
+    ),
     "chosen_key": Kernel(
         nsa_chosen_key_kernel,
         configurations(WARPS, (8, 1), (8, 2), (4, 2), (4, 1)),
@@ -803,7 +807,7 @@ for kernel, steps in zip(KERNELS.values(), STEPS):
     kernel.serial = steps
 MAX_WIDTH, MAX_GROUP = 128, 64  # of heads and selected blocks; of query heads that share keys
 FP32_WIDTH = 64  # of heads in fp32: wider tiles do not fit into the registers
-PAIR_ROWS = 32  # query heads in a step of the block's program
+PAIR_ROWS, PAIR_ROWS_FP32 = 32, 16  # query heads in a step of the block's program
 
 
 def launch(name, programs, *args, **constants):
@@ -875,10 +879,15 @@ def selected_bwd(q, k, v, index, o, lse, do, scale, select_block):
     block = numbered(index.transpose(1, 2).flatten(0, 1), n_blocks).flatten()
     block, order = torch.where(block < 0, B * Hk * n_blocks, block).sort(stable=True)
     first = torch.searchsorted(block, torch.arange(B * Hk * n_blocks + 1, device=block.device))
-    constants |= dict(R=max(PAIR_ROWS, constants["R"]))
+    constants |= dict(R=max(PAIR_ROWS_FP32 if q.dtype == torch.float32 else PAIR_ROWS, constants["R"]))
     pairs = order.div_(n, rounding_mode="floor"), first
     launch("chosen_key", lambda c: B * Hk * n_blocks, q, k, v, *pairs, *sums, dk, dv, *sizes, n_blocks, **constants)
     return tuple(x.to(dtype) for x, dtype in zip((dq, dk, dv), dtypes))
+
+
+def fp32_sizes(constants):
+    """For the report."""
+    return dict(R=PAIR_ROWS_FP32) if "R" in constants else {}
 
 
 def aot_specs():

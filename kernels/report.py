@@ -24,7 +24,7 @@ import tempfile
 OPERATORS = ("gla", "delta", "gsa", "performer", "nsa", "distance", "gated")
 ARCHS = (80, 90)
 SMALL_SHARED = 99 * 1024
-FP32_STACK = 2048  # bytes; three products in place of one need three times the operands
+FP32_STACK = 768  # bytes; three products in place of one need three times the operands
 COLUMNS = ("registers", "stack", "local", "shared", "programs", "HMMA", "HGMMA", "barriers", "shuffles")
 SHARED = {80: 164 * 1024, 90: 228 * 1024}  # bytes of a multiprocessor; it has 65,536 registers and 64 warps
 
