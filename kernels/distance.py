@@ -794,23 +794,19 @@ def fp32_sizes(constants):
     return dict(BT=tile_size(torch.float32, constants["BD"]))
 
 
-def distance_fwd(q, k, v, table, prefix, scale, constant_ones):
-    """o, the log of each softmax's denominator (B, H, T), base 2, and what `diagonals` says, in one launch after it."""
+def distance_fwd(q, k, v, table, prefix, tiles, scale):
+    """o and the log of each softmax's denominator (B, H, T), base 2, in one launch."""
     dtype, (B, T, H, _) = v.dtype, q.shape
     q, k, v, table, prefix = *dense(q, k, v), table.float().contiguous(), prefix.float().contiguous()
-    o, lse, size = (
-        torch.empty_like(v),
-        q.new_empty(B, H, T, dtype=torch.float32),
-        tile_size(q.dtype, max(q.shape[3], v.shape[3])),
-    )
-    tiles = diagonals(table, size, constant_ones)
-    sizes = dict(H=H, M=len(table), P=prefix.shape[1], scale=scale, BT=size, PREFIX=prefix.shape[1] > 0)
+    o, lse, P = torch.empty_like(v), q.new_empty(B, H, T, dtype=torch.float32), prefix.shape[1]
+    size = tile_size(q.dtype, max(q.shape[3], v.shape[3]))
+    sizes = dict(H=H, M=len(table), P=P, scale=scale, BT=size, PREFIX=P > 0)
     args = q, k, v, table, prefix, tiles, o, lse, T
     KERNELS["forward"].launch(programs(B, H, T, "BT"), *args, **sizes, **widths(q, v))
-    return o.to(dtype), lse, tiles
+    return o.to(dtype), lse
 
 
-def distance_bwd(q, k, v, table, prefix, o, lse, tiles, do, scale, constant_ones, masks):
+def distance_bwd(q, k, v, table, prefix, tiles, o, lse, do, scale, constant_ones, masks):
     """Gradients of q, k, v, table and prefix, in two launches, and one for the table."""
     like, (B, T, H, _), P = (q, k, v, table, prefix), q.shape, prefix.shape[1]
     delta = (o.float() * do.float()).sum(-1)  # (B, T, H)
@@ -866,31 +862,29 @@ def aot_specs():
 
 @operator(
     "distance",
-    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, float scale, bool constant_ones, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, Tensor tiles, float scale, bool constant_ones,"
+    " str backend) -> (Tensor, Tensor)",
 )
-def distance_op(q, k, v, table, prefix, scale, constant_ones, backend):
+def distance_op(q, k, v, table, prefix, tiles, scale, constant_ones, backend):
     if backend == "triton":
-        return distance_fwd(q, k, v, table, prefix, scale, constant_ones)
-    return *banded_forward(q, k, v, table, prefix, scale, constant_ones), q.new_empty(0, dtype=torch.int32)
+        return distance_fwd(q, k, v, table, prefix, tiles, scale)
+    return banded_forward(q, k, v, table, prefix, scale, constant_ones)
 
 
 @distance_op.register_fake
-def _(q, k, v, table, prefix, scale, constant_ones, backend):
+def _(q, k, v, table, prefix, tiles, scale, constant_ones, backend):
     B, T, H, _ = q.shape
-    tiles = (len(table), 3, -(-T // tile_size(q.dtype, max(q.shape[3], v.shape[3])))) if backend == "triton" else (0,)
-    lse = q.new_empty(B, H, T, dtype=compute_dtype(q.dtype))
-    return v.new_empty(v.shape), lse, q.new_empty(tiles, dtype=torch.int32)
+    return v.new_empty(v.shape), q.new_empty(B, H, T, dtype=compute_dtype(q.dtype))
 
 
 @operator(
     "distance_backward",
-    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, Tensor o, Tensor lse, Tensor tiles, Tensor do,"
+    "(Tensor q, Tensor k, Tensor v, Tensor table, Tensor prefix, Tensor tiles, Tensor o, Tensor lse, Tensor do,"
     " float scale, bool constant_ones, bool masks, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def distance_backward_op(q, k, v, table, prefix, o, lse, tiles, do, scale, constant_ones, masks, backend):
+def distance_backward_op(q, k, v, table, prefix, tiles, o, lse, do, scale, constant_ones, masks, backend):
     if backend == "triton":
-        return distance_bwd(q, k, v, table, prefix, o, lse, tiles, do, scale, constant_ones, masks)
+        return distance_bwd(q, k, v, table, prefix, tiles, o, lse, do, scale, constant_ones, masks)
     return banded_backward(q, k, v, table, prefix, o, lse, do, scale, constant_ones)
 
 
@@ -905,7 +899,7 @@ def setup_context(ctx, inputs, output):
 def backward(ctx, do, *_):
     masks = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     grads = distance_backward_op(*ctx.saved_tensors, do, ctx.scale, ctx.constant_ones, masks, ctx.backend)
-    return *grads, None, None, None
+    return *grads, None, None, None, None
 
 
 distance_op.register_autograd(backward, setup_context=setup_context)
@@ -1083,8 +1077,11 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_o
     if backend == "dense":
         with leave_autocast(q):
             return distance_dense(q, k, v, table, prefix, scale, constant_ones)
-    backend = backend_of(backend, q, max(q.shape[3], v.shape[3]))
-    return distance_op(q, k, v, table, prefix, scale, constant_ones, backend)[0]
+    width = max(q.shape[3], v.shape[3])
+    backend, tiles = backend_of(backend, q, width), torch.empty(0, dtype=torch.int32, device=q.device)
+    if backend == "triton":
+        tiles = diagonals(table.detach(), tile_size(q.dtype, width), constant_ones)
+    return distance_op(q, k, v, table, prefix, tiles, scale, constant_ones, backend)[0]
 
 
 def backend_of(backend, x, width):

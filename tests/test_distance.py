@@ -243,10 +243,10 @@ def test_non_contiguous(fresh_rng):
 def test_opcheck(fresh_rng):
     q, k, v, table, _, _ = draw(1, 40, 2, 8, 8, "span", 0, fresh_rng)
     tensors = [x.float().requires_grad_() for x in (q, k, v, table.clamp(min=-50))]
-    tensors.append(tensors[3].new_empty(2, 0, 40))
+    tensors += [tensors[3].new_empty(2, 0, 40), torch.empty(0, dtype=torch.int32)]
     for table in (tensors[3], torch.zeros(2, 40, requires_grad=True)):
         for constant_ones in (False, True):
-            torch.library.opcheck(D.distance_op, (*tensors[:3], table, tensors[4], 0.3, constant_ones, "torch"))
+            torch.library.opcheck(D.distance_op, (*tensors[:3], table, *tensors[4:], 0.3, constant_ones, "torch"))
 
 
 # ----------------------------------------------------------------------------- Triton
@@ -255,11 +255,15 @@ def test_opcheck(fresh_rng):
 @pytest.mark.parametrize("size", [16, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_diagonals_are_those_that_hold_something(kind, size, fresh_rng):
-    """Against the distances of each tile's pairs, one by one."""
+    """Against the distances of each tile's pairs, one by one; a compiled model sees into it."""
+    torch._dynamo.reset()
+    compiled = torch.compile(D.diagonals, backend="aot_eager", fullgraph=True)
     for T in (1, size, 5 * size + 7):
         table, n = draw(1, T, 2, 1, 1, kind, 0, fresh_rng)[3], -(-T // size)
         for constant_ones in (False, True):
-            order, count, kinds = D.diagonals(table, size, constant_ones).unbind(1)
+            found = D.diagonals(table, size, constant_ones)
+            assert torch.equal(compiled(table, size, constant_ones), found)
+            order, count, kinds = found.unbind(1)
             slope = (table > -math.inf) & ~(D.flat(table) & constant_ones)
             for h, i in itertools.product(range(2), range(n)):
                 far = torch.arange(max(0, size * (i - 1) + 1), min(T, size * (i + 1)))
@@ -340,7 +344,8 @@ def test_interpreted_is_causal(fresh_rng):
 def test_interpreted_op(fresh_rng):
     q, k, v, table, prefix, _ = draw(1, 40, 2, 8, 8, "span", 2, fresh_rng)
     tensors = [x.float().requires_grad_() for x in (q, k, v, table.clamp(min=-50), prefix.clamp(min=-50))]
-    torch.library.opcheck(D.distance_op, (*tensors, 0.3, False, "triton"), test_utils="test_faketensor")
+    tiles = D.diagonals(table, D.tile_size(torch.float32, 8), False)
+    torch.library.opcheck(D.distance_op, (*tensors, tiles, 0.3, False, "triton"), test_utils="test_faketensor")
 
 
 @GPU
