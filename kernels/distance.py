@@ -612,7 +612,9 @@ def pair_bias(p_table, p_first, t, s, T, P, PREFIX: tl.constexpr):
     inside = (far >= 0) & (far < T)
     b_bias = tl.load(p_table + far, mask=inside & (s >= P), other=float("-inf"))
     if PREFIX:
-        b_bias = tl.where(s < P, tl.load(p_first + s * T + far, mask=inside & (s < P), other=float("-inf")), b_bias)
+        b_bias = tl.where(
+            s < P, tl.load(p_first + s.to(tl.int64) * T + far, mask=inside & (s < P), other=float("-inf")), b_bias
+        )
     return b_bias * LOG2E
 
 
@@ -746,28 +748,32 @@ def distance_table_kernel(
     row, i_m = (i_bh // H).to(tl.int64) * T * H + i_bh % H, i_bh % H % M
     p_q, p_k, p_v, p_do = p_q + row * D, p_k + row * D, p_v + row * V, p_do + row * V
     o_x, o_d, o_v = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BV)
-    b_far = far * BT + o_x[:, None] - o_x[None, :]
-    b_bias = tl.load(p_table + i_m * T + b_far, mask=(b_far >= 0) & (b_far < T), other=float("-inf")) * LOG2E
-    b_sum = tl.zeros([BT, BT], tl.float32)
-    stop = tl.where(tl.load(p_tiles + (i_m * 3 + 2) * n + far) >= 2, tl.minimum(n - far, (i_run + 1) * RUN), 0)
-    for i_s in range(i_run * RUN, stop):
-        o_s, o_t = i_s * BT + o_x, (i_s + far) * BT + o_x
-        b_q = load_rows(p_q, o_t, H * D, o_t < T, o_d, D)  # (BT, BD)
-        b_do = load_rows(p_do, o_t, H * V, o_t < T, o_v, V)  # (BT, BV)
-        b_k = load_rows(p_k, o_s, H * D, o_s < T, o_d, D)  # (BT, BD)
-        b_v = load_rows(p_v, o_s, H * V, o_s < T, o_v, V)  # (BT, BV)
-        b_lse = tl.load(p_lse + i_bh.to(tl.int64) * T + o_t, mask=o_t < T, other=float("inf"))
-        b_delta = tl.load(p_delta + row + o_t * H, mask=o_t < T, other=0.0)
-        b_s = dot(b_q, tl.trans(operand(b_k, DOT)), DOT) * (scale * LOG2E) + b_bias - b_lse[:, None]
-        b_p = tl.exp2(tl.where(o_s[None, :] >= P, b_s, float("-inf")))
-        b_sum += b_p * (dot(b_do, tl.trans(operand(b_v, DOT)), DOT) - b_delta[:, None])
-    turn = o_x[:, None] - o_x[None, :]  # row r of the turned sum has the distance far BT + x, or BT less, in column x
-    b_sum = tl.gather(b_sum, (turn + BT) % BT, 1)
-    o_f, m_f = far * BT + o_x, stop > i_run * RUN
-    p_dtable += i_bh % H * T
-    tl.atomic_add(p_dtable + o_f, tl.sum(tl.where(turn >= 0, b_sum, 0.0), 0), mask=m_f & (o_f < T), sem="relaxed")
-    m_f = m_f & (far > 0) & (o_f < T + BT)
-    tl.atomic_add(p_dtable + o_f - BT, tl.sum(tl.where(turn >= 0, 0.0, b_sum), 0), mask=m_f, sem="relaxed")
+    start, kind = i_run * RUN, tl.load(p_tiles + (i_m * 3 + 2) * n + far)
+    stop = tl.where(kind >= 2, tl.minimum(n - far, start + RUN), 0)
+    if start < stop:
+        b_far = far * BT + o_x[:, None] - o_x[None, :]
+        b_bias = tl.load(p_table + i_m * T + b_far, mask=(b_far >= 0) & (b_far < T), other=float("-inf")) * LOG2E
+        b_sum = tl.zeros([BT, BT], tl.float32)
+        for i_s in range(start, stop):
+            o_s, o_t = i_s * BT + o_x, (i_s + far) * BT + o_x
+            b_q = load_rows(p_q, o_t, H * D, o_t < T, o_d, D)  # (BT, BD)
+            b_do = load_rows(p_do, o_t, H * V, o_t < T, o_v, V)  # (BT, BV)
+            b_k = load_rows(p_k, o_s, H * D, o_s < T, o_d, D)  # (BT, BD)
+            b_v = load_rows(p_v, o_s, H * V, o_s < T, o_v, V)  # (BT, BV)
+            b_lse = tl.load(p_lse + i_bh.to(tl.int64) * T + o_t, mask=o_t < T, other=float("inf"))
+            b_delta = tl.load(p_delta + row + o_t * H, mask=o_t < T, other=0.0)
+            b_s = dot(b_q, tl.trans(operand(b_k, DOT)), DOT) * (scale * LOG2E) + b_bias - b_lse[:, None]
+            b_p = tl.exp2(tl.where(o_s[None, :] >= P, b_s, float("-inf")))
+            b_sum += b_p * (dot(b_do, tl.trans(operand(b_v, DOT)), DOT) - b_delta[:, None])
+        turn = (
+            o_x[:, None] - o_x[None, :]
+        )  # row r of the turned sum has the distance far BT + x, or BT less, in column x
+        b_sum = tl.gather(b_sum, (turn + BT) % BT, 1)
+        o_f = far * BT + o_x
+        p_dtable += i_bh % H * T
+        tl.atomic_add(p_dtable + o_f, tl.sum(tl.where(turn >= 0, b_sum, 0.0), 0), mask=o_f < T, sem="relaxed")
+        b_less, m_f = tl.sum(tl.where(turn >= 0, 0.0, b_sum), 0), (far > 0) & (o_f < T + BT)
+        tl.atomic_add(p_dtable + o_f - BT, b_less, mask=m_f, sem="relaxed")
 
 
 RUN, WARPS = 64, "num_warps num_stages"

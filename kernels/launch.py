@@ -25,10 +25,15 @@ def choose(name, backend, q, obstacle=None):
     elif q.dtype == torch.float64:
         reason = "the Triton kernels do not compute in fp64"
     else:
-        reason = obstacle
+        reason = obstacle or too_long(q[0].numel())
     if reason:
         warn_once(f"{name} runs its PyTorch form: {reason}")
     return "torch" if reason else "triton"
+
+
+def too_long(numbers):
+    """What the Triton kernels do not take, or None: their offsets within a sequence are of 32 bits."""
+    return "the Triton kernels take sequences of fewer than 2^31 numbers" if numbers >= 2**31 else None
 
 
 @functools.cache
@@ -131,7 +136,10 @@ class Kernel:
             tiles = {name: n for name, n in option.items() if name in self.function.arg_names}
             options = {name: n for name, n in option.items() if name not in tiles}
             configs.append(triton.Config(tiles, **options))
-        return triton.autotune(configs, key=[])(self.function)
+        summed = [
+            x for x in ("p_dtable", "p_dg", "p_sum") if x in self.function.arg_names
+        ]  # each trial would add to it
+        return triton.autotune(configs, key=[], reset_to_zero=summed or None)(self.function)
 
 
 def configurations(names, *rows):

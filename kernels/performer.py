@@ -37,7 +37,7 @@ from .gla import (
     store,
     too_wide,
 )
-from .launch import Kernel, add_product, choose, configurations, dot, dot_type, operand, power, split
+from .launch import Kernel, add_product, choose, configurations, dot, dot_type, operand, power, split, too_long
 
 SEGMENT = 2**18  # features of one head that the chunked form works on at a time, so that its tensors stay in cache
 FLOOR = 1e-3  # of the relu features: no query is without keys
@@ -403,7 +403,7 @@ def normalisers(sums, first, reverse=False):
 def feature_launch(x, w, features, dtype, weight=None):
     """phi(x) (B, T, H, M) in `dtype`, and its sums over chunks (B, H, chunks, M), weighed by weight (B, T, H)."""
     (B, T, H, D), M, chunks = x.shape, w.shape[1], triton.cdiv(x.shape[1], CHUNK)
-    x = x if regular(x) else x.contiguous()
+    x, w = x if regular(x) else x.contiguous(), w.contiguous()
     phi, sums = x.new_empty(B, T, H, M, dtype=dtype), w.new_empty(B, H, chunks, M)
 
     def programs(meta):
@@ -435,7 +435,7 @@ def performer_bwd(q, k, v, wq, wk, state, o, inverse, do, dstate, features, weig
     """The gradients of q, k, v, wq, wk and the initial state, in six launches."""
     dtype, y, first, z = product_inputs(v, state)
     (B, T, H, _), V, M = q.shape, v.shape[3], wq.shape[1]
-    dn = (do.float() * inverse).to(dtype)
+    dn = (do.float() * inverse).to(dtype).contiguous()
     dz = -(dn.float() * o).sum(-1)  # (B, T, H), of the rounded dn: the two nearly cancel
     (fq, dsums), (fk, sums) = (feature_launch(*xw, features, dtype, n) for *xw, n in ((q, wq, dz), (k, wk, None)))
     states, _ = scan_launch(fk, y, None, first, torch.float32, kernels=KERNELS)
@@ -567,7 +567,8 @@ def performer(
             o, state = performer_recurrent(q, k, v, wq, wk, features, initial_state)
     else:
         state = q.new_zeros(B, H, M, V + 1, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-        backend = choose("performer", backend, q, too_wide(q.shape[3], V))
+        obstacle = too_wide(q.shape[3], V) or too_long(q.shape[1] * q.shape[2] * M)
+        backend = choose("performer", backend, q, obstacle)
         o, _, state, _ = performer_op(q, k, v, wq, wk, state, features, backend)
     return o, state if output_final_state else None
 

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_gla import INTERPRETED, interpret
 
-from benchmarks import launches
-from kernels import delta as D, gla as G, gsa as S, launch, nsa as N, performer as P
+from benchmarks import launches, operators
+from kernels import delta as D, distance, gla as G, gsa as S, launch, nsa as N, performer as P
 from kernels.launch import Kernel, choose, configurations
 from model import ATTENTION
 
@@ -161,6 +162,40 @@ def test_compiled_steps_are_few_launches(kinds):
     for kind, found in counts.items():
         assert 0 < len(found) <= (9 if kind == "kda" else 8), (kind, found)
         assert sum(name.endswith("mm") for name in found) >= (0 if kind == "none" else 2)
+
+
+@pytest.mark.parametrize("which", ["not slow"])
+def test_triton_under_the_interpreter(which):
+    interpret(__file__, which)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("name", [name for name in operators.OPERATORS if name != "softmax"])
+def test_interpreted_gradients_that_come_in_as_views(name, monkeypatch):
+    """What follows an operator may permute its output: the gradient that comes back is a view."""
+    for module in operators.MODULES:
+        monkeypatch.setattr(module, "choose", lambda *_: "triton")
+    q, k, v = (torch.randn(1, 40, 3, 16).requires_grad_() for _ in range(3))
+    for row, case in operators.OPERATORS[name](q, k, v, spans=(20,)).items():
+        weight, found = torch.randn(1, 3, 16, 40), []
+        for gradient in (weight.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2).contiguous()):
+            o = case.call(*case.inputs)
+            o = o[0] if isinstance(o, tuple) else o
+            found.append(torch.autograd.grad(o, case.inputs, gradient.expand_as(o)))
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, msg=lambda text, row=row: f"{row}: {text}")
+
+
+def test_trials_of_a_tuner_do_not_add_up():
+    """A kernel that adds to its output names it."""
+    pytest.importorskip("triton")
+    assert distance.KERNELS["table"].tuned({}).reset_to_zero == ["p_dtable"]
+    assert G.KERNELS["grad"].tuned(dict(K=64, V=64)).reset_to_zero == ["p_dg"]
+
+
+def test_sequences_that_offsets_cannot_reach():
+    q = torch.empty(1, 2**17, 128, 128, device="meta")
+    assert "2^31" in launch.too_long(q[0].numel()) and launch.too_long(q[0, 1:].numel()) is None
 
 
 def test_a_wait_is_counted():

@@ -584,6 +584,15 @@ def test_interpreted_shapes(T, D, M, V):
 
 
 @INTERPRETED
+def test_interpreted_maps_that_heads_share():
+    """W as a view: expanded, and transposed."""
+    q, k, v, *_ = (x.float() for x in draw(1, 40, 3, 8, 16, 16))
+    for w in (torch.randn(1, 16, 8).expand(3, -1, -1), torch.randn(3, 8, 16).mT):
+        found, wanted = (performer(q, k, v, w, w, backend=backend)[0] for backend in ("triton", "recurrent"))
+        torch.testing.assert_close(found, wanted)
+
+
+@INTERPRETED
 def test_interpreted_launches(monkeypatch):
     """Four kernels forward, six backward."""
     forward = ["feature", "feature", "scan", "read"]
