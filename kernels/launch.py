@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 
 import torch
 
@@ -25,7 +26,7 @@ def choose(name, backend, q, obstacle=None):
     elif q.dtype == torch.float64:
         reason = "the Triton kernels do not compute in fp64"
     else:
-        reason = obstacle or too_long(q[0].numel())
+        reason = obstacle or too_long(math.prod(q.shape[1:]))
     if reason:
         warn_once(f"{name} runs its PyTorch form: {reason}")
     return "torch" if reason else "triton"

@@ -96,7 +96,7 @@ def test_only_the_first_axis_of_a_grid_is_long(kernels, monkeypatch):
 def test_old_gpus_take_the_pytorch_form(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(launch, "triton", object())
-    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(1, 8, 2, 16))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.warns(UserWarning, match="op runs its PyTorch form: the Triton kernels need an Ampere GPU or newer"):
         assert choose("op", "auto", q) == "torch"
