@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from . import Case, check, in_autocast, jit, leave_autocast, like_inputs, operator, tl, triton
 from .gated import MAX_WIDTH, load_rows, programs, store_rows, widths
 from .gla import LOG2E, compute_dtype, dense, joined
-from .launch import Kernel, choose, configurations, dot, operand, split
+from .launch import Kernel, choose, configurations, dot, operand, split, too_long
 
 SEGMENT = 2**18  # scores that the banded form works on at a time, so that its tensors stay in cache
 CALLS = 2**13  # scores that take the time of a segment's calls
@@ -612,9 +612,7 @@ def pair_bias(p_table, p_first, t, s, T, P, PREFIX: tl.constexpr):
     inside = (far >= 0) & (far < T)
     b_bias = tl.load(p_table + far, mask=inside & (s >= P), other=float("-inf"))
     if PREFIX:
-        b_bias = tl.where(
-            s < P, tl.load(p_first + s.to(tl.int64) * T + far, mask=inside & (s < P), other=float("-inf")), b_bias
-        )
+        b_bias = tl.where(s < P, tl.load(p_first + s * T + far, mask=inside & (s < P), other=float("-inf")), b_bias)
     return b_bias * LOG2E
 
 
@@ -1042,7 +1040,7 @@ def paths(table, prefix, width, constant_ones=False):
     and of its precision; width: the larger of D and V."""
     T = table.shape[1]
     prefix = table.new_empty(len(table), 0, T) if prefix is None else prefix
-    if backend_of("auto", table, width) == "torch":
+    if backend_of("auto", table, width, prefix) == "torch":
         return [(str(plan), executed_pairs(plan, T)) for plan in plans(table, prefix, constant_ones)]
     size = tile_size(torch.bfloat16, width)
     n = -(-T // size)
@@ -1084,15 +1082,16 @@ def distance(q, k, v, table, prefix=None, scale=None, backend="auto", constant_o
         with leave_autocast(q):
             return distance_dense(q, k, v, table, prefix, scale, constant_ones)
     width = max(q.shape[3], v.shape[3])
-    backend, tiles = backend_of(backend, q, width), torch.empty(0, dtype=torch.int32, device=q.device)
+    backend, tiles = backend_of(backend, q, width, prefix), torch.empty(0, dtype=torch.int32, device=q.device)
     if backend == "triton":
         tiles = diagonals(table.detach(), tile_size(q.dtype, width), constant_ones)
     return distance_op(q, k, v, table, prefix, tiles, scale, constant_ones, backend)[0]
 
 
-def backend_of(backend, x, width):
+def backend_of(backend, x, width, prefix):
     """triton or torch, for inputs like x and the wider of keys and values."""
-    obstacle = f"the Triton kernels take heads up to {MAX_WIDTH} wide" if width > MAX_WIDTH else None
+    wide = f"the Triton kernels take heads up to {MAX_WIDTH} wide" if width > MAX_WIDTH else None
+    obstacle = wide or too_long(math.prod(prefix.shape[1:]))
     return choose("distance", "torch" if backend == "banded" else backend, x, obstacle)
 
 
