@@ -7,7 +7,6 @@ what an H200 needs for the bytes, at the rate that it copies with, and COST for 
 
 import contextlib
 import copy
-import importlib
 import multiprocessing
 import re
 import types
@@ -32,7 +31,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 import kernels
 import sample
 from benchmarks.layers import of_type
-from kernels import MODULES, launch
+from benchmarks.operators import MODULES
+from kernels import launch
 from model import ATTENTION, GPTConfig
 
 SHAPE = (8, 1024, 8, 64)  # batch, tokens, heads, channels
@@ -79,7 +79,7 @@ def counting():
         patches.enter_context(mock.patch.object(launch.Kernel, "launch", counted.launch))
         # an opaque operator is not seen from outside
         patches.enter_context(mock.patch.object(kernels, "leave_autocast", lambda x: Counted(counted.found)))
-        for module in (importlib.import_module(f"kernels.{name}") for name in MODULES):
+        for module in MODULES:
             for name, stand_in in (("choose", lambda *a, **k: "triton"), ("at_once", lambda size, x: 64 * size)):
                 if hasattr(module, name):
                     patches.enter_context(mock.patch.object(module, name, stand_in))
@@ -91,8 +91,7 @@ def operators():
     """{row: Case} of the operators that have Triton kernels, bf16 inputs."""
     B, T, H, D = SHAPE
     q, k, v = (torch.randn(B, T, H, D, dtype=torch.bfloat16) for _ in range(3))
-    modules = [importlib.import_module(f"kernels.{name}") for name in MODULES]
-    return {row: case for module in modules for make in module.CASES.values() for row, case in make(q, k, v).items()}
+    return {row: case for module in MODULES for make in module.CASES.values() for row, case in make(q, k, v).items()}
 
 
 def of_operator(case):

@@ -366,7 +366,12 @@ KERNELS = {
         fp32=dict(BQ=32, BS=32, num_warps=4, num_stages=1),
         serial="T / BS",
     ),
-    "penalty": Kernel(gated_penalty_kernel, configurations(COLUMNS, (32, 64, 4, 1), (64, 64, 8, 1)), serial="H T / BS"),
+    "penalty": Kernel(
+        gated_penalty_kernel,
+        configurations(COLUMNS, (32, 64, 4, 1), (64, 64, 8, 1)),
+        serial="H T / BS",
+        zeroed=["p_sum"],
+    ),
     "query": Kernel(
         gated_query_kernel,
         configurations(COLUMNS, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1), (64, 64, 8, 1)),

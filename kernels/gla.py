@@ -804,6 +804,7 @@ KERNELS = {
         TILES,
         dict(BK=16, BV=16, num_warps=8, num_stages=1),
         serial="V / BV",
+        zeroed=["p_dg"],
     ),
     "grad tree": Kernel(
         gla_grad_kernel,
@@ -811,6 +812,7 @@ KERNELS = {
         TILES,
         dict(BK=16, BV=16, num_warps=8, num_stages=1),
         serial="V / BV",
+        zeroed=["p_dg"],
     ),
 }
 MAX_WIDTH = 256  # of heads

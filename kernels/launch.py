@@ -98,10 +98,12 @@ def split(i, n):
 class Kernel:
     """A Triton kernel with its configurations, dicts of tiles, num_warps and num_stages: the first is the default.
     tiles: {tile: the size that it need not exceed}. fp32: the default for products of fp32, if another.
-    serial: how many steps a program takes one after the other, for the report."""
+    serial: how many steps a program takes one after the other, for the report. zeroed: the outputs that must be 0
+    before a launch, because it adds to them or leaves some of them alone."""
 
-    def __init__(self, function, configs, tiles=None, fp32=None, serial="1"):
+    def __init__(self, function, configs, tiles=None, fp32=None, serial="1", zeroed=()):
         self.function, self.configs, self.tiles, self.fp32, self.serial = function, configs, tiles or {}, fp32, serial
+        self.zeroed = list(zeroed)
         self.runs = {}  # {device and constants: what is launched, and its configuration}
 
     def options(self, constants):
@@ -137,10 +139,7 @@ class Kernel:
             tiles = {name: n for name, n in option.items() if name in self.function.arg_names}
             options = {name: n for name, n in option.items() if name not in tiles}
             configs.append(triton.Config(tiles, **options))
-        summed = [
-            x for x in ("p_dtable", "p_dg", "p_sum") if x in self.function.arg_names
-        ]  # each trial would add to it
-        return triton.autotune(configs, key=[], reset_to_zero=summed or None)(self.function)
+        return triton.autotune(configs, key=[], reset_to_zero=self.zeroed)(self.function)
 
 
 def configurations(names, *rows):

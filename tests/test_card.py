@@ -168,6 +168,26 @@ def test_the_table_of_a_half_finished_card(half):
     assert not any("**" in text for text in rows["none"])
 
 
+def test_a_pattern_costs_the_mean_of_its_layers(half):
+    found, mixed = card.Card(half), "gla,gla,gla,softmax"
+    for column, mean in (("of softmax (ratio)", statistics.mean), ("decoding (tokens/s)", statistics.harmonic_mean)):
+        (gla,), (softmax,) = (found.cost(name, 8192, column) for name in ("gla", "softmax"))
+        assert found.cost(mixed, 8192, column) == pytest.approx([mean([gla] * 3 + [softmax])])
+    assert found.cost("gla,unknown", 8192, "of softmax (ratio)") == []
+
+
+@pytest.mark.parametrize("which, best", [("low", "**1.00**"), ("high", "**3.00**")])
+def test_what_most_types_share_is_not_the_best(which, best):
+    scores = {"none": [0.0], "gla": [1.0], "gsa": [2.0], "nsa": [3.0], "kda": []}
+    (found,) = card.cells([("a", "b", which, ".2f", scores)]).values()
+    assert [text for text in found.values() if "**" in text] == [best]
+    scores |= {"gla": [2.0], "kda": [2.0]}
+    for same in (scores, {**scores, "nsa": [2.0]}):
+        (found,) = card.cells([("a", "b", which, ".2f", same)]).values()
+        shared = found["gsa"] == "**2.00**"
+        assert not shared and found["gla"] == found["gsa"] == found["kda"]
+
+
 def test_the_figure_of_a_half_finished_card(half, tmp_path, capsys):
     assert card.main([f"--folder={half}", f"--png={tmp_path / 'card.png'}"]) == 0
     assert "| `gla` |" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import statistics
 
 import pytest
 
@@ -14,6 +15,9 @@ from benchmarks import card, layers
 ROOT = pathlib.Path(bench.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+CELLS = {
+    part: json.loads((ROOT / "docs" / "card" / f"{part}.json").read_text())["cells"] for part in ("language", "recall")
+}
 TOUR = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))
 
 
@@ -65,6 +69,14 @@ def test_the_first_table_shows_the_card(figures):
     rows = {cells[0].rstrip("`"): cells[3:] for cells in found if len(cells) > 8}  # type, idea, cost; figures
     rows.pop("attention_type", None)
     assert list(rows.items()) == list(figures.first_table().items()), "python docs/figures.py prints the rows"
+    for name, (bits, recall, *_) in rows.items():  # once more, from the JSON alone
+        for cell, part, stage, digits in ((bits, "language", "enwik8", 3), (recall, "recall", "recall", 2)):
+            own = [c["score"] for c in CELLS[part] if (c["stage"], c["attention"]) == (stage, name)]
+            own = [s["bits/byte"] if part == "language" else s["by part"]["16 pairs in 64"] for s in own]
+            mean, deviation = (round(f(own), digits) for f in (statistics.mean, statistics.stdev))
+            assert [float(x) for x in cell.replace("*", "").split(" ± ")] == [mean] + [deviation] * (deviation > 0), (
+                name
+            )
     assert set(model.ATTENTION) < set(rows)
 
 

@@ -1,6 +1,7 @@
 """What launches share, with a device that is not there."""
 
 import contextlib
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -191,6 +192,10 @@ def test_trials_of_a_tuner_do_not_add_up():
     pytest.importorskip("triton")
     assert distance.KERNELS["table"].tuned({}).reset_to_zero == ["p_dtable"]
     assert G.KERNELS["grad"].tuned(dict(K=64, V=64)).reset_to_zero == ["p_dg"]
+    for module in operators.MODULES:  # an atomic addition, or a buffer that is made of zeros
+        for kernel in module.KERNELS.values():
+            adds = "tl.atomic_add" in inspect.getsource(kernel.function.fn)
+            assert adds <= bool(kernel.zeroed) and {*kernel.zeroed} <= {*kernel.function.arg_names}
 
 
 def test_sequences_that_offsets_cannot_reach():
