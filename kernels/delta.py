@@ -449,7 +449,7 @@ KERNELS = {
         delta_walk_kernel,
         configurations("BV num_warps num_stages", (32, 8, 2), *WALK),
         dict(BV="V"),
-        dict(BV=16, num_warps=8, num_stages=1),
+        dict(BV=16, num_warps=4, num_stages=1),
         serial="T / 64",
     ),
     "walk back": Kernel(

@@ -375,7 +375,7 @@ KERNELS = {
     "query": Kernel(
         gated_query_kernel,
         configurations(COLUMNS, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1), (64, 64, 8, 1)),
-        fp32=dict(BQ=32, BS=32, num_warps=4, num_stages=1),
+        fp32=dict(BQ=16, BS=32, num_warps=4, num_stages=1),
         serial="T / BS",
     ),
     "key": Kernel(

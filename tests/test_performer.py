@@ -585,11 +585,13 @@ def test_interpreted_shapes(T, D, M, V):
 
 @INTERPRETED
 def test_interpreted_maps_that_heads_share():
-    """W as a view: expanded, and transposed."""
-    q, k, v, *_ = (x.float() for x in draw(1, 40, 3, 8, 16, 16))
+    """W as a view, expanded or transposed, and without a gradient of its own."""
+    q, k, v, *_, do, _ = (x.float().requires_grad_() for x in draw(1, 40, 3, 8, 16, 16))
     for w in (torch.randn(1, 16, 8).expand(3, -1, -1), torch.randn(3, 8, 16).mT):
-        found, wanted = (performer(q, k, v, w, w, backend=backend)[0] for backend in ("triton", "recurrent"))
-        torch.testing.assert_close(found, wanted)
+        outputs = [performer(q, k, v, w, w, backend=backend)[0] for backend in ("triton", "recurrent")]
+        torch.testing.assert_close(*outputs)
+        found, wanted = (torch.autograd.grad(o, (q, k, v), do) for o in outputs)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @INTERPRETED
