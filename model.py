@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import build, key, stray_key
 from formats import read_pretrained
+from kernels import causal
 from kernels.delta import delta, operations as delta_operations
 from kernels.distance import BandCache, distance, operations as distance_operations
 from kernels.gated import executed_pairs as gated_pairs, gated, gated_map
@@ -323,8 +324,7 @@ class SoftmaxAttention(Attention):
             y = distance(q, k, v, self._band(x.size(1), x.device))
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or Hk, T, D)
-            p, gqa = self.dropout if self.training else 0.0, self.n_kv < self.n_head
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+            y = causal(q, k, v, self.dropout if self.training else 0.0).transpose(1, 2)
         return self._project(y, x), torch.zeros((), device=x.device)
 
     def _band(self, T, device=None):

@@ -7,6 +7,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 try:
     import triton
@@ -15,6 +16,7 @@ except ImportError:
     triton, tl = None, types.SimpleNamespace(constexpr=None)  # enough for the kernels' definitions to be read
 
 STEP = 16  # tokens of a decoding step: more are faster in chunks
+SHORT = 2**14  # numbers of a head, below which softmax attention on a CPU is faster in float32 than in bfloat16
 
 _said = set()
 
@@ -62,6 +64,18 @@ def leave_autocast(x):
     device_type = x.device.type
     on = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
+
+
+def causal(q, k, v, dropout=0.0):
+    """Softmax attention (B, H, T, D) of q (B, H, T, D) to k, v (B, Hk, T, D) up to the query's own, by PyTorch.
+    Short sequences in bfloat16 are computed in float32 on a CPU: with AMX their backward pass is up to 7 times as fast.
+    """
+    q, k, v = in_autocast(q, k, v)
+    dtype, gqa = q.dtype, k.shape[1] < q.shape[1]
+    if q.device.type == "cpu" and dtype == torch.bfloat16 and q.shape[2] * q.shape[3] < SHORT:
+        q, k, v = q.float(), k.float(), v.float()
+    with leave_autocast(q):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=gqa).to(dtype)
 
 
 def operator(name, schema):

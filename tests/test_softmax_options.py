@@ -2,11 +2,14 @@
 
 import math
 import time
+from unittest import mock
 
 import pytest
 import torch
 from test_attention import make, pieces
+from torch.nn import functional as F
 
+from kernels import causal
 from model import ATTENTION, GPT, GPTConfig, load_weights
 
 OPTIONS = [
@@ -151,3 +154,17 @@ def test_wrong_options_are_refused(keys, want):
     with pytest.raises(ValueError) as caught:
         GPTConfig(**(dict(n_head=2, n_embd=32) | keys))
     assert want in str(caught.value)
+
+
+@pytest.mark.parametrize("T, D, low", [(64, 16, False), (100, 32, False), (260, 64, True)])
+def test_short_sequences_in_bfloat16_are_computed_in_float32(T, D, low, fresh_rng):
+    """Their outputs and gradients then are float32's, rounded once; longer ones are coarser."""
+    inputs = [torch.randn(2, heads, T, D, dtype=torch.bfloat16).requires_grad_() for heads in (4, 2, 2)]
+    exact, weight = [x.detach().double().requires_grad_() for x in inputs], torch.randn(2, 4, T, D).bfloat16()
+    with mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attention:
+        y, z = causal(*inputs), causal(*exact)
+    assert [call.args[0].dtype for call in attention.call_args_list][0] == (torch.bfloat16 if low else torch.float32)
+    found, wanted = torch.autograd.grad(y, inputs, weight), torch.autograd.grad(z, exact, weight.double())
+    for a, b in zip((y, *found), (z, *wanted)):
+        assert a.dtype == torch.bfloat16
+        assert 5e-4 < (a.double() - b).norm() / b.norm() < (2e-2 if low else 2.5e-3)  # a rounding: at most 2^-9
