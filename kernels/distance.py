@@ -783,11 +783,15 @@ KERNELS = {
         serial="T / BT",
     ),
     "query": Kernel(distance_query_kernel, configurations(WARPS, (4, 1), (8, 1), (8, 2)), serial="T / BT"),
-    "key": Kernel(distance_key_kernel, configurations(WARPS, (8, 1), (4, 1), (8, 2)), serial="T / BT"),
+    "key": Kernel(
+        distance_key_kernel,
+        configurations(WARPS, (8, 1), (4, 1), (8, 2)),
+        fp32=dict(num_warps=8, num_stages=2),
+        serial="T / BT",
+    ),
     "table": Kernel(
         distance_table_kernel,
         configurations(WARPS, (8, 2), (8, 1), (4, 1)),
-        fp32=dict(num_warps=4, num_stages=2),
         serial=f"{RUN}",
         zeroed=["p_dtable"],
     ),

@@ -363,7 +363,7 @@ KERNELS = {
     "forward": Kernel(
         gated_forward_kernel,
         configurations(COLUMNS, (64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2), (32, 32, 4, 1)),
-        fp32=dict(BQ=32, BS=32, num_warps=4, num_stages=1),
+        fp32=dict(BQ=16, BS=32, num_warps=4, num_stages=1),
         serial="T / BS",
     ),
     "penalty": Kernel(
@@ -375,13 +375,13 @@ KERNELS = {
     "query": Kernel(
         gated_query_kernel,
         configurations(COLUMNS, (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1), (64, 64, 8, 1)),
-        fp32=dict(BQ=16, BS=32, num_warps=4, num_stages=1),
+        fp32=dict(BQ=16, BS=32, num_warps=8, num_stages=1),
         serial="T / BS",
     ),
     "key": Kernel(
         gated_key_kernel,
         configurations(COLUMNS, (32, 32, 4, 1), (32, 64, 8, 1), (32, 64, 4, 1), (64, 64, 8, 1)),
-        fp32=dict(BQ=32, BS=16, num_warps=8, num_stages=1),
+        fp32=dict(BQ=16, BS=16, num_warps=8, num_stages=1),
         serial="T / BQ",
     ),
 }

@@ -388,7 +388,11 @@ KERNELS = {
         serial="K / BK",
     ),
     "grad": Kernel(
-        performer_grad_kernel, configurations(COLUMNS, (16, 32, 8, 1), (32, 32, 8, 1)), TILES, serial="K / BK"
+        performer_grad_kernel,
+        configurations(COLUMNS, (16, 32, 8, 1), (32, 32, 8, 1)),
+        TILES,
+        dict(BK=16, BV=16, num_warps=8, num_stages=1),
+        serial="K / BK",
     ),
 }
 

@@ -5,10 +5,10 @@
     python -m kernels.report --arch=90    one architecture
 
 An operator module provides `aot_specs()`: a list of (name, kernel, signature, constants). The name ends in " #i", the
-number of the configuration; #0 is the default, and " fp32 #0" the one for float32 inputs. The signature types the
-arguments that are no constants ("*bf16", "i32", "i32:16" for a multiple of 16); the constants may hold num_warps and
-num_stages. Exit status 1 if a default spills, in float32 more than FP32_STACK, or if no configuration of a kernel stays
-within the shared memory of a consumer card.
+number of the configuration; #0 is the default, " fp32 #0" the one for float32 inputs, and " tf32 #0" the same where
+PyTorch allows TF32. The signature types the arguments that are no constants ("*bf16", "i32", "i32:16" for a multiple of
+16); the constants may hold num_warps and num_stages. Exit status 1 if a default spills, with three products in place of
+one (fp32) more than FP32_STACK, or if no configuration of a kernel stays within the shared memory of a consumer card.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import tempfile
 OPERATORS = ("gla", "delta", "gsa", "performer", "nsa", "distance", "gated")
 ARCHS = (80, 90)
 SMALL_SHARED = 99 * 1024
-FP32_STACK = 768  # bytes; three products in place of one need three times the operands
+FP32_STACK = 576  # bytes; three products in place of one need three times the operands
 COLUMNS = ("registers", "stack", "local", "shared", "programs", "HMMA", "HGMMA", "barriers", "shuffles")
 SHARED = {80: 164 * 1024, 90: 228 * 1024}  # bytes of a multiprocessor; it has 65,536 registers and 64 warps
 
@@ -37,7 +37,9 @@ def specs(operators=OPERATORS):
         except ModuleNotFoundError:
             continue
         found = module.aot_specs()
-        out += found + [in_fp32(*spec) for spec in found if fp32_default(module, *spec)]
+        out += found
+        for label, dot in (("fp32", "tf32x3"), ("tf32", "tf32")):
+            out += [in_fp32(label, dot, *spec) for spec in found if fp32_default(module, *spec)]
     return out
 
 
@@ -54,13 +56,14 @@ def fp32_default(module, name, kernel, signature, constants):
     return name.endswith("#0") and "DOT" in constants and constants.get("D", 0) <= getattr(module, "FP32_WIDTH", 0)
 
 
-def in_fp32(name, kernel, signature, constants):
-    """A default with inputs of fp32, as it is launched for them."""
+def in_fp32(label, dot, name, kernel, signature, constants):
+    """A default with inputs of fp32, as it is launched for them, with products in `dot`."""
     own = next(k.fp32 or {} for k in launched(name) if k.function is kernel)
     own = own | getattr(module_of(name), "fp32_sizes", lambda _: {})(constants)
     own = {x: min(n, constants[x]) if x in ("BK", "BV") else n for x, n in own.items()}
     signature = {x: kind.replace("bf16", "fp32") for x, kind in signature.items()}
-    return name.replace(" #", " fp32 #"), kernel, signature, constants | own | dict(DOT="tf32x3")
+    products = dict.fromkeys([x for x in ("DOT", "MAP") if x in constants], dot)
+    return name.replace(" #", f" {label} #"), kernel, signature, constants | own | products
 
 
 def compile_spec(kernel, signature, constants, arch):
