@@ -37,6 +37,7 @@ from model import ATTENTION, GPTConfig
 
 SHAPE = (8, 1024, 8, 64)  # batch, tokens, heads, channels
 RATE, COST = 4.26e12, 2e-6  # bytes a second of a copy on an H200 (docs/gpu-2.json); seconds of a launch
+MULTIPROCESSORS = 132  # of an H200
 NOTHING = {  # no launch: views, and memory
     *("view", "_unsafe_view", "_reshape_alias", "as_strided", "t", "transpose", "permute", "expand", "squeeze"),
     *("unsqueeze", "split", "split_with_sizes", "chunk", "unbind", "slice", "select", "narrow", "unfold", "diagonal"),
@@ -77,6 +78,7 @@ def counting():
     counted, patches = Counted(), contextlib.ExitStack()
     with patches:
         patches.enter_context(mock.patch.object(launch.Kernel, "launch", counted.launch))
+        patches.enter_context(mock.patch.object(kernels.gla, "multiprocessors", lambda device: MULTIPROCESSORS))
         # an opaque operator is not seen from outside
         patches.enter_context(mock.patch.object(kernels, "leave_autocast", lambda x: Counted(counted.found)))
         for module in MODULES:

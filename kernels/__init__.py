@@ -41,8 +41,9 @@ class Case(NamedTuple):
 
 
 def jit(kernel):
-    """triton.jit, or the bare function on a machine without Triton. T changes from call to call: no variant per T."""
-    return kernel if triton is None else triton.jit(kernel, do_not_specialize=["T"])
+    """triton.jit, or the bare function on a machine without Triton. T and L, tokens and chunks, change from call to
+    call: no variant for each."""
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=["T", "L"])
 
 
 def interpreting():

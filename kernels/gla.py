@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import Case, at_once, check, in_autocast, in_steps, jit, leave_autocast, like_inputs, operator, tl, triton
-from .launch import Kernel, choose, configurations, dot, dot_type, operand, product_type, split
+from .launch import Kernel, choose, configurations, dot, dot_type, multiprocessors, operand, product_type, split
 
 CHUNK = 64  # tokens a chunk, in every backend
 SEGMENT = 4096  # token-heads that the chunked form works on at a time, so that its tensors stay in cache
@@ -582,27 +582,30 @@ def gla_weigh_kernel(
 
 @jit
 def gla_scan_kernel(
-    p_x, p_y, p_total, p_first, p_all, p_last, SX, SY, T, H, K, V,
+    p_x, p_y, p_total, p_first, p_all, p_last, SX, SY, T, H, L, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    GATED: tl.constexpr, HEAD: tl.constexpr, REVERSE: tl.constexpr,
+    GATED: tl.constexpr, HEAD: tl.constexpr, REVERSE: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """One (BK, BV) tile of the state walks over the chunks; what it is on arrival at each is written to p_all. GATED:
-    it decays by the chunk's gates, HEAD: which have one channel."""
-    i_bh = tl.program_id(0)
+    """One (BK, BV) tile of the state walks over the L chunks of a group. FINAL: it starts from p_first, and what it is
+    on arrival at each chunk is written to p_all; otherwise it starts from 0, and only its last is kept. GATED: it
+    decays by the chunk's gates, HEAD: which have one channel."""
+    NT = tl.cdiv(T, C)
+    i_g, i_bh = split(tl.program_id(0), tl.cdiv(NT, L))
     o_k, o_v = tl.program_id(1) * BK + tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
     o_c = tl.arange(0, C)
     m_k, m_v = o_k < K, o_v < V
-    NT = tl.cdiv(T, C)
     o_d = tl.arange(0, 1) if HEAD else o_k  # channels of gates
     D = 1 if HEAD else K
     p_x, p_y = p_x + first_of(i_bh, T, SX, H, K), p_y + first_of(i_bh, T, SY, H, V)
     p_total += i_bh.to(tl.int64) * NT * D
     o_s, m_s = o_k[:, None] * V + o_v[None, :], m_k[:, None] & m_v[None, :]
     p_all += i_bh.to(tl.int64) * NT * K * V
-    b_s = tl.load(p_first + i_bh.to(tl.int64) * K * V + o_s, mask=m_s, other=0.0)
-    for i in range(0, NT):
+    group = tl.program_id(0).to(tl.int64) * K * V
+    b_s = tl.load(p_first + group + o_s, mask=m_s, other=0.0) if FINAL else tl.zeros([BK, BV], tl.float32)
+    for i in range(i_g * L, tl.minimum(NT, (i_g + 1) * L)):
         i_t = NT - 1 - i if REVERSE else i
-        tl.store(p_all + i_t * K * V + o_s, b_s.to(p_all.dtype.element_ty), mask=m_s)
+        if FINAL:
+            tl.store(p_all + i_t * K * V + o_s, b_s.to(p_all.dtype.element_ty), mask=m_s)
         o_t = i_t * C + o_c
         m_kt = m_k[:, None] & (o_t < T)[None, :]
         b_x = tl.load(p_x + o_t[None, :] * SX + o_k[:, None], mask=m_kt, other=0.0)  # (BK, C)
@@ -611,7 +614,7 @@ def gla_scan_kernel(
         if GATED:
             b_s *= tl.exp2(tl.load(p_total + i_t * D + o_d, mask=o_d < D, other=0.0))[:, None]
         b_s += dot(b_x, b_y, DOT)
-    tl.store(p_last + i_bh.to(tl.int64) * K * V + o_s, b_s, mask=m_s)
+    tl.store(p_last + group + o_s, b_s, mask=m_s)
 
 
 @jit
@@ -820,19 +823,57 @@ MAX_WIDTH = 256  # of heads
 
 def scan_launch(x, y, g, first, dtype, scale=1.0, gate_min=None, reverse=False, kernels=KERNELS):
     """States (B, H, chunks, K, V) on arrival at each chunk, and the last one (B, H, K, V). g (B, T, H, K or 1), or
-    None: no gates; there `scale` does not act."""
+    None: no gates; there `scale` does not act.
+
+    Few heads would leave most of a GPU idle while they walk over many chunks. Then groups of chunks are walked over at
+    a time, from states of 0; what they end with gives the states that they start with; and they are walked over again.
+    """
     B, T, H, K, V, NT = *x.shape, y.shape[3], triton.cdiv(x.shape[1], CHUNK)
-    states, last, total = x.new_empty(B, H, NT, K, V, dtype=dtype), torch.empty_like(first), x
+    states, total = x.new_empty(B, H, NT, K, V, dtype=dtype), None
     if g is not None:
         x, total = weigh_launch(x, g, scale, gate_min, reverse)
+    L = group_length(NT, B * H * triton.cdiv(K, 64) * triton.cdiv(V, 64), x.device)
 
-    def programs(meta):
-        return B * H, triton.cdiv(K, meta["BK"]), triton.cdiv(V, meta["BV"])
+    def walk(first, final):
+        def programs(meta):
+            return B * H * triton.cdiv(NT, L), triton.cdiv(K, meta["BK"]), triton.cdiv(V, meta["BV"])
 
-    args = x, y, total, first, states, last, x.stride(1), y.stride(1), T, H
-    flags = dict(DOT=dot_type(x.dtype), GATED=g is not None, HEAD=is_head(g), REVERSE=reverse)
-    kernels["scan"].launch(programs, *args, K=K, V=V, C=CHUNK, **flags)
-    return states, last
+        last = first.new_empty(B, H, triton.cdiv(NT, L), K, V)
+        args = x, y, x if total is None else total, first, states, last, x.stride(1), y.stride(1), T, H, L
+        flags = dict(DOT=dot_type(x.dtype), GATED=g is not None, HEAD=is_head(g), REVERSE=reverse, FINAL=final)
+        kernels["scan"].launch(programs, *args, K=K, V=V, C=CHUNK, **flags)
+        return last
+
+    if L < NT:
+        first = group_starts(walk(first, False), first, total, L, reverse)
+    return states, walk(first, True)[:, :, -1].contiguous()
+
+
+def group_length(chunks, programs, device):
+    """Chunks of a group: so many that the groups of all `programs` fill the GPU twice, and at least 8. All of them
+    unless there are 4 groups: two walks over a quarter take half the time, and the starts take some."""
+    groups = min(chunks // 8, 2 * multiprocessors(device) // programs)
+    return triton.cdiv(chunks, groups) if groups >= 4 else chunks
+
+
+def group_starts(last, first, total, L, reverse):
+    """The states (B, H, G, K, V) that groups of L chunks start with, from those that they end with if they start with
+    0, and the one before all (B, H, K, V), or None: it is 0. total (B, H, chunks, K or 1): the sums of gates, base 2;
+    None: no gates.
+
+    start_i = 2^(b_(i-1)) first + sum_(j<i) 2^(b_(i-1) - b_j) last_j          b: the sums of gates up to a group's end
+    """
+    if total is None:
+        return torch.cat((first.unsqueeze(2), last[:, :, :-1]), 2).cumsum(2)
+    G, total = last.shape[2], total.flip(2) if reverse else total
+    each = F.pad(total, (0, 0, 0, G * L - total.shape[2])).unflatten(2, (G, L)).sum(3)  # (B, H, G, K or 1)
+    each = each.double().clamp(min=-1e5)  # of -inf no difference could be taken; 2^-1e5 is 0 too
+    ends = each.cumsum(2)
+    starts = ends - each
+    decays = (starts.unsqueeze(3) - ends.unsqueeze(2)).movedim(4, 2)  # (B, H, K or 1, G, G)
+    decays = decays.exp2().tril(-1).to(last.dtype)
+    sums = (decays @ last.movedim(2, 3)).movedim(3, 2).contiguous()
+    return sums if first is None else sums.addcmul_(starts.exp2().to(last.dtype).unsqueeze(4), first.unsqueeze(2))
 
 
 def weigh_launch(x, g, scale, gate_min, reverse, chunk=CHUNK, dtype=None):
@@ -948,7 +989,7 @@ def aot_specs():
         "grad tree": [("", tree)],
     }
     read = dict(STATES=True, NORMALISED=False)
-    for name, more in (("weigh", {}), ("scan", {}), ("read", read), ("read tree", read)):
+    for name, more in (("weigh", {}), ("scan", dict(FINAL=True)), ("read", read), ("read tree", read)):
         ways = (("", False), (" reverse", True))
         forms[name] = [(form + way, flags | more | dict(REVERSE=r)) for form, flags in forms[name] for way, r in ways]
     fp32 = {"p_g", "p_total", "p_first", "p_last", "p_ds", "p_dg", "p_z", "p_inverse"}
@@ -963,7 +1004,7 @@ def aot_specs():
                     wide = fp32 | ({"p_all", "p_s"} if flags.get("REVERSE") or "grad" in name else set())
                     signature = {x: "*fp32" if x in wide else "*bf16" for x in names if x[:2] == "p_"}
                     sizes = dict.fromkeys(("K", "V", "SX", "SY", "SW", "SQ", "SV"), "i32:16")
-                    signature |= dict.fromkeys("TH", "i32") | {x: sizes[x] for x in names if x in sizes}
+                    signature |= {x: "i32" for x in "THL" if x in names} | {x: sizes[x] for x in names if x in sizes}
                     signature |= dict.fromkeys(("scale", "gate_min", "tiny"), "fp32")
                     specs.append((f"gla_{name}{form} {width} #{i}", kernel.function, signature, constants))
     return specs

@@ -19,6 +19,8 @@ from .gla import (
     compute_dtype,
     double_sums,
     floor,
+    group_length,
+    group_starts,
     is_factorised,
     joined,
     pick_row,
@@ -446,24 +448,22 @@ def scatter(b_PT, b_x, b_g, C: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr
 
 @jit
 def scan_side(
-    p_x, p_w, p_total, p_h, p_first, p_last, T, stride_x, stride_w, o_d, m_d, state_d, state_m,
+    p_x, p_w, p_total, p_h, p_first, p_last, T, L, i_g, stride_x, stride_w, o_d, m_d, state_d, state_m,
     M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, stride_h: tl.constexpr,
-    DOT: tl.constexpr, FIRST: tl.constexpr, REVERSE: tl.constexpr,
+    DOT: tl.constexpr, FIRST: tl.constexpr, REVERSE: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """Columns o_d of x: h <- h * (decay of chunk c) + x_c^T w_c for c from the first to the last, or in REVERSE. The h
-    before chunk c goes to p_h, the one after all to p_last. w_c is decayed towards where h goes."""
+    """Columns o_d of x: h <- h * (decay of chunk c) + x_c^T w_c for the L chunks c of group i_g, or in REVERSE. The h
+    before chunk c goes to p_h if FINAL, the one after all to p_last. w_c is decayed towards where h goes."""
     o_m, o_c = tl.arange(0, BM), tl.arange(0, C)
     m_m = o_m < M
     b_h = tl.zeros([BD, BM], tl.float32)
     if FIRST:
         b_h += load_tile(p_first, o_d, state_d, m_d, o_m, state_m, m_m)
     n = tl.cdiv(T, C)
-    if REVERSE:
-        p_h += (n - 1).to(tl.int64) * stride_h
-    for i in range(0, n):
+    for i in range(i_g * L, tl.minimum(n, (i_g + 1) * L)):
         c = n - 1 - i if REVERSE else i
-        store_tile(p_h, b_h, o_d, M, m_d, o_m, 1, m_m)
-        p_h += -stride_h if REVERSE else stride_h
+        if FINAL:
+            store_tile(p_h + c.to(tl.int64) * stride_h, b_h, o_d, M, m_d, o_m, 1, m_m)
         o_t = c * C + o_c
         m_t = o_t < T
         b_xt = load_tile(p_x, o_d, 1, m_d, o_t, stride_x, m_t)  # [BD, C]
@@ -481,26 +481,27 @@ def gsa_scan_kernel(
     p_wv,  # (B, T, H, M) s, or p, with its decay
     p_total,  # (B, H, NT, M) sums of gates
     p_h,  # (B, H, NT, K + V, M)
-    p_fk, p_fv,  # (B, H, K, M), (B, H, M, V) where to start, if FIRST_K, FIRST_V
-    p_lk, p_lv,  # (B, H, K, M), (B, H, M, V) what is left at the end
-    T, H,
+    p_fk, p_fv,  # (B, H, G, K, M), (B, H, G, M, V) where each group starts, if FIRST_K, FIRST_V
+    p_lk, p_lv,  # (B, H, G, K, M), (B, H, G, M, V) what is left at the end of each
+    T, H, L,
     K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
-    FIRST_K: tl.constexpr, FIRST_V: tl.constexpr, REVERSE: tl.constexpr, BD: tl.constexpr,
+    FIRST_K: tl.constexpr, FIRST_V: tl.constexpr, REVERSE: tl.constexpr, FINAL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BD columns of keys or of values walks over the chunks."""
-    i_d, i_bh = split(tl.program_id(0), tl.cdiv(K, BD) + tl.cdiv(V, BD))
-    i_bh = i_bh.to(tl.int64)
+    """One tile of BD columns of keys or of values walks over the L chunks of a group. FINAL: p_h is written."""
+    i_d, i = split(tl.program_id(0), tl.cdiv(K, BD) + tl.cdiv(V, BD))
+    i_g, i_bh = split(i, tl.cdiv(tl.cdiv(T, C), L))
+    i, i_bh = i.to(tl.int64), i_bh.to(tl.int64)
     i_row = (i_bh // H) * T * H + i_bh % H
     p_wk, p_wv, p_total = p_wk + i_row * M, p_wv + i_row * M, p_total + i_bh * tl.cdiv(T, C) * M
     p_h += i_bh * tl.cdiv(T, C) * (K + V) * M
     o_d = i_d * BD + tl.arange(0, BD)
     if i_d < tl.cdiv(K, BD):
-        scan_side(p_xk + i_row * K, p_wk, p_total, p_h, p_fk + i_bh * K * M, p_lk + i_bh * K * M, T, H * K, H * M,
-                  o_d, o_d < K, M, 1, M, BD, BM, C, (K + V) * M, DOT, FIRST_K, REVERSE)  # fmt: skip
+        scan_side(p_xk + i_row * K, p_wk, p_total, p_h, p_fk + i * K * M, p_lk + i * K * M, T, L, i_g, H * K, H * M,
+                  o_d, o_d < K, M, 1, M, BD, BM, C, (K + V) * M, DOT, FIRST_K, REVERSE, FINAL)  # fmt: skip
     else:
         o_d -= tl.cdiv(K, BD) * BD
-        scan_side(p_xv + i_row * V, p_wv, p_total, p_h + K * M, p_fv + i_bh * M * V, p_lv + i_bh * M * V, T, H * V,
-                  H * M, o_d, o_d < V, 1, V, M, BD, BM, C, (K + V) * M, DOT, FIRST_V, REVERSE)  # fmt: skip
+        scan_side(p_xv + i_row * V, p_wv, p_total, p_h + K * M, p_fv + i * M * V, p_lv + i * M * V, T, L, i_g, H * V,
+                  H * M, o_d, o_d < V, 1, V, M, BD, BM, C, (K + V) * M, DOT, FIRST_V, REVERSE, FINAL)  # fmt: skip
 
 
 @jit
@@ -748,18 +749,30 @@ def chunk(M, gate_min, kind):
 
 
 def scan_launch(xk, xv, wk, wv, total, dtype, first_k, first_v, sizes, reverse=False):
-    """States (B * H, NT, K + V, M) on arrival at each chunk, and the two last ones. total: the gates' sums."""
-    (B, T, H, K), V, M, C = xk.shape, xv.shape[-1], wk.shape[-1], sizes["C"]
-    h = xk.new_empty(B * H, -(-T // C), K + V, M, dtype=dtype)
-    last = xk.new_empty(B, H, K, M, dtype=torch.float32), xk.new_empty(B, H, M, V, dtype=torch.float32)
-    firsts = [y if x is None else x.contiguous() for x, y in zip((first_k, first_v), last)]
-    given = dict(FIRST_K=first_k is not None, FIRST_V=first_v is not None, REVERSE=reverse)
+    """States (B * H, NT, K + V, M) on arrival at each chunk, and the two last ones. total: the gates' sums. Groups of
+    chunks are walked over twice where heads are few, as in gla."""
+    (B, T, H, K), V, M, NT = xk.shape, xv.shape[-1], wk.shape[-1], triton.cdiv(xk.shape[1], sizes["C"])
+    h = xk.new_empty(B * H, NT, K + V, M, dtype=dtype)
+    L = group_length(NT, 2 * B * H * triton.cdiv(max(K, V), 64), xk.device)
+    G = triton.cdiv(NT, L)
 
-    def programs(meta):
-        return ((triton.cdiv(K, meta["BD"]) + triton.cdiv(V, meta["BD"])) * B * H,)
+    def walk(first_k, first_v, final):
+        last_k, last_v = (xk.new_empty(B, H, G, *size, dtype=torch.float32) for size in ((K, M), (M, V)))
+        firsts = [y if x is None else x.contiguous() for x, y in zip((first_k, first_v), (last_k, last_v))]
+        given = dict(FIRST_K=first_k is not None, FIRST_V=first_v is not None, REVERSE=reverse, FINAL=final)
 
-    KERNELS["scan"].launch(programs, xk, xv, wk, wv, total, h, *firsts, *last, T, H, **sizes, **given)
-    return h, *last
+        def programs(meta):
+            return ((triton.cdiv(K, meta["BD"]) + triton.cdiv(V, meta["BD"])) * B * H * G,)
+
+        args = xk, xv, wk, wv, total, h, *firsts, last_k, last_v, T, H, L
+        KERNELS["scan"].launch(programs, *args, **sizes, **given)
+        return last_k, last_v
+
+    if G > 1:
+        last_k, last_v = walk(None, None, False)
+        first_k = group_starts(last_k.mT, None if first_k is None else first_k.mT, total, L, reverse).mT
+        first_v = group_starts(last_v, first_v, total, L, reverse)
+    return h, *(x[:, :, -1].contiguous() for x in walk(first_k, first_v, True))
 
 
 def alike(gate_min, q, k, v, s, g, *more):
@@ -813,7 +826,7 @@ def gsa_bwd(do, dhk, dhv, q, k, v, s, g, hk, hv, z, scale, gate_min):
 
 def aot_specs():
     """(name, kernel, signature, constants) of every kernel and configuration, for the report. Default first."""
-    first = dict(FIRST_K=True, FIRST_V=True)
+    first = dict(FIRST_K=True, FIRST_V=True, FINAL=True)
     forms = [("gsa_scan", "scan", dict(first, REVERSE=False)), ("gsa_scan reverse", "scan", dict(first, REVERSE=True))]
     for name in ("read", "logit", "write", "input"):
         forms += [(f"gsa_{name}", name, dict(FACTORISED=False)), (f"gsa_{name} bounded", name, dict(FACTORISED=True))]
@@ -828,7 +841,7 @@ def aot_specs():
                 constants = dict(K=width, V=width, M=64, BM=BM, C=C, DOT="bf16", **flags, **config)
                 half = low | ({"p_h"} if title in ("gsa_scan", "gsa_read") else set())
                 signature = {x: "*bf16" if x in half else "*fp32" for x in kernel.arg_names if x[:2] == "p_"}
-                signature |= {"scale": "fp32", "gate_min": "fp32", "T": "i32", "H": "i32"}
+                signature |= {"scale": "fp32", "gate_min": "fp32", "T": "i32", "H": "i32", "L": "i32"}
                 specs.append((f"{title} {width} #{i}", kernel, signature, constants))
     return specs
 

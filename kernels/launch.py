@@ -62,6 +62,12 @@ def add_product(base, a, b, low):
     return base.baddbmm_(a, b) if low == base.dtype else base.add_(product(a, b, low))
 
 
+@functools.cache
+def multiprocessors(device):
+    """Of a GPU; a CPU stands for one of them."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def power(n):
     """The least tile that holds n: a power of two, from the 16 on that a product needs."""
     return max(16, 1 << (n - 1).bit_length())

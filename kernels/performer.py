@@ -464,7 +464,7 @@ def performer_bwd(q, k, v, wq, wk, state, o, inverse, do, dstate, features, weig
 
 def aot_specs():
     """(name, kernel, signature, constants) of every kernel, for the report."""
-    forms = [("scan", dict(REVERSE=False)), ("scan", dict(REVERSE=True)), ("grad", {})]
+    forms = [("scan", dict(REVERSE=False, FINAL=True)), ("scan", dict(REVERSE=True, FINAL=True)), ("grad", {})]
     read = dict(FACTORISED=True, STATES=True)
     forms += [("read", read | dict(NORMALISED=not reverse, REVERSE=reverse)) for reverse in (False, True)]
     specs = []
@@ -474,7 +474,7 @@ def aot_specs():
             wide |= {"p_all", "p_s"} if flags.get("REVERSE", True) else set()
             kernel = KERNELS[name].function
             signature = {x: "*fp32" if x in wide else "*bf16" for x in kernel.arg_names if x[:2] == "p_"}
-            signature |= dict.fromkeys("TH", "i32") | dict.fromkeys(("K", "V", "D", "SX", "SY", "SW"), "i32:16")
+            signature |= dict.fromkeys("THL", "i32") | dict.fromkeys(("K", "V", "D", "SX", "SY", "SW"), "i32:16")
             signature |= dict.fromkeys(("scale", "gate_min", "tiny"), "fp32")
             constants = KERNELS[name].options(dict(K=M, V=V))[0] | flags | dict(C=CHUNK, DOT="bf16")
             through = dict(BD=V, MAP="tf32x3", FEATURES="softmax", WEIGHTS=False)

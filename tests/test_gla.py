@@ -509,6 +509,40 @@ def test_interpreted_tiles(monkeypatch):
 
 
 @INTERPRETED
+@pytest.mark.parametrize("gates, L", [("plain", 2), ("decades", 1)])
+def test_interpreted_groups(gates, L, monkeypatch):
+    """Chunks walked over in groups at a time, the last of which is shorter, forward and backward."""
+    monkeypatch.setattr(G, "group_length", lambda *sizes: L)
+    inputs = draw(1, 300, 1, 16, 20, gates)
+    compare(inputs, torch.float32, TRITON_FP32, "triton", gate_min=-1.25)
+    inputs[3] = inputs[3][..., 0]  # one gate for all channels
+    compare(inputs, torch.float32, TRITON_FP32, "triton")
+
+
+def test_groups_fill_a_gpu(monkeypatch):
+    """The walks of few heads over many chunks are cut; those of many heads, and short ones, are not."""
+    monkeypatch.setattr(G, "multiprocessors", lambda device: 132)
+    lengths = {(512, 8): 16, (512, 1): 8, (64, 32): 8, (64, 64): 16, (16, 64): 16, (16, 1): 16, (512, 100): 512}
+    assert {sizes: G.group_length(*sizes, None) for sizes in lengths} == lengths
+
+
+def test_groups_start_where_the_walk_before_them_ends():
+    """Gates that lose everything, or nothing, and any between; in both directions."""
+    last, first = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64), torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    for D, reverse in ((5, False), (1, True), (None, False)):
+        total = None if D is None else -torch.rand(2, 3, 7, D) * 10.0 ** torch.randint(-3, 4, (2, 3, 7, D))
+        if D:
+            total[:, :, 4] = -torch.inf
+        starts, state = G.group_starts(last, first, total, 2, reverse), first
+        for i in range(4):
+            assert (starts[:, :, i] - state).norm() <= 1e-6 * state.norm()
+            chunks = range(7)[::-1][2 * i : 2 * i + 2] if reverse else range(7)[2 * i : 2 * i + 2]
+            for t in chunks if D else ():
+                state = state * total[:, :, t].double().exp2().unsqueeze(-1)
+            state = state + last[:, :, i]
+
+
+@INTERPRETED
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_interpreted_types_of_gates(dtype):
     """A gate near 0 of any type keeps its digits."""
@@ -555,7 +589,9 @@ def test_interpreted_launches(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate_min", [-1.25, None])
 @pytest.mark.parametrize("dtype, tolerances", [(torch.float32, TRITON_FP32), (torch.bfloat16, BF16)])
-@pytest.mark.parametrize("T, K, V", [(1, 16, 16), (100, 64, 64), (256, 60, 96), (1000, 128, 128), (130, 256, 192)])
+@pytest.mark.parametrize(
+    "T, K, V", [(1, 16, 16), (100, 64, 64), (256, 60, 96), (1000, 128, 128), (130, 256, 192), (2100, 64, 64)]
+)
 def test_on_a_gpu(T, K, V, dtype, tolerances, gate_min):
     inputs = [x.to(dtype).double() for x in draw(1, T, 3, K, V)]
     compare(inputs, dtype, tolerances, "triton", "cuda", gate_min=gate_min)

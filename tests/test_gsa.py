@@ -470,7 +470,7 @@ def measure_memory(T):
 # ----------------------------------------------------------------------------- Triton
 
 triton_only = pytest.mark.skipif(module.triton is None, reason="Triton is not installed")
-INTERPRETED = [  # T, (K, V, M), gate, gate_min
+INTERPRETED = [  # T, (K, V, M), gate, gate_min, chunks of a group
     (1, (16, 16, 16), "normaliser 8", None),
     (17, (16, 20, 12), "mixed", None),
     (64, (32, 16, 16), -12.0, None),
@@ -482,10 +482,14 @@ INTERPRETED = [  # T, (K, V, M), gate, gate_min
     (40, (16, 16, 16), "-inf", -2.5),  # chunks of 32
     (33, (16, 16, 16), "decades", -30.0),  # too low for one product
     (70, (16, 16, 96), "blocks", -1.25),  # more slots, shorter chunks
+    (130, (16, 20, 12), "decades", None, 2),
+    (130, (20, 16, 16), "mixed", -1.25, 1),
 ]
 
 
-def interpret(T, widths, gate, gate_min):
+def interpret(T, widths, gate, gate_min, group=None):
+    if group:
+        module.group_length = lambda *sizes: group
     ins, outs = draw(T, *widths, gate, B=1, H=3)
     want = run(ins, outs, "recurrent", gate_min=gate_min)
     assert_close(run(ins, outs, "triton", torch.float32, gate_min=gate_min), want, TOLERANCE["triton fp32"])
@@ -496,7 +500,7 @@ def interpret(T, widths, gate, gate_min):
 
 @triton_only
 @pytest.mark.parametrize(
-    "case", [pytest.param(i, marks=() if i in (1, 6) else pytest.mark.slow) for i in range(len(INTERPRETED))]
+    "case", [pytest.param(i, marks=() if i in (1, 6, 11) else pytest.mark.slow) for i in range(len(INTERPRETED))]
 )
 def test_triton_interpreted(case):
     result = subprocess.run(
@@ -526,7 +530,8 @@ def test_at_most_nine_launches(monkeypatch):
 @pytest.mark.parametrize("gate", ["normaliser 8", "mixed", "decades"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, "triton fp32"), (torch.bfloat16, "bf16")])
 @pytest.mark.parametrize("T, widths", [(1, (16, 16, 16)), (100, (64, 64, 64)), (1000, (128, 128, 64)),
-                                       (200, (60, 96, 33)), (130, (256, 192, 128)), (70, (64, 64, 256))])  # fmt: skip
+                                       (200, (60, 96, 33)), (130, (256, 192, 128)), (70, (64, 64, 256)),
+                                       (2100, (64, 64, 64))])  # fmt: skip
 def test_on_a_gpu(T, widths, dtype, tolerance, gate, gate_min):
     on_gpu(T, widths, dtype, tolerance, gate, gate_min)
 
