@@ -16,7 +16,7 @@ except ImportError:
     triton, tl = None, types.SimpleNamespace(constexpr=None)  # enough for the kernels' definitions to be read
 
 STEP = 16  # tokens of a decoding step: more are faster in chunks
-SHORT = 2**14  # numbers of a head, below which softmax attention on a CPU is faster in float32 than in bfloat16
+SHORT = 2**14  # numbers of a head, below which softmax attention on a CPU is trained faster in float32 than in bfloat16
 
 _said = set()
 
@@ -50,10 +50,15 @@ def interpreting():
     return triton is not None and triton.knobs.runtime.interpret
 
 
+def autocast_on(device_type):
+    """Some devices have none, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def in_autocast(*xs):
     """Tensors in autocast's precision where it is on, as PyTorch's own attention takes q, k and v; float64 stays."""
     device_type = xs[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not autocast_on(device_type):
         return xs
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in xs)
@@ -63,17 +68,17 @@ def leave_autocast(x):
     """A context in which operations on tensors beside x keep the precision of their inputs. An opaque operator is not
     outside autocast by itself: what it calls would be cast."""
     device_type = x.device.type
-    on = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocast_on(device_type) else contextlib.nullcontext()
 
 
 def causal(q, k, v, dropout=0.0):
     """Softmax attention (B, H, T, D) of q (B, H, T, D) to k, v (B, Hk, T, D) up to the query's own, by PyTorch.
-    Short sequences in bfloat16 are computed in float32 on a CPU: with AMX their backward pass is up to 7 times as fast.
-    """
+    In training on a CPU, short sequences in bfloat16 are computed in float32: with AMX their backward pass is up to 7
+    times as fast."""
     q, k, v = in_autocast(q, k, v)
     dtype, gqa = q.dtype, k.shape[1] < q.shape[1]
-    if q.device.type == "cpu" and dtype == torch.bfloat16 and q.shape[2] * q.shape[3] < SHORT:
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if trained and q.device.type == "cpu" and dtype == torch.bfloat16 and q.shape[2] * q.shape[3] < SHORT:
         q, k, v = q.float(), k.float(), v.float()
     with leave_autocast(q):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=gqa).to(dtype)

@@ -450,11 +450,13 @@ def gate_gradient(q, k, dq, dk, first, new):
 
 # ----------------------------------------------------------------------------- Triton
 #
-# Four kernels, nine launches. Time runs both ways: what S, q and v are to the forward, dS, k and do are to dv.
+# Five kernels, nine launches, and two more for a scan that walks over groups of chunks. Time runs both ways: what S, q
+# and v are to the forward, dS, k and do are to dv.
 #
 #     weigh    k with its decay, and the sums of gates: what the scan adds up
 #     scan     S at the start of each chunk, the last state          backward: the same S, in fp32
 #              REVERSE: dS at the end of each chunk, the first one's gradient
+#     start    S at the start of each group of chunks
 #     read     o from q, k, v, S                                     REVERSE: dv from k, q, do, dS
 #     grad     dq, dk, dg
 #
@@ -586,9 +588,9 @@ def gla_scan_kernel(
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     GATED: tl.constexpr, HEAD: tl.constexpr, REVERSE: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """One (BK, BV) tile of the state walks over the L chunks of a group. FINAL: it starts from p_first, and what it is
-    on arrival at each chunk is written to p_all; otherwise it starts from 0, and only its last is kept. GATED: it
-    decays by the chunk's gates, HEAD: which have one channel."""
+    """One (BK, BV) tile of the state walks over the up to L chunks of a group. FINAL: it starts from p_first, and what
+    it is on arrival at each chunk is written to p_all. Otherwise it starts from 0, only its last is kept, and p_all
+    takes the sums of the group's gates. GATED: it decays by the chunk's gates, HEAD: which have one channel."""
     NT = tl.cdiv(T, C)
     i_g, i_bh = split(tl.program_id(0), tl.cdiv(NT, L))
     o_k, o_v = tl.program_id(1) * BK + tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
@@ -599,22 +601,49 @@ def gla_scan_kernel(
     p_x, p_y = p_x + first_of(i_bh, T, SX, H, K), p_y + first_of(i_bh, T, SY, H, V)
     p_total += i_bh.to(tl.int64) * NT * D
     o_s, m_s = o_k[:, None] * V + o_v[None, :], m_k[:, None] & m_v[None, :]
-    p_all += i_bh.to(tl.int64) * NT * K * V
-    group = tl.program_id(0).to(tl.int64) * K * V
-    b_s = tl.load(p_first + group + o_s, mask=m_s, other=0.0) if FINAL else tl.zeros([BK, BV], tl.float32)
+    group, b_sum = tl.program_id(0).to(tl.int64), tl.zeros([1 if HEAD else BK], tl.float32)
+    p_all += group * D if not FINAL else i_bh.to(tl.int64) * NT * K * V
+    b_s = tl.load(p_first + group * K * V + o_s, mask=m_s, other=0.0) if FINAL else tl.zeros([BK, BV], tl.float32)
     for i in range(i_g * L, tl.minimum(NT, (i_g + 1) * L)):
         i_t = NT - 1 - i if REVERSE else i
         if FINAL:
-            tl.store(p_all + i_t * K * V + o_s, b_s.to(p_all.dtype.element_ty), mask=m_s)
+            tl.store(p_all + i_t.to(tl.int64) * K * V + o_s, b_s.to(p_all.dtype.element_ty), mask=m_s)
         o_t = i_t * C + o_c
         m_kt = m_k[:, None] & (o_t < T)[None, :]
         b_x = tl.load(p_x + o_t[None, :] * SX + o_k[:, None], mask=m_kt, other=0.0)  # (BK, C)
         m_y = (o_t < T)[:, None] & m_v[None, :]
         b_y = tl.load(p_y + o_t[:, None] * SY + o_v[None, :], mask=m_y, other=0.0)  # (C, BV)
         if GATED:
-            b_s *= tl.exp2(tl.load(p_total + i_t * D + o_d, mask=o_d < D, other=0.0))[:, None]
+            b_g = tl.load(p_total + i_t * D + o_d, mask=o_d < D, other=0.0)
+            b_s *= tl.exp2(b_g)[:, None]
+            b_sum += b_g
         b_s += dot(b_x, b_y, DOT)
-    tl.store(p_last + group + o_s, b_s, mask=m_s)
+    tl.store(p_last + group * K * V + o_s, b_s, mask=m_s)
+    if GATED and not FINAL:
+        tl.store(p_all + o_d, b_sum, mask=(o_d < D) & (tl.program_id(2) == 0))
+
+
+@jit
+def gla_start_kernel(
+    p_last, p_sum, p_first, p_start, L, K, V, SK, SV,
+    BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, HEAD: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """What each of L groups starts with, one (BK, BV) tile: p_first, or 0 without FIRST, then the decay of the group
+    before, e to its sum of gates, times what that started with, plus what it ended with from 0."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    o_k, o_v = tl.program_id(1) * BK + tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
+    o_d = tl.arange(0, 1) if HEAD else o_k  # channels of gates
+    D = 1 if HEAD else K
+    o_s, m_s = o_k[:, None] * SK + o_v[None, :] * SV, (o_k < K)[:, None] & (o_v < V)[None, :]
+    b_s = tl.zeros([BK, BV], tl.float32)
+    if FIRST:
+        b_s += tl.load(p_first + i_bh * K * V + o_s, mask=m_s, other=0.0)
+    for i in range(0, L):
+        group = i_bh * L + i
+        tl.store(p_start + group * K * V + o_s, b_s, mask=m_s)
+        if GATED:
+            b_s *= tl.exp2(tl.load(p_sum + group * D + o_d, mask=o_d < D, other=0.0))[:, None]
+        b_s += tl.load(p_last + group * K * V + o_s, mask=m_s, other=0.0)
 
 
 @jit
@@ -783,6 +812,7 @@ KERNELS = {
         dict(BK=32, BV=64, num_warps=8, num_stages=1),
         serial="T / 64",
     ),
+    "start": Kernel(gla_start_kernel, configurations(COLUMNS, (32, 32, 4, 1)), TILES, serial="G"),
     "read": Kernel(
         gla_read_kernel,
         configurations(
@@ -825,55 +855,59 @@ def scan_launch(x, y, g, first, dtype, scale=1.0, gate_min=None, reverse=False, 
     """States (B, H, chunks, K, V) on arrival at each chunk, and the last one (B, H, K, V). g (B, T, H, K or 1), or
     None: no gates; there `scale` does not act.
 
-    Few heads would leave most of a GPU idle while they walk over many chunks. Then groups of chunks are walked over at
-    a time, from states of 0; what they end with gives the states that they start with; and they are walked over again.
+    Few heads would leave most of a GPU idle while they walk over many chunks. Then all groups of chunks are walked over
+    at the same time, from states of 0; what they end with gives the states that they start with; and they are walked
+    over again.
     """
     B, T, H, K, V, NT = *x.shape, y.shape[3], triton.cdiv(x.shape[1], CHUNK)
     states, total = x.new_empty(B, H, NT, K, V, dtype=dtype), None
     if g is not None:
         x, total = weigh_launch(x, g, scale, gate_min, reverse)
     L = group_length(NT, B * H * triton.cdiv(K, 64) * triton.cdiv(V, 64), x.device)
+    G = triton.cdiv(NT, L)
 
-    def walk(first, final):
+    def walk(first, out, final):
         def programs(meta):
-            return B * H * triton.cdiv(NT, L), triton.cdiv(K, meta["BK"]), triton.cdiv(V, meta["BV"])
+            return B * H * G, triton.cdiv(K, meta["BK"]), triton.cdiv(V, meta["BV"])
 
-        last = first.new_empty(B, H, triton.cdiv(NT, L), K, V)
-        args = x, y, x if total is None else total, first, states, last, x.stride(1), y.stride(1), T, H, L
+        last = torch.empty(B, H, G, K, V, device=x.device)
+        args = x, y, x if total is None else total, first, out, last, x.stride(1), y.stride(1), T, H, L
         flags = dict(DOT=dot_type(x.dtype), GATED=g is not None, HEAD=is_head(g), REVERSE=reverse, FINAL=final)
         kernels["scan"].launch(programs, *args, K=K, V=V, C=CHUNK, **flags)
         return last
 
-    if L < NT:
-        first = group_starts(walk(first, False), first, total, L, reverse)
-    return states, walk(first, True)[:, :, -1].contiguous()
+    if G == 1:
+        return states, walk(first, states, True)[:, :, 0]
+    sums = torch.empty(B, H, G, 0 if total is None else total.shape[3], device=x.device)
+    starts = group_starts(walk(first, sums, False), sums, first)
+    return states, last_of(walk(starts, states, True))
+
+
+def last_of(ends):
+    """The state after the last group, of those after each (B, H, G, K, V)."""
+    return ends[:, :, -1].clone(memory_format=torch.contiguous_format)
 
 
 def group_length(chunks, programs, device):
-    """Chunks of a group: so many that the groups of all `programs` fill the GPU twice, and at least 8. All of them
-    unless there are 4 groups: two walks over a quarter take half the time, and the starts take some."""
+    """Chunks of a group: as few as make the groups of all `programs` fill the GPU twice, but at least 8. All chunks are
+    one group unless there would be 4: two walks over a quarter take half the time."""
     groups = min(chunks // 8, 2 * multiprocessors(device) // programs)
     return triton.cdiv(chunks, groups) if groups >= 4 else chunks
 
 
-def group_starts(last, first, total, L, reverse):
-    """The states (B, H, G, K, V) that groups of L chunks start with, from those that they end with if they start with
-    0, and the one before all (B, H, K, V), or None: it is 0. total (B, H, chunks, K or 1): the sums of gates, base 2;
-    None: no gates.
+def group_starts(ends, sums, first):
+    """The states that groups start with, from those that they end with if they start with 0 (B, H, G, K, V), the sums
+    of their gates, base 2 (B, H, G, K or 1 or 0), and the state before all (B, H, K, V), or None: it is 0."""
+    (B, H, G, K, V), D = ends.shape, sums.shape[3]
+    starts = torch.empty_like(ends)
 
-    start_i = 2^(b_(i-1)) first + sum_(j<i) 2^(b_(i-1) - b_j) last_j          b: the sums of gates up to a group's end
-    """
-    if total is None:
-        return torch.cat((first.unsqueeze(2), last[:, :, :-1]), 2).cumsum(2)
-    G, total = last.shape[2], total.flip(2) if reverse else total
-    each = F.pad(total, (0, 0, 0, G * L - total.shape[2])).unflatten(2, (G, L)).sum(3)  # (B, H, G, K or 1)
-    each = each.double().clamp(min=-1e5)  # of -inf no difference could be taken; 2^-1e5 is 0 too
-    ends = each.cumsum(2)
-    starts = ends - each
-    decays = (starts.unsqueeze(3) - ends.unsqueeze(2)).movedim(4, 2)  # (B, H, K or 1, G, G)
-    decays = decays.exp2().tril(-1).to(last.dtype)
-    sums = (decays @ last.movedim(2, 3)).movedim(3, 2).contiguous()
-    return sums if first is None else sums.addcmul_(starts.exp2().to(last.dtype).unsqueeze(4), first.unsqueeze(2))
+    def programs(meta):
+        return B * H, triton.cdiv(K, meta["BK"]), triton.cdiv(V, meta["BV"])
+
+    args = ends, sums, ends if first is None else first, starts, G
+    strides, flags = dict(SK=ends.stride(3), SV=ends.stride(4)), dict(GATED=D > 0, HEAD=D == 1, FIRST=first is not None)
+    KERNELS["start"].launch(programs, *args, K=K, V=V, **strides, **flags)
+    return starts
 
 
 def weigh_launch(x, g, scale, gate_min, reverse, chunk=CHUNK, dtype=None):
@@ -958,7 +992,7 @@ def regular(x):
 
 
 def gla_fwd(q, k, v, g, state, scale, gate_min):
-    """o and the last state, in three launches."""
+    """o and the last state, in three launches, or five."""
     dtype = v.dtype
     q, k, v, g = *in_rows(q, k, v), g.contiguous()
     states, last = scan_launch(k, v, g, state.contiguous(), q.dtype, 1.0, gate_min)
@@ -966,7 +1000,7 @@ def gla_fwd(q, k, v, g, state, scale, gate_min):
 
 
 def gla_bwd(q, k, v, g, state, do, dstate, scale, gate_min):
-    """dq, dk, dv, dg and the initial state's gradient, in six launches."""
+    """dq, dk, dv, dg and the initial state's gradient, in six launches, or ten."""
     dtypes = [x.dtype for x in (q, k, v, g)]
     q, k, v, do, g = *in_rows(q, k, v), *dense(do), g.contiguous()
     states, _ = scan_launch(k, v, g, state.contiguous(), torch.float32, 1.0, gate_min)
@@ -983,6 +1017,7 @@ def aot_specs():
     forms = {
         "weigh": [("", channel), (" head", dict(GATED=True, HEAD=True))],
         "scan": [("", channel), (" head", dict(GATED=True, HEAD=True))],
+        "start": [("", dict(GATED=True, HEAD=False, FIRST=True))],
         "read": [("", factorised), (" head", head)],
         "read tree": [("", tree)],
         "grad": [("", factorised), (" head", head)],
@@ -992,7 +1027,7 @@ def aot_specs():
     for name, more in (("weigh", {}), ("scan", dict(FINAL=True)), ("read", read), ("read tree", read)):
         ways = (("", False), (" reverse", True))
         forms[name] = [(form + way, flags | more | dict(REVERSE=r)) for form, flags in forms[name] for way, r in ways]
-    fp32 = {"p_g", "p_total", "p_first", "p_last", "p_ds", "p_dg", "p_z", "p_inverse"}
+    fp32 = {"p_g", "p_total", "p_first", "p_last", "p_ds", "p_dg", "p_z", "p_inverse", "p_sum", "p_start"}
     specs = []
     for name, kernel in KERNELS.items():
         names = kernel.function.arg_names
@@ -1003,7 +1038,7 @@ def aot_specs():
                     constants = {x: constants[x] for x in constants if x in names or x[:4] == "num_"}
                     wide = fp32 | ({"p_all", "p_s"} if flags.get("REVERSE") or "grad" in name else set())
                     signature = {x: "*fp32" if x in wide else "*bf16" for x in names if x[:2] == "p_"}
-                    sizes = dict.fromkeys(("K", "V", "SX", "SY", "SW", "SQ", "SV"), "i32:16")
+                    sizes = dict.fromkeys(("K", "V", "SX", "SY", "SW", "SQ", "SK", "SV"), "i32:16")
                     signature |= {x: "i32" for x in "THL" if x in names} | {x: sizes[x] for x in names if x in sizes}
                     signature |= dict.fromkeys(("scale", "gate_min", "tiny"), "fp32")
                     specs.append((f"gla_{name}{form} {width} #{i}", kernel.function, signature, constants))

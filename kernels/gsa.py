@@ -23,6 +23,7 @@ from .gla import (
     group_starts,
     is_factorised,
     joined,
+    last_of,
     pick_row,
     row_product,
     tree_level,
@@ -448,18 +449,19 @@ def scatter(b_PT, b_x, b_g, C: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr
 
 @jit
 def scan_side(
-    p_x, p_w, p_total, p_h, p_first, p_last, T, L, i_g, stride_x, stride_w, o_d, m_d, state_d, state_m,
+    p_x, p_w, p_total, p_h, p_first, p_last, T, L, i_g, i_d, stride_x, stride_w, o_d, m_d, state_d, state_m,
     M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, stride_h: tl.constexpr,
     DOT: tl.constexpr, FIRST: tl.constexpr, REVERSE: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """Columns o_d of x: h <- h * (decay of chunk c) + x_c^T w_c for the L chunks c of group i_g, or in REVERSE. The h
-    before chunk c goes to p_h if FINAL, the one after all to p_last. w_c is decayed towards where h goes."""
+    """Columns o_d of x: h <- h * (decay of chunk c) + x_c^T w_c for the up to L chunks c of group i_g, from the last
+    with REVERSE. The h before chunk c goes to p_h if FINAL, the one after the group to p_last. Without FINAL p_h takes
+    the sums of the group's gates. w_c is decayed towards where h goes."""
     o_m, o_c = tl.arange(0, BM), tl.arange(0, C)
     m_m = o_m < M
     b_h = tl.zeros([BD, BM], tl.float32)
     if FIRST:
         b_h += load_tile(p_first, o_d, state_d, m_d, o_m, state_m, m_m)
-    n = tl.cdiv(T, C)
+    n, b_sum = tl.cdiv(T, C), tl.zeros([BM], tl.float32)
     for i in range(i_g * L, tl.minimum(n, (i_g + 1) * L)):
         c = n - 1 - i if REVERSE else i
         if FINAL:
@@ -468,8 +470,12 @@ def scan_side(
         m_t = o_t < T
         b_xt = load_tile(p_x, o_d, 1, m_d, o_t, stride_x, m_t)  # [BD, C]
         b_w = load_tile(p_w, o_t, stride_w, m_t, o_m, 1, m_m)  # [C, BM]
-        b_h *= tl.exp2(tl.load(p_total + c * M + o_m, mask=m_m, other=0.0))[None, :]
+        b_g = tl.load(p_total + c * M + o_m, mask=m_m, other=0.0)
+        b_h *= tl.exp2(b_g)[None, :]
+        b_sum += b_g
         b_h += dot(b_xt, b_w, DOT)
+    if not FINAL:
+        tl.store(p_h + o_m, b_sum, mask=m_m & (i_d == 0))
     store_tile(p_last, b_h, o_d, state_d, m_d, o_m, state_m, m_m)
 
 
@@ -487,21 +493,24 @@ def gsa_scan_kernel(
     K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
     FIRST_K: tl.constexpr, FIRST_V: tl.constexpr, REVERSE: tl.constexpr, FINAL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BD columns of keys or of values walks over the L chunks of a group. FINAL: p_h is written."""
+    """One tile of BD columns of keys or of values walks over the up to L chunks of a group. FINAL: p_h takes states,
+    otherwise the sums of the groups' gates (B, H, G, M)."""
     i_d, i = split(tl.program_id(0), tl.cdiv(K, BD) + tl.cdiv(V, BD))
     i_g, i_bh = split(i, tl.cdiv(tl.cdiv(T, C), L))
     i, i_bh = i.to(tl.int64), i_bh.to(tl.int64)
     i_row = (i_bh // H) * T * H + i_bh % H
     p_wk, p_wv, p_total = p_wk + i_row * M, p_wv + i_row * M, p_total + i_bh * tl.cdiv(T, C) * M
-    p_h += i_bh * tl.cdiv(T, C) * (K + V) * M
+    p_h += i_bh * tl.cdiv(T, C) * (K + V) * M if FINAL else i * M
     o_d = i_d * BD + tl.arange(0, BD)
     if i_d < tl.cdiv(K, BD):
-        scan_side(p_xk + i_row * K, p_wk, p_total, p_h, p_fk + i * K * M, p_lk + i * K * M, T, L, i_g, H * K, H * M,
-                  o_d, o_d < K, M, 1, M, BD, BM, C, (K + V) * M, DOT, FIRST_K, REVERSE, FINAL)  # fmt: skip
+        scan_side(p_xk + i_row * K, p_wk, p_total, p_h, p_fk + i * K * M, p_lk + i * K * M, T, L, i_g, i_d,
+                  H * K, H * M, o_d, o_d < K, M, 1, M, BD, BM, C, (K + V) * M, DOT, FIRST_K, REVERSE,
+                  FINAL)  # fmt: skip
     else:
         o_d -= tl.cdiv(K, BD) * BD
-        scan_side(p_xv + i_row * V, p_wv, p_total, p_h + K * M, p_fv + i * M * V, p_lv + i * M * V, T, L, i_g, H * V,
-                  H * M, o_d, o_d < V, 1, V, M, BD, BM, C, (K + V) * M, DOT, FIRST_V, REVERSE, FINAL)  # fmt: skip
+        scan_side(p_xv + i_row * V, p_wv, p_total, p_h + K * M, p_fv + i * M * V, p_lv + i * M * V, T, L, i_g, i_d,
+                  H * V, H * M, o_d, o_d < V, 1, V, M, BD, BM, C, (K + V) * M, DOT, FIRST_V, REVERSE,
+                  FINAL)  # fmt: skip
 
 
 @jit
@@ -756,7 +765,7 @@ def scan_launch(xk, xv, wk, wv, total, dtype, first_k, first_v, sizes, reverse=F
     L = group_length(NT, 2 * B * H * triton.cdiv(max(K, V), 64), xk.device)
     G = triton.cdiv(NT, L)
 
-    def walk(first_k, first_v, final):
+    def walk(first_k, first_v, out, final):
         last_k, last_v = (xk.new_empty(B, H, G, *size, dtype=torch.float32) for size in ((K, M), (M, V)))
         firsts = [y if x is None else x.contiguous() for x, y in zip((first_k, first_v), (last_k, last_v))]
         given = dict(FIRST_K=first_k is not None, FIRST_V=first_v is not None, REVERSE=reverse, FINAL=final)
@@ -764,15 +773,17 @@ def scan_launch(xk, xv, wk, wv, total, dtype, first_k, first_v, sizes, reverse=F
         def programs(meta):
             return ((triton.cdiv(K, meta["BD"]) + triton.cdiv(V, meta["BD"])) * B * H * G,)
 
-        args = xk, xv, wk, wv, total, h, *firsts, last_k, last_v, T, H, L
+        args = xk, xv, wk, wv, total, out, *firsts, last_k, last_v, T, H, L
         KERNELS["scan"].launch(programs, *args, **sizes, **given)
         return last_k, last_v
 
-    if G > 1:
-        last_k, last_v = walk(None, None, False)
-        first_k = group_starts(last_k.mT, None if first_k is None else first_k.mT, total, L, reverse).mT
-        first_v = group_starts(last_v, first_v, total, L, reverse)
-    return h, *(x[:, :, -1].contiguous() for x in walk(first_k, first_v, True))
+    if G == 1:
+        return h, *(x[:, :, 0] for x in walk(first_k, first_v, h, True))
+    sums = total.new_empty(B, H, G, M)
+    last_k, last_v = walk(None, None, sums, False)
+    first_k = group_starts(last_k.mT, sums, None if first_k is None else first_k.contiguous().mT).mT
+    first_v = group_starts(last_v, sums, None if first_v is None else first_v.contiguous())
+    return h, *map(last_of, walk(first_k, first_v, h, True))
 
 
 def alike(gate_min, q, k, v, s, g, *more):

@@ -426,7 +426,7 @@ def product_inputs(v, state):
 
 
 def performer_fwd(q, k, v, wq, wk, state, features):
-    """o, 1/z and the last state, in four launches."""
+    """o, 1/z and the last state, in four launches, or six."""
     dtype, y, first, z = product_inputs(v, state)
     (fq, _), (fk, sums) = (feature_launch(x, w, features, dtype) for x, w in ((q, wq), (k, wk)))
     states, last = scan_launch(fk, y, None, first, dtype, kernels=KERNELS)
@@ -436,7 +436,7 @@ def performer_fwd(q, k, v, wq, wk, state, features):
 
 
 def performer_bwd(q, k, v, wq, wk, state, o, inverse, do, dstate, features, weights):
-    """The gradients of q, k, v, wq, wk and the initial state, in six launches."""
+    """The gradients of q, k, v, wq, wk and the initial state, in six launches, or ten."""
     dtype, y, first, z = product_inputs(v, state)
     (B, T, H, _), V, M = q.shape, v.shape[3], wq.shape[1]
     dn = (do.float() * inverse).to(dtype).contiguous()

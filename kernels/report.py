@@ -7,8 +7,9 @@
 An operator module provides `aot_specs()`: a list of (name, kernel, signature, constants). The name ends in " #i", the
 number of the configuration; #0 is the default, " fp32 #0" the one for float32 inputs, and " tf32 #0" the same where
 PyTorch allows TF32. The signature types the arguments that are no constants ("*bf16", "i32", "i32:16" for a multiple of
-16); the constants may hold num_warps and num_stages. Exit status 1 if a default spills, with three products in place of
-one (fp32) more than FP32_STACK, or if no configuration of a kernel stays within the shared memory of a consumer card.
+16); the constants may hold num_warps and num_stages. Exit status 1 if a default spills (fp32, with three products in
+place of one: more than FP32_STACK), or if no configuration of a kernel stays within the shared memory of a consumer
+card.
 """
 
 import argparse

@@ -526,20 +526,31 @@ def test_groups_fill_a_gpu(monkeypatch):
     assert {sizes: G.group_length(*sizes, None) for sizes in lengths} == lengths
 
 
-def test_groups_start_where_the_walk_before_them_ends():
-    """Gates that lose everything, or nothing, and any between; in both directions."""
-    last, first = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64), torch.randn(2, 3, 5, 6, dtype=torch.float64)
-    for D, reverse in ((5, False), (1, True), (None, False)):
-        total = None if D is None else -torch.rand(2, 3, 7, D) * 10.0 ** torch.randint(-3, 4, (2, 3, 7, D))
-        if D:
-            total[:, :, 4] = -torch.inf
-        starts, state = G.group_starts(last, first, total, 2, reverse), first
-        for i in range(4):
+@INTERPRETED
+@pytest.mark.parametrize("D, given", [(5, True), (5, False), (1, True), (0, True)])
+def test_interpreted_starts_of_groups(D, given):
+    """Gates that lose everything, or nothing, and any between. What is no number harms no group before it."""
+    ends, first = torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3, 5, 6)
+    sums = -torch.rand(2, 3, 4, D) * 10.0 ** torch.randint(-3, 4, (2, 3, 4, D))
+    sums[:, :, 1], ends[:, :, 2] = -torch.inf, torch.nan
+    for xs in (ends, ends.mT.contiguous().mT):
+        starts, state = G.group_starts(xs, sums, first if given else None), first if given else 0 * first
+        for i in range(3):
             assert (starts[:, :, i] - state).norm() <= 1e-6 * state.norm()
-            chunks = range(7)[::-1][2 * i : 2 * i + 2] if reverse else range(7)[2 * i : 2 * i + 2]
-            for t in chunks if D else ():
-                state = state * total[:, :, t].double().exp2().unsqueeze(-1)
-            state = state + last[:, :, i]
+            state = ends[:, :, i] + (state * sums[:, :, i].exp2().unsqueeze(-1) if D else state)
+        first = first.mT.contiguous().mT
+
+
+@INTERPRETED
+def test_interpreted_groups_keep_what_an_operator_promises(monkeypatch):
+    """Contiguous outputs of their own, also of one head; and no token harms an earlier one, though it be no number."""
+    monkeypatch.setattr(G, "group_length", lambda *sizes: 1)
+    q, k, v, g = (torch.randn(1, 200, 1, n) for n in (3, 3, 5, 3))
+    state = torch.zeros(1, 1, 3, 5).requires_grad_()
+    torch.library.opcheck(G.gla_op, (q, k, v, -g.abs(), state, 1.0, None, "triton"))
+    v[:, 150] = torch.nan
+    o = gla(q, k, v, -g.abs(), backend="triton")[0]
+    assert o[:, :128].isfinite().all() and not o[:, 150:].isfinite().any()
 
 
 @INTERPRETED

@@ -168,3 +168,20 @@ def test_short_sequences_in_bfloat16_are_computed_in_float32(T, D, low, fresh_rn
     for a, b in zip((y, *found), (z, *wanted)):
         assert a.dtype == torch.bfloat16
         assert 5e-4 < (a.double() - b).norm() / b.norm() < (2e-2 if low else 2.5e-3)  # a rounding: at most 2^-9
+
+
+def test_bfloat16_stays_where_nothing_is_trained():
+    q = torch.randn(2, 3, 20, 8, dtype=torch.bfloat16)
+    for grad in (True, False):
+        x = q.clone().requires_grad_(grad)
+        with mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attention:
+            causal(x, q, q)
+            with torch.no_grad():
+                causal(x, q, q)
+        types = [call.args[0].dtype for call in attention.call_args_list]
+        assert types == [torch.float32 if grad else torch.bfloat16, torch.bfloat16]
+
+
+def test_a_model_of_shapes_alone():
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=10)).to("meta")
+    assert model(torch.zeros(1, 8, dtype=torch.long, device="meta"))[0].shape == (1, 1, 10)
