@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from test_random_models import performer_oracle
 
 from kernels.distance import distance
 from kernels.gated import gated, gated_map
@@ -193,8 +194,14 @@ def test_any_types_go_together(name):
         again = torch.autograd.grad(wanted, exact, [w.to(o.dtype).double() for w, o in zip(weights, found)])
         assert found[0].dtype == (types[0] if drawn[0] else torch.promote_types(types[1], torch.float32))
         assert [g.dtype for g in grads] == [x.dtype for x in inputs]
-        for a, b in zip((*found, *grads), (*wanted, *again), strict=True):
-            error = (a.double() - b).norm() / b.norm().clamp(min=1e-3)
+        sizes = [b.norm().clamp(min=1e-3) for b in (*wanted, *again)]
+        if name == "performer relu":  # (n/z)' is n'/z less n z'/z^2, which are large where all features are near 0
+            v, q, k, wq, wk, state = exact
+            o, last = performer_oracle(q, k, v, wq, wk, "relu", state, held=True)
+            parts = torch.autograd.grad([(o * weights[0]).sum(), (last * weights[1]).sum()], exact)
+            sizes[2:] = [max(size, part.norm()) for size, part in zip(sizes[2:], parts)]
+        for a, b, size in zip((*found, *grads), (*wanted, *again), sizes, strict=True):
+            error = (a.double() - b).norm() / size
             assert a.isfinite().all() and error <= max(TOLERANCE[d] for d in (a.dtype, *types)), (types, error)
 
 
