@@ -482,8 +482,8 @@ INTERPRETED = [  # T, (K, V, M), gate, gate_min, chunks of a group
     (40, (16, 16, 16), "-inf", -2.5),  # chunks of 32
     (33, (16, 16, 16), "decades", -30.0),  # too low for one product
     (70, (16, 16, 96), "blocks", -1.25),  # more slots, shorter chunks
-    (130, (16, 20, 12), "decades", None, 2),
-    (130, (20, 16, 16), "mixed", -1.25, 1),
+    (130, (16, 20, 12), "normaliser 8", None, 2),
+    (130, (20, 16, 16), "decades", -1.25, 1),
 ]
 
 

@@ -255,7 +255,7 @@ def test_a_linear_model_leaves_and_comes_back(case, tmp_path):
     model, idx = random_model(**LINEAR | CASES[case]), torch.randint(256, (2, 40))
     folder, expected = exported(model, tmp_path), model(idx, idx)[0]
     difference = published_logits(folder, idx) - expected  # of logits up to 6, of which a few are far from the rest
-    assert difference.norm() <= 2e-5 * expected.norm() and difference.abs().max() <= 1e-3
+    assert difference.norm() <= 2e-5 * expected.norm() and difference.abs().max() <= 3e-4
     back = GPT.from_pretrained(folder).eval()
     assert back.loaded.new == back.loaded.left == []
     torch.testing.assert_close(back(idx, idx)[0], expected, rtol=0, atol=1e-6)
